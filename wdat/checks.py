@@ -1,0 +1,96 @@
+"""Checks before use, and leaving a model as it was found. Every error says what was seen and what to do."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+def check_images(x: Tensor) -> None:
+    """Raise ValueError unless x is float32 (N, C, H, W) with N >= 1, finite and in [0, 1]."""
+    if not isinstance(x, Tensor):
+        raise ValueError(f"images are a {type(x).__name__}; pass a float32 tensor (N, C, H, W) with pixels in [0, 1]")
+    if x.dim() != 4 or x.numel() == 0:
+        raise ValueError(f"images have shape {tuple(x.shape)}; expected a non-empty (N, C, H, W)")
+    if x.dtype != torch.float32:
+        remedy = "; divide by 255" if x.dtype == torch.uint8 else "; call .float()"
+        raise ValueError(f"images are {x.dtype}; expected float32 with pixels in [0, 1]{remedy}")
+    low, high = torch.aminmax(x)  # NaN propagates through both
+    if not (torch.isfinite(low) and torch.isfinite(high)):
+        raise ValueError(f"{int((~torch.isfinite(x)).flatten(1).any(1).sum())} image(s) hold NaN or infinite pixels")
+    if low < 0 or high > 1:
+        remedy = "divide by 255" if low >= 0 and high <= 255 else "put the normalisation inside the model"
+        raise ValueError(f"pixels lie in [{low:.4g}, {high:.4g}]; expected [0, 1]: {remedy}")
+
+
+def check_labels(y: Tensor, n: int, classes: int | None = None) -> None:
+    """Raise ValueError unless y is int64 (n,), in 0..classes-1, and holds no negative label."""
+    if not isinstance(y, Tensor) or y.dtype != torch.int64 or y.dim() != 1:
+        seen = f"{y.dtype} of shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
+        raise ValueError(f"labels are {seen}; expected an int64 tensor (N,) of class indices")
+    if len(y) != n:
+        raise ValueError(f"{len(y)} labels for {n} images")
+    low, high = int(y.min()), int(y.max())
+    if low < 0 or (classes is not None and high >= classes):
+        raise ValueError(f"labels lie in {low}..{high}, but the model has {classes} outputs: 0..{(classes or 0) - 1}")
+
+
+def check_logits(logits: Tensor, n: int | None = None) -> None:
+    """Raise ValueError unless logits are finite (N, m), m >= 2, and do not look like probabilities.
+
+    Rows that are all in [0, 1] and sum to 1 are taken for probabilities: their losses and gradients would be wrong.
+    """
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or (n is not None and len(logits) != n):
+        seen = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"the model returned {seen}; expected logits ({'N' if n is None else n}, classes)")
+    if logits.shape[1] < 2:
+        raise ValueError("the model has one output; a classifier needs at least 2 (one logit per class)")
+    if not torch.isfinite(logits).all():
+        bad = int((~torch.isfinite(logits)).any(1).sum())
+        raise ValueError(f"logits of {bad} of {len(logits)} images are NaN or infinite; look at the weights and the input")
+    z = logits.detach().float()
+    if (z >= 0).all() and (z.sum(1) - 1).abs().max() < 1e-4:
+        raise ValueError("the model returns probabilities (rows sum to 1); remove its final softmax so it returns logits")
+
+
+@torch.no_grad()
+def check_model(model: nn.Module, x: Tensor, y: Tensor) -> int:
+    """Check images, labels and the logits of the first few images; returns the number of classes."""
+    check_images(x)
+    with frozen(model):
+        logits = model(x[:8].to(device_of(model)))
+        again = model(x[:8].to(device_of(model)))
+    check_logits(logits, len(x[:8]))
+    if not torch.allclose(logits, again, rtol=1e-3, atol=1e-4):
+        raise ValueError("the model answers the same images differently in eval mode; randomised defences need EOT")
+    check_labels(y, len(x), logits.shape[1])
+    return logits.shape[1]
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Device of the first parameter or buffer; the CPU for a model without any."""
+    tensor = next(model.parameters(), None)
+    tensor = next(model.buffers(), None) if tensor is None else tensor
+    return torch.device("cpu") if tensor is None else tensor.device
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[nn.Module]:
+    """Eval mode and no parameter gradients inside; every module's mode and every flag restored on the way out.
+
+    Eval mode makes per-image gradients independent of the batch and keeps batch-norm buffers untouched; without
+    parameter gradients the backward pass of an attack costs only what the input gradient needs.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        model.eval()
+        for parameter, _ in flags:
+            parameter.requires_grad_(False)
+        yield model
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)

@@ -1,0 +1,67 @@
+"""Per-image losses and margins on logits (N, m): no reduction, so that gradients of the sum are per image.
+
+Sorted logits are written z_(1) >= z_(2) >= z_(3). DLR is from Croce and Hein, arXiv 2003.01690; ReDLR, its negative
+part, from arXiv 2306.09844.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def margin(logits: Tensor, labels: Tensor) -> Tensor:
+    """z_y - max_{k != y} z_k, (N, m), (N,) -> (N,). Positive iff correctly classified, 0 at a tie."""
+    top, order = logits.topk(2, dim=1)
+    rival = torch.where(order[:, 0] == labels, top[:, 1], top[:, 0])
+    return logits.gather(1, labels[:, None])[:, 0] - rival
+
+
+def ce(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy, (N, m), (N,) -> (N,)."""
+    return F.cross_entropy(logits, labels, reduction="none")
+
+
+def dlr(logits: Tensor, labels: Tensor) -> Tensor:
+    """Difference-of-logits ratio, -margin / (z_(1) - z_(3) + 1e-12); negative iff correct. Needs m >= 3 classes."""
+    if logits.shape[1] < 3:
+        raise ValueError(f"DLR needs at least 3 classes, got {logits.shape[1]}; use loss='ce' or 'negative-margin'")
+    top = logits.topk(3, dim=1).values
+    return -margin(logits, labels) / (top[:, 0] - top[:, 2] + 1e-12)
+
+
+def redlr(logits: Tensor, labels: Tensor) -> Tensor:
+    """Rectified DLR, min(DLR, 0): zero value and gradient on images that are already misclassified.
+
+    Hence those get no budget for p < inf, and the adversary wastes nothing on them.
+    """
+    return dlr(logits, labels).clamp_max(0)
+
+
+def negative_margin(logits: Tensor, labels: Tensor) -> Tensor:
+    """max_{k != y} z_k - z_y: the loss of a margin attack (the limit of a cold Temperature-PGD)."""
+    return -margin(logits, labels)
+
+
+def kl(logits: Tensor, reference: Tensor) -> Tensor:
+    """KL(softmax(reference) || softmax(logits)), the TRADES term, (N, m), (N, m) -> (N,).
+
+    Its gradient vanishes at logits = reference: budgets can not come from it at the clean point.
+    """
+    log_p = F.log_softmax(reference, 1)
+    return (log_p.exp() * (log_p - F.log_softmax(logits, 1))).sum(1)
+
+
+LOSSES: dict[str, Loss] = {"ce": ce, "dlr": dlr, "redlr": redlr, "negative-margin": negative_margin, "kl": kl}
+
+
+def get_loss(loss: str | Loss) -> Loss:
+    """A loss by name, or the callable itself. ValueError lists the names."""
+    if callable(loss):
+        return loss
+    if loss not in LOSSES:
+        raise ValueError(f"unknown loss {loss!r}; known: {', '.join(LOSSES)}, or pass a function (logits, targets) -> (N,)")
+    return LOSSES[loss]

@@ -1,0 +1,117 @@
+"""Input gradients and the sensitivity upsilon = (E ||grad_x J||_s^q)^(1/q), by full pass, subset or moving average.
+
+V(delta) = V(0) + delta * upsilon + o(delta): upsilon is the slope of the distributionally adversarial loss.
+Source: arXiv 2306.09844, section 4; update rate against moving average: arXiv 2502.09352.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from wdat.checks import device_of, frozen
+from wdat.losses import Loss, get_loss
+from wdat.threat import Threat, power_mean
+
+
+def input_gradient(model: nn.Module, x: Tensor, targets: Tensor, loss: Loss) -> tuple[Tensor, Tensor, Tensor]:
+    """Per-image gradient, loss and logits from one forward and one backward pass, all detached.
+
+    The loss is summed, not averaged: row i is then the gradient of image i alone (in eval mode), whatever the batch.
+    Call inside `frozen(model)`. Shapes (N, C, H, W), targets as the loss wants -> (N, C, H, W), (N,), (N, m).
+    """
+    x = x.detach().requires_grad_(True)
+    with torch.enable_grad():
+        logits = model(x)
+        values = loss(logits, targets)
+        (gradient,) = torch.autograd.grad(values.sum(), x)
+    return gradient, values.detach(), logits.detach()
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """An estimate of upsilon: `value`, standard error `error` (0 for a full pass), from `n` of `total` images."""
+
+    value: float
+    error: float
+    n: int
+    total: int
+
+
+def dual_norms(
+    model: nn.Module, x: Tensor, y: Tensor, threat: Threat, loss: str | Loss = "redlr", batch_size: int = 256
+) -> Tensor:
+    """||grad_x J||_s of every image at the images given: (N, C, H, W), (N,) -> (N,), streamed in batches."""
+    loss, device = get_loss(loss), device_of(model)
+    with frozen(model):
+        return torch.cat(
+            [
+                threat.dual_norm(input_gradient(model, a.to(device), b.to(device), loss)[0]).float()
+                for a, b in zip(x.split(batch_size), y.split(batch_size), strict=True)
+            ]
+        )
+
+
+def estimate(norms: Tensor, q: float, total: int | None = None) -> Sensitivity:
+    """Upsilon from dual norms (n,) of a random subset of `total` images, with its standard error.
+
+    The mean of the q-th powers is unbiased for upsilon^q; its standard error, with the finite-population factor
+    (1 - n/total) of sampling without replacement, is carried through the root by the delta method. n = total has
+    error 0; one image out of more has no error estimate: inf.
+    """
+    n, total = len(norms), len(norms) if total is None else total
+    value = float(power_mean(norms, q))
+    if n >= total or value == 0:
+        return Sensitivity(value, 0.0 if n >= total else float("inf"), n, total)
+    if n < 2:
+        return Sensitivity(value, float("inf"), n, total)
+    relative = (norms.double() / value).pow(q)  # mean 1
+    spread = float((relative.var(correction=1) / n * (1 - n / total)).sqrt())
+    return Sensitivity(value, value * spread / q, n, total)
+
+
+def upsilon(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: Threat,
+    loss: str | Loss = "redlr",
+    subset: int | None = None,
+    seed: int = 0,
+    batch_size: int = 256,
+) -> Sensitivity:
+    """Sensitivity of the model on a set of images, by a full pass or a fixed random subset of `subset` images.
+
+    Only p and r of the threat matter. Non-increasing in p; homogeneous of degree 1 in the loss.
+    """
+    total = len(x)
+    if subset is not None and subset < total:
+        if subset < 1:
+            raise ValueError(f"subset={subset}: the sensitivity needs at least one image")
+        index = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:subset]
+        x, y = x[index], y[index]
+    return estimate(dual_norms(model, x, y, threat, loss, batch_size), threat.q, total)
+
+
+class MovingAverage:
+    """Exponential moving average of mean ||g||^q; the root is taken last, since averaging upsilon itself is biased.
+
+    weight in (0, 1] is that of the newest batch; the average is normalised by the sum of its weights, so the first
+    batch counts in full. weight = 1 on the full set is the full pass. State: `total`, `mass` (two floats).
+    """
+
+    def __init__(self, q: float, weight: float = 0.1, total: float = 0.0, mass: float = 0.0) -> None:
+        if not 0 < weight <= 1:
+            raise ValueError(f"moving-average weight {weight} must be in (0, 1]")
+        self.q, self.weight, self.total, self.mass = q, weight, total, mass
+
+    def update(self, norms: Tensor) -> float:
+        """Take in the dual norms (n,) of a batch; returns the new upsilon."""
+        power = float(power_mean(norms, self.q)) ** self.q
+        self.total += self.weight * (power - self.total)
+        self.mass += self.weight * (1 - self.mass)
+        return self.value
+
+    @property
+    def value(self) -> float:
+        return (self.total / self.mass) ** (1 / self.q) if self.mass else 0.0

@@ -1,0 +1,207 @@
+"""The threat model: how far an adversary may move a distribution of images.
+
+A threat is a Wasserstein order p in (1, inf], a pixel norm r in {2, inf} and a radius delta. The adversary may
+replace the data distribution P by any Q with W_p(P, Q) <= delta, where moving an image costs the r-norm of its
+displacement and labels never move. p = inf is the usual pointwise threat; for p < inf only the p-mean of the
+displacements is bounded, so the adversary spends little on images near the boundary and much on those far from it.
+
+Everything here is tensors in, tensors out: no model, no data set. N images, any trailing shape.
+Source: Bai, He, Jiang, Obloj, arXiv 2306.09844 (sections 2-4) and 2502.09352.
+"""
+
+import math
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+
+def pixel_norm(x: Tensor, r: float) -> Tensor:
+    """r-norm of every image: (N, ...) -> (N,), r in {1, 2, inf}. Reduced in at least float32."""
+    flat = x.flatten(1)
+    flat = flat.float() if flat.dtype in (torch.float16, torch.bfloat16) else flat
+    if r == 1:
+        return flat.abs().sum(1)
+    if r == 2:
+        return flat.square().sum(1).sqrt() if flat.numel() == 0 else torch.linalg.vector_norm(flat, 2, 1)
+    if math.isinf(r):
+        return flat.abs().amax(1)
+    raise ValueError(f"pixel norm r={r} is not one of 1, 2, inf")
+
+
+def power_mean(values: Tensor, order: float) -> Tensor:
+    """(mean values^order)^(1/order) of non-negative values (N,) -> scalar float64; the maximum for order = inf.
+
+    Scaled by the largest value first, so that neither large orders nor tiny values over- or underflow.
+    An empty tensor has no mean: ValueError.
+    """
+    if values.numel() == 0:
+        raise ValueError("the power mean of no values is undefined; pass at least one image")
+    v = values.double()
+    top = v.max()
+    if math.isinf(order):
+        return top
+    scaled = v / top.clamp_min(torch.finfo(torch.float64).tiny)
+    return top * scaled.pow(order).mean().pow(1 / order)
+
+
+def per_image(values: Tensor, like: Tensor) -> Tensor:
+    """View (N,) values so that they broadcast over images `like` (N, ...), in its dtype."""
+    return values.to(like.dtype).view(-1, *[1] * (like.dim() - 1))
+
+
+def project(displacement: Tensor, radii: Tensor, r: float) -> Tensor:
+    """Bring every displacement (N, ...) into the r-ball of its own radius (N,). Idempotent; the identity inside.
+
+    r = inf clamps each component (small components keep their full size), r = 2 rescales the image.
+    Both the pointwise projection (radii = budgets) and the joint one (radii from `Threat.joint_radii`) are this.
+    """
+    bound = per_image(radii, displacement)
+    if math.isinf(r):
+        return displacement.clamp(-bound, bound)
+    norms = per_image(pixel_norm(displacement, r), displacement)
+    return displacement * torch.where(norms > bound, bound / norms, 1)
+
+
+def parse_number(value: float | str) -> float:
+    """A float from 0.03, "0.03", "8/255" or "inf". ValueError names what could not be read."""
+    text = str(value).strip()
+    try:
+        return math.inf if text.lower() in ("inf", "linf", "l_inf", "oo") else float(Fraction(text))
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(f'{value!r} is not a number; write for example 0.03, "8/255" or "inf"') from None
+
+
+@dataclass(frozen=True)
+class Threat:
+    """W_p ball of radius delta around the data, with the r-norm on pixels in [0, 1].
+
+    Args:
+        delta: radius of the ball, in pixel units; a number or a fraction as text, such as "8/255".
+        p: Wasserstein order in (1, inf]; inf is the usual pointwise threat.
+        r: pixel norm, 2 or inf (also "l2", "linf").
+
+    Attributes: `written`, delta as it was given; `q`, `s`, the conjugates of p and r.
+    """
+
+    delta: float
+    p: float = 2.0
+    r: float = math.inf
+    written: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        set_ = object.__setattr__
+        set_(self, "written", self.written or str(self.delta))
+        set_(self, "delta", parse_number(self.delta))
+        set_(self, "p", parse_number(self.p))
+        set_(self, "r", parse_number(str(self.r).lower().removeprefix("l")))
+        if not (self.delta >= 0 and math.isfinite(self.delta)):
+            raise ValueError(f"delta={self.written} must be a finite radius >= 0 in pixel units of [0, 1]")
+        if not self.p > 1:
+            raise ValueError(f"Wasserstein order p={self.p:g} must be in (1, inf]; first-order budgets need p > 1")
+        if self.r not in (2, math.inf):
+            raise ValueError(f"pixel norm r={self.r:g} must be 2 or inf")
+
+    @property
+    def q(self) -> float:
+        """Conjugate order: 1/p + 1/q = 1."""
+        return 1.0 if math.isinf(self.p) else self.p / (self.p - 1)
+
+    @property
+    def s(self) -> float:
+        """Dual pixel norm: 1/r + 1/s = 1."""
+        return 1.0 if math.isinf(self.r) else 2.0
+
+    @property
+    def pointwise(self) -> bool:
+        """True for p = inf, where every image has the same radius."""
+        return math.isinf(self.p)
+
+    def __str__(self) -> str:
+        return f"W_{self.p:g} l{self.r:g} {self.written}"
+
+    def at(self, delta: float | str) -> "Threat":
+        """The same threat with another radius."""
+        return Threat(delta, self.p, self.r)
+
+    def norm(self, x: Tensor) -> Tensor:
+        """What moving each image costs: ||x||_r, (N, ...) -> (N,)."""
+        return pixel_norm(x, self.r)
+
+    def dual_norm(self, gradient: Tensor) -> Tensor:
+        """||g||_s of each gradient, (N, ...) -> (N,)."""
+        return pixel_norm(gradient, self.s)
+
+    def direction(self, gradient: Tensor) -> Tensor:
+        """h(g) with <h, g> = ||g||_s and ||h||_r = 1; 0 where g = 0."""
+        if math.isinf(self.r):
+            return gradient.sign()
+        norms = per_image(pixel_norm(gradient, 2), gradient)
+        return torch.where(norms > 0, gradient / norms, 0)
+
+    def upsilon(self, dual_norms: Tensor) -> Tensor:
+        """Sensitivity (mean ||g||_s^q)^(1/q) from dual gradient norms (N,) -> scalar float64."""
+        return power_mean(dual_norms, self.q)
+
+    def budgets(self, dual_norms: Tensor, upsilon: Tensor | float | None = None) -> Tensor:
+        """First-order optimal radius of every image, eps_i = delta * (||g_i||_s / upsilon)^(q-1), (N,) -> (N,).
+
+        With the upsilon of these very gradients (the default), (mean eps^p)^(1/p) = delta exactly and the mean
+        first-order gain of the loss is delta * upsilon. p = inf gives delta to every image, zero gradient or not.
+        For p < inf an image of zero gradient gets 0; if all gradients are zero, so are all budgets.
+        """
+        if self.pointwise:
+            return torch.full_like(dual_norms, self.delta)
+        upsilon = self.upsilon(dual_norms) if upsilon is None else upsilon
+        upsilon = torch.as_tensor(upsilon, dtype=torch.float64, device=dual_norms.device)
+        ratio = torch.where(upsilon > 0, dual_norms.double() / upsilon, 0)
+        return (self.delta * ratio.pow(self.q - 1)).to(dual_norms.dtype)
+
+    def distance(self, norms: Tensor) -> Tensor:
+        """W_p cost of moving images by `norms` (N,): (mean norms^p)^(1/p), the largest for p = inf. Scalar float64.
+
+        This is the cost of the coupling image -> its own copy: an upper bound on W_p between the two empirical
+        measures, and what membership of the ball is judged by. `wasserstein_distance` gives the optimum.
+        """
+        return power_mean(norms, self.p)
+
+    def joint_radii(self, norms: Tensor) -> Tensor:
+        """Radii (N,) that bring a whole set of displacements of these norms (N,) into the ball.
+
+        p = inf: delta for each. p < inf: every norm times min(1, delta / distance), one contraction for all.
+        """
+        if self.pointwise:
+            return torch.full_like(norms, self.delta)
+        distance = self.distance(norms)
+        contraction = torch.where(distance > self.delta, self.delta / distance, 1.0)
+        return (norms.double() * contraction).to(norms.dtype)
+
+
+def wasserstein_distance(x: Tensor, y: Tensor, other: Tensor, other_y: Tensor, p: float, r: float) -> float:
+    """Exact W_p between two labelled empirical measures of N images each; inf if the label counts differ.
+
+    Optimal assignment within each label (SciPy), so O(N_c^2) memory and O(N_c^3) time per class: small sets.
+    For p = inf the bottleneck is found by bisection over the costs. Shapes (N, ...), (N,); any p in [1, inf].
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    if not torch.equal(y.sort().values, other_y.sort().values):
+        return math.inf
+    costs = []
+    for label in y.unique():
+        a, b = x[y == label].flatten(1).double(), other[other_y == label].flatten(1).double()
+        cost = torch.cdist(a, b, p=r).numpy()
+        if math.isfinite(p):
+            rows, columns = linear_sum_assignment(cost**p)
+            costs.append(torch.from_numpy(cost[rows, columns]))
+            continue
+        levels = sorted(set(cost.ravel()))
+        low, high = 0, len(levels) - 1
+        while low < high:  # smallest level at which a perfect matching exists
+            middle = (low + high) // 2
+            blocked = (cost > levels[middle]).astype(float)
+            rows, columns = linear_sum_assignment(blocked)
+            low, high = (low, middle) if blocked[rows, columns].sum() == 0 else (middle + 1, high)
+        costs.append(torch.tensor([levels[low]]))
+    return float(power_mean(torch.cat(costs), p))
