@@ -48,10 +48,10 @@ def check_logits(logits: Tensor, n: int | None = None) -> None:
         raise ValueError("the model has one output; a classifier needs at least 2 (one logit per class)")
     if not torch.isfinite(logits).all():
         bad = int((~torch.isfinite(logits)).any(1).sum())
-        raise ValueError(f"logits of {bad} of {len(logits)} images are NaN or infinite; look at the weights and the input")
+        raise ValueError(f"logits of {bad} of {len(logits)} images are NaN or infinite; look at weights and input")
     z = logits.detach().float()
     if (z >= 0).all() and (z.sum(1) - 1).abs().max() < 1e-4:
-        raise ValueError("the model returns probabilities (rows sum to 1); remove its final softmax so it returns logits")
+        raise ValueError("the model returns probabilities (rows sum to 1); remove its final softmax: pass logits")
 
 
 @torch.no_grad()
