@@ -1,0 +1,189 @@
+"""RobustBench and AutoAttack: the only module that imports them, and only when asked to.
+
+robustbench 1.1.1 requires the package `pyautoattack` but imports `autoattack` (upstream issue 211). `zoo()` registers
+a stand-in of that name over pyautoattack first, unless the real one is installed.
+"""
+
+import difflib
+import importlib.util
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+from wdat.checks import check_images, check_labels, check_logits, device_of, frozen
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence what importing robustbench is known to warn of (its and timm's use of old module paths), no more."""
+    with warnings.catch_warnings():
+        for message, category in (
+            (r"`torch\.jit\.\w+` is deprecated", DeprecationWarning),  # timm, and torch's own import of it
+            (r"Importing from timm\.models\.", DeprecationWarning),  # robustbench's architectures
+            (r"pkg_resources is deprecated", UserWarning),  # robustbench.loaders
+            (r"Deprecated call to `pkg_resources", DeprecationWarning),
+        ):
+            warnings.filterwarnings("ignore", message, category)
+        yield
+
+
+def _register_autoattack() -> None:
+    """Put a module `autoattack` with the reference signature over pyautoattack's keyword-only one in sys.modules."""
+    if "autoattack" in sys.modules or importlib.util.find_spec("autoattack") is not None:
+        return
+    import pyautoattack
+    from pyautoattack.state import EvaluationState
+
+    class AutoAttack(pyautoattack.AutoAttack):
+        def __init__(
+            self,
+            model,
+            norm="Linf",
+            eps=0.3,
+            seed=None,
+            verbose=True,
+            attacks_to_run=(),
+            version="standard",
+            is_tf_model=False,
+            device="cuda",
+            log_path=None,
+        ) -> None:
+            attacks = list(attacks_to_run) or None
+            super().__init__(
+                model, norm=norm, eps=eps, seed=seed, attacks=attacks, version=version, device=torch.device(device)
+            )
+            self.verbose = verbose
+
+        def run_standard_evaluation(self, x_orig, y_orig, bs=250, return_labels=False, state_path=None):
+            pair = super().run_standard_evaluation(x_orig, y_orig, batch_size=bs, state_path=state_path)
+            return pair if return_labels else pair[0]
+
+    module, state = ModuleType("autoattack"), ModuleType("autoattack.state")
+    module.AutoAttack, module.state, state.EvaluationState = AutoAttack, state, EvaluationState
+    sys.modules.update({"autoattack": module, "autoattack.state": state})
+
+
+@cache
+def zoo() -> ModuleType:
+    """The imported `robustbench` package (a few seconds the first time)."""
+    _register_autoattack()
+    with _quiet():
+        import robustbench
+        import robustbench.utils
+    return robustbench
+
+
+def resnet18(classes: int) -> nn.Module:
+    zoo()
+    from robustbench.model_zoo.architectures.resnet import BasicBlock, ResNet
+
+    return ResNet(BasicBlock, [2, 2, 2, 2], classes)
+
+
+def wide_resnet(depth: int, width: int, classes: int) -> nn.Module:
+    zoo()
+    from robustbench.model_zoo.architectures.wide_resnet import WideResNet
+
+    return WideResNet(depth, classes, width)
+
+
+def entry(name: str, dataset: str, threat: str) -> dict:
+    """RobustBench's own entry of a model. ValueError gives the nearest names, or the known datasets and threats."""
+    models = {d.value: {t.value: names for t, names in v.items()} for d, v in zoo().utils.all_models.items()}
+    if threat not in models.get(dataset, {}):
+        known = "; ".join(f"{d}: {', '.join(threats)}" for d, threats in models.items())
+        raise ValueError(f"RobustBench has no models for dataset={dataset!r}, threat={threat!r}; it has {known}")
+    names = models[dataset][threat]
+    if name not in names:
+        near = difflib.get_close_matches(name, names, 5, 0.3)
+        lowered = {n.lower(): n for n in names}
+        near = [lowered[name.lower()]] if name.lower() in lowered else near
+        raise ValueError(
+            f"RobustBench has no model {name!r} for {dataset}, {threat}; nearest of its {len(names)}: {', '.join(near)}"
+        )
+    return names[name]
+
+
+def weight_files(name: str, root: str | Path, dataset: str, threat: str) -> list[Path]:
+    """Where RobustBench looks for the weights: root/dataset/threat/NAME.pt, or several files for an ensemble."""
+    identity = entry(name, dataset, threat).get("gdrive_id")
+    if not identity:
+        raise ValueError(f"{name} has no weight file: timm or torchvision fetches it; pass the loaded model instead")
+    path = Path(root) / dataset / threat.replace("_3d", "") / f"{name}.pt"
+    return [Path(f"{path}_m{i}.pt") for i in range(len(identity))] if isinstance(identity, list) else [path]
+
+
+def architecture(name: str, dataset: str, threat: str) -> nn.Module:
+    """The network of a RobustBench entry, freshly initialised, with its own normalisation inside."""
+    make = entry(name, dataset, threat).get("model")
+    if make is None:
+        raise ValueError(f"{name} is a timm model: build it with timm.create_model and pass it")
+    with _quiet():
+        return make()
+
+
+def load(name: str, root: str | Path, dataset: str, threat: str) -> nn.Module:
+    """RobustBench's own loader; the weight files must exist (see `weight_files`), or it would try the network."""
+    with _quiet():
+        return zoo().utils.load_model(name, root, dataset, threat)
+
+
+def autoattack(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    delta: float,
+    r: float = float("inf"),
+    version: str = "standard",
+    attacks: Sequence[str] | None = None,
+    seed: int = 0,
+    batch_size: int = 250,
+) -> Tensor:
+    """Adversarial images of AutoAttack (Croce and Hein, arXiv 2003.01690), p = inf: (N, C, H, W) on x's device.
+
+    version: "standard", "rand" (randomised defences), or "custom" with `attacks` among apgd-ce, apgd-dlr, apgd-t,
+    fab, fab-t, square. The standard set needs at least 4 classes (its targeted DLR loss does); with fewer than 10
+    classes all wrong classes are targeted. An image that resists is returned unchanged. The model's modes and flags,
+    and torch's random state, are left as found.
+    """
+    import pyautoattack
+
+    check_images(x)
+    device = device_of(model)
+    trace, cuda = sys.gettrace(), [device] if device.type == "cuda" else []
+    with frozen(model), torch.random.fork_rng(cuda):
+        with torch.no_grad():
+            logits = model(x[:batch_size].to(device))
+        check_logits(logits, len(x[:batch_size]))
+        classes = logits.shape[1]
+        check_labels(y, len(x), classes)
+        adversary = pyautoattack.AutoAttack(
+            model,
+            attacks=list(attacks) if attacks else None,
+            device=device,
+            eps=delta,
+            norm="Linf" if r == float("inf") else f"L{r:g}",
+            seed=seed,
+            version=version,
+        )
+        if version == "custom" and not adversary.attacks_to_run:
+            raise ValueError("version='custom' needs attacks, for example attacks=['apgd-ce', 'fab']")
+        least = 4 if "apgd-t" in adversary.attacks_to_run else 3 if "apgd-dlr" in adversary.attacks_to_run else 2
+        if classes < least:
+            raise ValueError(
+                f"{', '.join(adversary.attacks_to_run)} need at least {least} classes, the model has {classes}; "
+                "use version='custom', attacks=['apgd-ce', 'fab', 'square']"
+            )
+        targets = min(9, classes - 1)
+        adversary.apgd_targeted.n_target_classes = adversary.fab.n_target_classes = targets
+        try:
+            return adversary.run_standard_evaluation(x, y, batch_size=batch_size)[0]
+        finally:
+            sys.settrace(trace)  # its check for dynamic defences removes the trace function of a debugger
