@@ -1,0 +1,308 @@
+"""Fine-tuning: initialisation, layers, learning-rate schedule, tracked scalars, checkpoints.
+
+A run is a pure function of (network, data, recipe, seed): every step reseeds from (seed, step), so a run killed at
+any moment and resumed ends with the same weights, bit for bit on a CPU, as an undisturbed one.
+Source: arXiv 2502.09352; defaults of TRADES (arXiv 1901.08573).
+"""
+
+import copy
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from wdat.attacks import w_pgd
+from wdat.checks import check_model, device_of, frozen
+from wdat.data import Data
+from wdat.losses import margin
+from wdat.objectives import Objective
+from wdat.schedules import get_schedule
+from wdat.sensitivity import dual_norms
+from wdat.threat import per_image
+from wdat.trackers import Rule, Tracker
+
+INITS = ("none", "perturb", "rerandomise")
+LAYERS = ("all", "last")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything a fine-tuning run depends on besides the network and the data.
+
+    Args:
+        objective: see `wdat.objectives`.
+        epochs, batch_size: as usual; the last, smaller batch is kept.
+        lr, schedule: base learning rate and a name from `wdat.schedules.SCHEDULES`.
+        momentum, weight_decay: of SGD (decay 0 switches it off).
+        init: "none", "perturb" (all weights, Gaussian noise of `init_scale` times each tensor's root mean square) or
+            "rerandomise" (the last layer's own initialisation). A trained network sits at a stationary point.
+        layers: "all", or "last" for the last linear layer, the rest (batch norm too) held.
+        upsilon: how upsilon is kept, see `wdat.trackers.Rule`.
+        augment: largest shift in pixels of a random crop (zero padding), together with `flip`.
+        flip: mirror half of the images.
+        seed: of order, augmentation, noise, initialisation.
+    """
+
+    objective: Objective
+    epochs: int = 20
+    batch_size: int = 128
+    lr: float = 0.01
+    schedule: str = "cosine"
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    init: str = "none"
+    init_scale: float = 0.05
+    layers: str = "all"
+    upsilon: Rule = field(default_factory=Rule)
+    augment: int = 0
+    flip: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.init not in INITS or self.layers not in LAYERS:
+            raise ValueError(f"init={self.init!r} must be one of {INITS}, layers={self.layers!r} one of {LAYERS}")
+        if self.epochs < 0 or self.batch_size < 1 or not self.lr >= 0:
+            raise ValueError(f"epochs={self.epochs}, lr={self.lr} must be >= 0, batch_size={self.batch_size} >= 1")
+        get_schedule(self.schedule)
+
+
+@dataclass(frozen=True)
+class Finetuned:
+    """The network (in eval mode) and one row of plain numbers per epoch."""
+
+    model: nn.Module
+    history: list[dict]
+
+
+def last_layer(model: nn.Module) -> nn.Linear:
+    """The last `nn.Linear` in definition order. ValueError if there is none."""
+    linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    if not linear:
+        raise ValueError('no nn.Linear in the model: layers="last" and init="rerandomise" need one')
+    return linear[-1]
+
+
+@torch.no_grad()
+def initialise(model: nn.Module, init: str, scale: float) -> None:
+    """Perturb or re-randomise in place, from torch's global generator; see `Recipe`."""
+    if init == "rerandomise":
+        last_layer(model).reset_parameters()
+    elif init == "perturb":
+        for weight in model.parameters():
+            weight.add_(torch.randn_like(weight) * weight.square().mean().sqrt() * scale)
+
+
+def shift_and_flip(x: Tensor, shift: int, flip: bool) -> Tensor:
+    """Random crop after zero padding by `shift` pixels, and mirroring, image by image: (N, C, H, W) -> the same."""
+    n, _, h, w = x.shape
+    if shift:
+        padded = nn.functional.pad(x, (shift,) * 4)
+        top, left = torch.randint(0, 2 * shift + 1, (2, n, 1), device=x.device)
+        rows = (top + torch.arange(h, device=x.device))[:, None, :, None]
+        columns = (left + torch.arange(w, device=x.device))[:, None, None, :]
+        channels = torch.arange(x.shape[1], device=x.device)[None, :, None, None]
+        x = padded[torch.arange(n, device=x.device)[:, None, None, None], channels, rows, columns]
+    if flip:
+        x = torch.where(per_image(torch.rand(n, device=x.device) < 0.5, x).bool(), x.flip(3), x)
+    return x
+
+
+def step_seed(seed: int, step: int) -> int:
+    """A seed for one step, from the run's seed, independent of what ran before."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{step}".encode()).digest()[:7], "big")
+
+
+def finetune(
+    model: nn.Module,
+    train: Data,
+    recipe: Recipe,
+    *,
+    validation: Data | None = None,
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int | None = None,
+    progress: bool = True,
+    on_step: Callable[[int], None] | None = None,
+) -> Finetuned:
+    """Fine-tune a copy of the network; the one passed, and torch's global seed, are left as found.
+
+    Args:
+        model: logits of float32 images in [0, 1]; trained on the device it is on.
+        train, validation: data sets. Validation (cut from training data, never test) is only reported: clean and
+            W-PGD accuracy (10 steps) per epoch; the final weights are returned, never the best ones.
+        checkpoint: file to resume from and write to, after every epoch and, if given, every `checkpoint_every` steps.
+            Written atomically; one of another recipe, network or data is refused, naming what differs.
+        on_step: called with the number of steps done after each (tests kill runs there).
+
+    History rows: epoch, lr, loss, train accuracy, tracked scalars, realised delta (mean eps^p)^(1/p), cap rate, idle
+    rate (zero budgets), mean gradient norm and its ratio to the first epoch's (a masking alarm), validation.
+    """
+    device, n = device_of(model), len(train)
+    check_model(model, *train.batch(torch.arange(min(n, 8))))
+    steps_per_epoch = -(-n // recipe.batch_size)
+    objective, schedule = recipe.objective, get_schedule(recipe.schedule)
+    identity = _identity(model, train, recipe)
+    path = Path(checkpoint) if checkpoint else None
+    saved = _load(path, identity) if path and path.exists() else None
+
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        teacher = copy.deepcopy(model).eval().requires_grad_(False) if objective.distil else None
+        network = copy.deepcopy(model)
+        torch.manual_seed(step_seed(recipe.seed, -1))
+        initialise(network, recipe.init, recipe.init_scale)
+        network.requires_grad_(recipe.layers == "all")
+        if recipe.layers == "last":
+            last_layer(network).requires_grad_(True)
+        weights = [w for w in network.parameters() if w.requires_grad]
+        optimiser = torch.optim.SGD(weights, recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay)
+        trackers = [_tracker(term, recipe.upsilon, n) for term in objective.terms]
+        history, sums, done = [], {}, 0
+        if saved:
+            network.load_state_dict(saved["model"])
+            optimiser.load_state_dict(saved["optimiser"])
+            for tracker, state in zip(trackers, saved["trackers"], strict=True):
+                if tracker:
+                    tracker.load(state)
+            history, done = saved["history"], saved["step"]
+            sums = {key: value.to(device) for key, value in saved["sums"].items()}
+
+        def save() -> None:
+            if path:
+                states = [t.state() if t else {} for t in trackers]
+                _save(path, {
+                    "identity": identity, "step": done, "history": history, "sums": sums, "trackers": states,
+                    "model": network.state_dict(), "optimiser": optimiser.state_dict(),
+                })  # fmt: skip
+
+        total = recipe.epochs * steps_per_epoch
+        with tqdm(total=total, initial=done, desc=objective.name, unit="step", disable=not progress) as bar:
+            while done < total:
+                epoch, position = divmod(done, steps_per_epoch)
+                order = torch.randperm(n, generator=torch.Generator().manual_seed(step_seed(recipe.seed, -2 - epoch)))
+                index = order[position * recipe.batch_size : (position + 1) * recipe.batch_size]
+                for term, tracker in zip(objective.terms, trackers, strict=True):
+                    if tracker and term.tracked == "upsilon" and recipe.upsilon.due(done, steps_per_epoch):
+                        tracker.refresh(_norms(network, train, term, recipe))
+                torch.manual_seed(step_seed(recipe.seed, done))
+                x, y = (t.to(device, non_blocking=True) for t in train.batch(index))
+                x = shift_and_flip(x, recipe.augment, recipe.flip)
+                rate = schedule(done / steps_per_epoch, recipe.epochs, recipe.lr)
+                for group in optimiser.param_groups:
+                    group["lr"] = rate
+                mode = network.train if recipe.layers == "all" else network.eval
+                loss, log = objective(network, x, y, index, trackers, teacher, mode)
+                optimiser.zero_grad(set_to_none=True)
+                loss.backward()
+                optimiser.step()
+                for key, value in log.items():
+                    sums[key] = sums.get(key, 0) + value
+                done += 1
+                bar.update()
+                if done % steps_per_epoch == 0:
+                    history.append(_summary(epoch, rate, sums, objective, trackers, n, history))
+                    if validation is not None:
+                        history[-1] |= _validate(network, validation, objective)
+                    bar.set_postfix(loss=f"{history[-1]['loss']:.3f}", accuracy=f"{history[-1]['accuracy']:.3f}")
+                    sums = {}
+                    save()
+                elif checkpoint_every and done % checkpoint_every == 0:
+                    save()
+                if on_step:
+                    on_step(done)
+    for own, found in zip(network.parameters(), model.parameters(), strict=True):
+        own.requires_grad_(found.requires_grad)
+        own.grad = None
+    return Finetuned(network.eval(), history)
+
+
+def _tracker(term: object, rule: Rule, n: int) -> Tracker | None:
+    if term.tracked is None:
+        return None
+    return Tracker(rule if term.tracked == "upsilon" else Rule("memory"), term.threat, n)
+
+
+def _norms(network: nn.Module, train: Data, term: object, recipe: Recipe) -> Tensor:
+    """Dual norms on the training set, or on the rule's random subset of it, the same at every refresh."""
+    n = len(train)
+    generator = torch.Generator().manual_seed(step_seed(recipe.seed, -1))
+    count = min(recipe.upsilon.subset or n, n)
+    index = torch.randperm(n, generator=generator)[:count] if count < n else torch.arange(n)
+    parts = [
+        dual_norms(network, *train.batch(i), term.threat, term.budget_loss, recipe.batch_size)
+        for i in index.split(2048)
+    ]
+    return torch.cat(parts)
+
+
+def _summary(
+    epoch: int, rate: float, sums: dict, objective: Objective, trackers: list, n: int, history: list[dict]
+) -> dict:
+    """One row of plain numbers from the epoch's sums."""
+    mean = {key: float(value) / n for key, value in sums.items()}
+    row = {"epoch": epoch + 1, "lr": rate, "loss": mean["loss"], "accuracy": mean["correct"], "terms": []}
+    for number, (term, tracker) in enumerate(zip(objective.terms, trackers, strict=True)):
+        own = {key.split(".", 1)[1]: value for key, value in mean.items() if key.startswith(f"{number}.")}
+        order = 1.0 if term.threat.pointwise else term.threat.p
+        facts = {"threat": str(term.threat), "moved": own["moved^p"] ** (1 / order)}
+        if "epsilon^p" in own:
+            facts["realised_delta"] = own["epsilon^p"] ** (1 / order)
+        if tracker:
+            facts[term.tracked] = float(tracker.value)
+        facts |= {key: own[key] for key in ("capped", "idle", "norm") if key in own}
+        if "norm" in own:
+            first = history[0]["terms"][number]["norm"] if history else own["norm"]
+            facts["norm_ratio"] = own["norm"] / first if first else 1.0
+        row["terms"].append(facts)
+    return row
+
+
+def _validate(network: nn.Module, data: Data, objective: Objective) -> dict:
+    with frozen(network), torch.no_grad():
+        logits = torch.cat([network(x.to(device_of(network))) for x in data.x.split(512)])
+    row = {"validation_accuracy": float((margin(logits, data.y.to(logits.device)) > 0).double().mean())}
+    if objective.terms:
+        row["validation_w_pgd"] = w_pgd(network, data.x, data.y, objective.terms[0].threat, steps=10).accuracy
+    return row
+
+
+def _identity(model: nn.Module, train: Data, recipe: Recipe) -> dict[str, str]:
+    """What a checkpoint belongs to, as text, so that a mismatch can be named."""
+    digest = hashlib.sha256()
+    for key, value in model.state_dict().items():
+        digest.update(key.encode() + value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    flat = asdict(replace(recipe, objective=Objective("")))
+    facts = {key: repr(value) for key, value in flat.items() if key != "objective"}
+    return facts | {"objective": repr(recipe.objective), "network": digest.hexdigest(), "data": train.sha256}
+
+
+def _save(path: Path, state: dict) -> None:
+    """Write all or nothing: a kill leaves the previous checkpoint."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        with open(partial, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        raise OSError(f"checkpoint {path} could not be written: {error.strerror or error}") from error
+
+
+def _load(path: Path, identity: dict[str, str]) -> dict:
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        theirs = saved["identity"]
+    except Exception as error:
+        raise ValueError(
+            f"checkpoint {path} can not be read ({type(error).__name__}); delete it to start anew"
+        ) from error
+    changed = [key for key in identity if theirs.get(key) != identity[key]]
+    if changed:
+        shown = "; ".join(f"{k}: {str(theirs.get(k))[:60]} -> {identity[k][:60]}" for k in changed)
+        raise ValueError(f"checkpoint {path} belongs to another run ({shown}); delete it or name another file")
+    return saved

@@ -1,0 +1,253 @@
+"""What training minimises: a clean term plus adversarial terms, each an inner attack and an outer loss.
+
+    clean * CE(f(x), y)  +  distil * KL(p_0(x) || p(x))  +  sum_terms weight * E[w * outer(f(x'), .)]
+
+| objective                | clean | terms                                                            |
+|--------------------------|-------|------------------------------------------------------------------|
+| `plain`                  | 1     | none                                                             |
+| `at`                     | 0     | CE on PGD examples in delta-balls                                |
+| `trades`                 | 1     | beta * KL(p(x) || p(x')), p = inf                                |
+| `w_trades`               | 1     | the same with p < inf: eps_i = delta (||g_i||_s / upsilon)^(q-1) |
+| `combined`               | 1     | both, each with its weight                                       |
+| `water_level`            | 1     | CE at the nearest flipping point of images below the water level |
+
+Sources: Madry et al. 1706.06083; TRADES, Zhang et al. 1901.08573; W-TRADES, 2502.09352; margin maximisation,
+Ding et al. 1812.02637, of which the water level is the distributional version.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wdat.allocation import water_level as allocated_level
+from wdat.attacks import STEP_RATIO, projected_gradient, random_start
+from wdat.checks import frozen
+from wdat.losses import ce, get_loss, kl
+from wdat.radii import minimal_distances
+from wdat.sensitivity import input_gradient
+from wdat.threat import Threat, pixel_norm, project
+from wdat.trackers import Tracker
+
+OUTER = ("kl", "ce")
+
+
+@dataclass(frozen=True)
+class Perturbed:
+    """Adversarial images x (B, ...), weights (B,) of their outer losses, and sums over the batch worth logging."""
+
+    x: Tensor
+    weights: Tensor | None
+    log: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Term:
+    """A first-order adversarial term: PGD in the eps_i-ball, eps_i from upsilon (p < inf) or delta (p = inf).
+
+    Args:
+        threat: W_p ball; p = inf is AT or TRADES.
+        weight: beta.
+        outer: "kl" (against the clean prediction, both differentiated) or "ce", at the adversarial image.
+        inner: loss the inner attack climbs; "kl" needs `start` > 0 or "random", its gradient being 0 at x.
+        budget_loss: loss whose clean gradients give the budgets.
+        steps, step_ratio: K inner steps of step_ratio * eps_i / K.
+        start: standard deviation of Gaussian noise, or "random" for a uniform draw; kept inside the eps_i-ball.
+        cap: largest eps_i, or None.
+    """
+
+    threat: Threat
+    weight: float = 6.0
+    outer: str = "kl"
+    inner: str = "kl"
+    budget_loss: str = "redlr"
+    steps: int = 10
+    step_ratio: float = STEP_RATIO
+    start: float | str = 1e-3
+    cap: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.outer not in OUTER:
+            raise ValueError(f"outer loss {self.outer!r} must be one of {', '.join(OUTER)}")
+        if get_loss(self.budget_loss) is kl:
+            raise ValueError('budget_loss="kl" has zero gradient at clean images; use "redlr" or "ce"')
+        if self.inner == "kl" and self.start == 0:
+            raise ValueError('inner="kl" has zero gradient at the clean image; use start=1e-3 or "random"')
+        if self.steps < 1 or self.weight < 0 or (self.cap is not None and self.cap <= 0):
+            raise ValueError(f"steps={self.steps} must be >= 1, weight={self.weight} >= 0 and cap={self.cap} > 0")
+
+    @property
+    def tracked(self) -> str | None:
+        """Name of the tracked scalar this term needs, or None."""
+        return None if self.threat.pointwise else "upsilon"
+
+    def perturb(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor, tracker: Tracker | None) -> Perturbed:
+        """Adversarial images for a batch; call inside `frozen(model)`."""
+        logits = None
+        if self.threat.pointwise:
+            radii = torch.full((len(x),), self.threat.delta, device=x.device)
+            log = {}
+        else:
+            gradient, _, logits = input_gradient(model, x, y, get_loss(self.budget_loss))
+            norms = self.threat.dual_norm(gradient)
+            tracker.observe(index, norms)
+            radii = self.threat.budgets(norms, tracker.value.to(x.device).clamp_min(1e-12))
+            capped = radii > self.cap if self.cap is not None else torch.zeros_like(radii)
+            radii = radii.clamp_max(self.cap) if self.cap is not None else radii
+            log = {"capped": capped.sum(), "norm": norms.double().sum(), "idle": (radii == 0).sum()}
+        targets = y
+        if self.inner == "kl":
+            if logits is None:
+                with torch.no_grad():
+                    logits = model(x)
+            targets = logits
+        moved = None
+        if self.start == "random":
+            moved = random_start(x, radii, self.threat.r)
+        elif self.start:
+            moved = project(self.start * torch.randn_like(x), radii, self.threat.r)
+        found = projected_gradient(
+            model, [(x, targets)], self.threat, get_loss(self.inner), steps=self.steps, step_ratio=self.step_ratio,
+            radii=radii, displacement=moved, keep="unjudged", labels=y,
+        )  # fmt: skip
+        order = self.threat.p if not self.threat.pointwise else 1.0
+        log["epsilon^p"] = radii.double().pow(order).sum()
+        return Perturbed(found.x, None, log)
+
+
+@dataclass(frozen=True)
+class WaterLevel:
+    """Push up the minimal distance d of images the exact W_p adversary pays for, and leave the others alone.
+
+    By the dual form A_delta = max_t E[min(1, (d/t)^p)] - (delta/t)^p, the adversary pays for exactly the images
+    with d < t; raising their d with weight (d/t)^(p-1) follows the gradient. d comes from a few minimal-distance
+    steps, which end at a point x* just across the boundary; the outer loss is CE there. The level t is that of the
+    exact allocation of the last distance seen of every training image, or fixed by `level`.
+
+    A misclassified image has d = 0: its weight is 0 (for p > 1) and the clean term looks after it.
+    `beyond` in (0, 1]: x* = x + (x_flip - x) * beyond keeps the point on the near side when < 1.
+    """
+
+    threat: Threat
+    weight: float = 4.0
+    steps: int = 8
+    level: float | None = None
+    outer: str = "ce"
+    tracked: str = field(default="distance", init=False)
+
+    def perturb(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor, tracker: Tracker | None) -> Perturbed:
+        """Nearest flipping points of a batch; call inside `frozen(model)`."""
+        threat = self.threat
+        found = minimal_distances(model, x, y, threat.r, steps=self.steps, batch_size=len(x))
+        distance = found.distance.to(x.device)
+        if self.level is None:
+            finite = distance.clamp_max(1.0)
+
+            def level_of(d: Tensor) -> Tensor:
+                return torch.as_tensor(allocated_level(d, torch.tensor([threat.delta]), threat.p)).double().flatten()[0]
+
+            tracker.observe(index, finite, level_of)
+            level = tracker.value.to(x.device)
+        else:
+            level = torch.tensor(self.level, dtype=torch.float64, device=x.device)
+        below = distance < level
+        ratio = (distance.double() / level.clamp_min(1e-12)).clamp_max(1)
+        weights = (ratio.pow(threat.p - 1) * below).to(x.dtype)
+        reached = torch.where(below, distance, 0).double()
+        points = torch.where(below.view(-1, *[1] * (x.dim() - 1)), found.x.to(x.device), x)
+        return Perturbed(points, weights, {"epsilon^p": reached.pow(threat.p).sum(), "idle": (weights == 0).sum()})
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Clean weight, distillation weight (towards the network fine-tuning started from) and adversarial terms."""
+
+    name: str
+    terms: tuple[Term | WaterLevel, ...] = ()
+    clean: float = 1.0
+    distil: float = 0.0
+
+    def __call__(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        index: Tensor,
+        trackers: list[Tracker | None],
+        teacher: nn.Module | None = None,
+        train_mode: Callable[[], object] | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of a batch, differentiable in the parameters, and the sums to log.
+
+        The inner attacks see the network in eval mode; `train_mode` (default `model.train`) sets the mode of the
+        outer forward. Clean and adversarial images share one forward unless batch norm would mix them.
+        """
+        with frozen(model):
+            found = [t.perturb(model, x, y, index, k) for t, k in zip(self.terms, trackers, strict=True)]
+        (train_mode or model.train)()
+        needs_clean = self.clean > 0 or self.distil > 0 or any(t.outer == "kl" for t in self.terms)
+        stacks = ([x] if needs_clean else []) + [f.x for f in found]
+        if any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in model.modules()):
+            outputs = [model(s) for s in stacks]
+        else:
+            outputs = list(model(torch.cat(stacks)).split(len(x))) if len(stacks) > 1 else [model(stacks[0])]
+        clean_logits = outputs.pop(0) if needs_clean else None
+        loss = x.new_zeros(())
+        log = {}
+        if self.clean:
+            loss = loss + self.clean * F.cross_entropy(clean_logits, y)
+        if self.distil:
+            with torch.no_grad():
+                reference = teacher(x)
+            loss = loss + self.distil * kl(clean_logits, reference).mean()
+        for number, (term, f, logits) in enumerate(zip(self.terms, found, outputs, strict=True)):
+            values = kl(logits, clean_logits) if term.outer == "kl" else ce(logits, y)
+            values = values if f.weights is None else values * f.weights
+            if term.weight:
+                loss = loss + term.weight * values.mean()
+            log |= {f"{number}.{key}": v.detach().double() for key, v in f.log.items()}
+            moved = pixel_norm(f.x - x, term.threat.r).double()
+            log[f"{number}.moved^p"] = moved.pow(1.0 if term.threat.pointwise else term.threat.p).sum()
+        log["correct"] = (
+            (clean_logits if needs_clean else outputs[0]).argmax(1).eq(y).sum().double()
+        )  # of the clean images where they were seen
+        log["loss"] = loss.detach().double() * len(x)
+        return loss, log
+
+
+def plain(distil: float = 0.0) -> Objective:
+    """Cross-entropy on clean images."""
+    return Objective("plain", distil=distil)
+
+
+def at(delta: float | str, r: float = float("inf"), **settings) -> Objective:
+    """PGD adversarial training: CE on PGD examples, uniform random start. Settings: those of `Term`."""
+    settings = {"weight": 1.0, "outer": "ce", "inner": "ce", "start": "random", **settings}
+    return Objective("at", (Term(Threat(delta, float("inf"), r), **settings),), clean=0.0)
+
+
+def trades(
+    delta: float | str, r: float = float("inf"), beta: float = 6.0, distil: float = 0.0, **settings
+) -> Objective:
+    """Pointwise TRADES: `w_trades` with p = inf."""
+    return Objective("trades", (Term(Threat(delta, float("inf"), r), beta, **settings),), distil=distil)
+
+
+def w_trades(threat: Threat, beta: float = 6.0, distil: float = 0.0, **settings) -> Objective:
+    """TRADES with Wasserstein budgets. Settings: those of `Term`."""
+    return Objective("w-trades", (Term(threat, beta, **settings),), distil=distil)
+
+
+def combined(
+    threat: Threat, delta: float | str, beta: float = 6.0, beta_pointwise: float = 6.0, **settings
+) -> Objective:
+    """W-TRADES plus pointwise TRADES of radius delta in the same pixel norm."""
+    pointwise = Term(Threat(delta, float("inf"), threat.r), beta_pointwise, **settings)
+    return Objective("combined", (Term(threat, beta, **settings), pointwise))
+
+
+def water_level(threat: Threat, beta: float = 4.0, distil: float = 0.0, **settings) -> Objective:
+    """Water-level margin training. Settings: those of `WaterLevel`."""
+    return Objective("water-level", (WaterLevel(threat, beta, **settings),), distil=distil)
