@@ -126,7 +126,7 @@ def finetune(
     checkpoint: str | Path | None = None,
     checkpoint_every: int | None = None,
     progress: bool = True,
-    on_step: Callable[[int], None] | None = None,
+    on_step: Callable[[int, nn.Module, list[Tracker | None]], None] | None = None,
 ) -> Finetuned:
     """Fine-tune a copy of the network; the one passed, and torch's global seed, are left as found.
 
@@ -136,7 +136,7 @@ def finetune(
             W-PGD accuracy (10 steps) per epoch; the final weights are returned, never the best ones.
         checkpoint: file to resume from and write to, after every epoch and, if given, every `checkpoint_every` steps.
             Written atomically; one of another recipe, network or data is refused, naming what differs.
-        on_step: called with the number of steps done after each (tests kill runs there).
+        on_step: called after each step with the number of steps done, the network and the trackers, to look at only.
 
     History rows: epoch, lr, loss, train accuracy, tracked scalars, realised delta (mean eps^p)^(1/p), cap rate, idle
     rate (zero budgets), mean gradient norm and its ratio to the first epoch's (a masking alarm), validation.
@@ -212,7 +212,7 @@ def finetune(
                 elif checkpoint_every and done % checkpoint_every == 0:
                     save()
                 if on_step:
-                    on_step(done)
+                    on_step(done, network, trackers)
     for own, found in zip(network.parameters(), model.parameters(), strict=True):
         own.requires_grad_(found.requires_grad)
         own.grad = None

@@ -83,6 +83,12 @@ class Term:
         """Name of the tracked scalar this term needs, or None."""
         return None if self.threat.pointwise else "upsilon"
 
+    @property
+    def cost(self) -> dict[str, int]:
+        """Passes per image and step of the inner attack: input gradients, and forwards alone."""
+        alone = self.threat.pointwise and self.inner == "kl"
+        return {"gradients": self.steps + (not self.threat.pointwise), "forwards": int(alone)}
+
     def perturb(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor, tracker: Tracker | None) -> Perturbed:
         """Adversarial images for a batch; call inside `frozen(model)`."""
         logits = None
@@ -137,6 +143,11 @@ class WaterLevel:
     outer: str = "ce"
     tracked: str = field(default="distance", init=False)
 
+    @property
+    def cost(self) -> dict[str, int]:
+        """Passes per image and step of the inner search: input gradients, and the forward that re-checks the result."""
+        return {"gradients": self.steps, "forwards": 1}
+
     def perturb(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor, tracker: Tracker | None) -> Perturbed:
         """Nearest flipping points of a batch; call inside `frozen(model)`."""
         threat = self.threat
@@ -169,6 +180,21 @@ class Objective:
     clean: float = 1.0
     distil: float = 0.0
 
+    @property
+    def needs_clean(self) -> bool:
+        """Whether the outer forward includes the clean images."""
+        return self.clean > 0 or self.distil > 0 or any(t.outer == "kl" for t in self.terms)
+
+    @property
+    def cost(self) -> dict[str, int]:
+        """Passes per image and step: input gradients, forwards alone, and full passes (with parameter gradients)."""
+        inner = [t.cost for t in self.terms]
+        return {
+            "gradients": sum(c["gradients"] for c in inner),
+            "forwards": sum(c["forwards"] for c in inner) + (self.distil > 0),
+            "full": len(self.terms) + self.needs_clean,
+        }
+
     def __call__(
         self,
         model: nn.Module,
@@ -187,13 +213,12 @@ class Objective:
         with frozen(model):
             found = [t.perturb(model, x, y, index, k) for t, k in zip(self.terms, trackers, strict=True)]
         (train_mode or model.train)()
-        needs_clean = self.clean > 0 or self.distil > 0 or any(t.outer == "kl" for t in self.terms)
-        stacks = ([x] if needs_clean else []) + [f.x for f in found]
+        stacks = ([x] if self.needs_clean else []) + [f.x for f in found]
         if any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in model.modules()):
             outputs = [model(s) for s in stacks]
         else:
             outputs = list(model(torch.cat(stacks)).split(len(x))) if len(stacks) > 1 else [model(stacks[0])]
-        clean_logits = outputs.pop(0) if needs_clean else None
+        clean_logits = outputs.pop(0) if self.needs_clean else None
         loss = x.new_zeros(())
         log = {}
         if self.clean:
@@ -211,7 +236,7 @@ class Objective:
             moved = pixel_norm(f.x - x, term.threat.r).double()
             log[f"{number}.moved^p"] = moved.pow(1.0 if term.threat.pointwise else term.threat.p).sum()
         log["correct"] = (
-            (clean_logits if needs_clean else outputs[0]).argmax(1).eq(y).sum().double()
+            (clean_logits if self.needs_clean else outputs[0]).argmax(1).eq(y).sum().double()
         )  # of the clean images where they were seen
         log["loss"] = loss.detach().double() * len(x)
         return loss, log
@@ -251,3 +276,29 @@ def combined(
 def water_level(threat: Threat, beta: float = 4.0, distil: float = 0.0, **settings) -> Objective:
     """Water-level margin training. Settings: those of `WaterLevel`."""
     return Objective("water-level", (WaterLevel(threat, beta, **settings),), distil=distil)
+
+
+def make_objective(settings: dict) -> Objective:
+    """An objective from plain values, as notebooks and the command line give them.
+
+    {"kind": "plain" | "at" | "trades" | "w-trades" | "combined" | "water-level", "delta": "8/255", "p": 2, "r": "inf",
+    and any further setting of that objective}. ValueError names what is unknown or missing.
+    """
+    makers = {"plain": plain, "at": at, "trades": trades, "w-trades": w_trades, "combined": combined,
+              "water-level": water_level}  # fmt: skip
+    rest = dict(settings)
+    kind = rest.pop("kind", None)
+    if kind not in makers:
+        raise ValueError(f"unknown objective {kind!r}; known: {', '.join(makers)}")
+    if kind in ("w-trades", "combined", "water-level"):
+        if "delta" not in rest:
+            raise ValueError(f"objective {kind!r} needs delta")
+        rest["threat"] = Threat(rest.pop("delta"), rest.pop("p", 2), rest.pop("r", "inf"))
+        if kind == "combined":
+            rest["delta"] = rest.pop("pointwise_delta", rest["threat"].written)
+    elif "r" in rest:
+        rest["r"] = Threat(1, r=rest["r"]).r
+    try:
+        return makers[kind](**rest)
+    except TypeError as error:
+        raise ValueError(f"objective {kind!r}: {error}") from None

@@ -38,18 +38,33 @@ class Sensitivity:
     total: int
 
 
+def feasible(gradient: Tensor, x: Tensor) -> Tensor:
+    """The gradient without the components whose ascent would leave [0, 1]: its projection on the box's tangent cone."""
+    return torch.where(((x <= 0) & (gradient < 0)) | ((x >= 1) & (gradient > 0)), 0, gradient)
+
+
 def dual_norms(
-    model: nn.Module, x: Tensor, y: Tensor, threat: Threat, loss: str | Loss = "redlr", batch_size: int = 256
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: Threat,
+    loss: str | Loss = "redlr",
+    batch_size: int = 256,
+    box: bool = False,
 ) -> Tensor:
-    """||grad_x J||_s of every image at the images given: (N, C, H, W), (N,) -> (N,), streamed in batches."""
+    """||grad_x J||_s of every image at the images given: (N, C, H, W), (N,) -> (N,), streamed in batches.
+
+    box=True drops components that point out of [0, 1]: with them upsilon is the slope of V in R^n, without them the
+    slope of V for images that must stay images. Where many pixels are exactly 0 or 1 the two differ much.
+    """
     loss, device = get_loss(loss), device_of(model)
+    norms = []
     with frozen(model):
-        return torch.cat(
-            [
-                threat.dual_norm(input_gradient(model, a.to(device), b.to(device), loss)[0]).float()
-                for a, b in zip(x.split(batch_size), y.split(batch_size), strict=True)
-            ]
-        )
+        for a, b in zip(x.split(batch_size), y.split(batch_size), strict=True):
+            a, b = a.to(device), b.to(device)
+            gradient, _, _ = input_gradient(model, a, b, loss)
+            norms.append(threat.dual_norm(feasible(gradient, a) if box else gradient).float())
+    return torch.cat(norms)
 
 
 def estimate(norms: Tensor, q: float, total: int | None = None) -> Sensitivity:

@@ -1,0 +1,303 @@
+"""The experiments of the notebooks: networks and data in, a dict of plain numbers out, ready for a record.
+
+One function a question; the notebooks hold the knobs, `wdat.plots` and `wdat.tables` draw what comes out.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from wdat.attacks import pgd, w_fgsm, w_pgd, w_pgd_budget
+from wdat.data import Data
+from wdat.evaluate import clean_pass, evaluate
+from wdat.finetune import Recipe, finetune, step_seed
+from wdat.models import load_model, save_model
+from wdat.networks import Normalised, build
+from wdat.objectives import make_objective
+from wdat.sensitivity import dual_norms, estimate
+from wdat.threat import Threat
+from wdat.trackers import Rule
+
+
+def load_networks(sources: Sequence[str], device: torch.device, **where) -> dict[str, nn.Module]:
+    """Networks by name from cards (`NAME.yaml`) or RobustBench names; `where` as in `wdat.models.load_model`."""
+    return {Path(s).stem if s.endswith(".yaml") else s: load_model(s, device=device, **where) for s in sources}
+
+
+def pretrain(
+    train: Data,
+    folder: Path,
+    recipes: dict[str, dict],
+    architecture: str,
+    arguments: dict,
+    device: torch.device,
+    seed: int = 0,
+    progress: bool = True,
+) -> dict:
+    """Train networks from scratch, one per recipe, and save each with its card under folder/NAME.yaml.
+
+    A recipe is `Recipe` as plain values: {"objective": {...}, "epochs": ..., "lr": ..., ...}; "from": NAME starts at
+    the network of an earlier recipe instead of a fresh one. Each resumes from its own checkpoint.
+    """
+    rows, made = [], {}
+    mean = train.x.mean((0, 2, 3)).tolist()
+    std = train.x.std((0, 2, 3)).tolist()
+    for number, (name, settings) in enumerate(recipes.items()):
+        settings = dict(settings)
+        start = settings.pop("from", None)
+        if start is None:
+            with torch.random.fork_rng():
+                torch.manual_seed(step_seed(seed, -1000 - number))
+                network = Normalised(mean, std, build(architecture, **arguments)).to(device)
+        else:
+            network = made[start]
+        recipe = make_recipe(settings, seed)
+        done = finetune(network, train, recipe, checkpoint=folder / f"{name}.checkpoint", progress=progress)
+        made[name] = done.model
+        training = f"{recipe.objective.name}, {recipe.epochs} epochs, {recipe.schedule}" + (
+            f", from {start}" if start else ""
+        )
+        save_model(
+            done.model, folder / f"{name}.yaml", name=name, architecture=architecture, arguments=arguments, mean=mean,
+            std=std, source="trained by this repository", licence="MIT", training=training,
+        )  # fmt: skip
+        rows.append({"name": name, "training": training, "history": done.history})
+    return {"networks": rows}
+
+
+def make_recipe(settings: dict, seed: int) -> Recipe:
+    """A `Recipe` from plain values: "objective" as for `make_objective`, "upsilon" as for `Rule`."""
+    settings = dict(settings)
+    objective = make_objective(settings.pop("objective"))
+    rule = Rule(**settings.pop("upsilon", {}))
+    try:
+        return Recipe(objective, upsilon=rule, seed=seed, **settings)
+    except TypeError as error:
+        raise ValueError(f"recipe {settings}: {error}") from None
+
+
+def attack_theory(
+    model: nn.Module, data: Data, *, r: float, orders: Sequence[float], losses: Sequence[str], deltas: Sequence[str],
+    steps: int, shown: int = 8, batch_size: int = 128,
+) -> dict:  # fmt: skip
+    """First-order theory against measurement: V(delta) by W-FGSM and W-PGD beside V(0) + delta upsilon.
+
+    "theory": for each loss and order, upsilon, the same for directions that stay in the box, V(0) and the two
+    attacks' losses and accuracies. "images": clean and attacked images with their budgets, at the middle delta and
+    p = 2. "pointwise": largest pixel difference between W-FGSM and FGSM, W-PGD and PGD, at p = inf (0 expected).
+    """
+    clean = clean_pass(model, data, losses, batch_size)
+    rows = []
+    for loss in losses:
+        for p in orders:
+            threat = Threat(deltas[0], p, r)
+            norms = clean[f"norms.{loss}.{threat.s:g}"]
+            inside = dual_norms(model, data.x, data.y, threat, loss, batch_size, box=True).cpu()
+            row = {
+                "loss": loss, "p": p, "v0": float(clean[f"values.{loss}"].double().mean()),
+                "upsilon": float(threat.upsilon(norms)), "upsilon_box": float(threat.upsilon(inside)), "points": [],
+            }  # fmt: skip
+            for delta in tqdm(deltas, desc=f"{loss}, p={p:g}", leave=False):
+                one = w_fgsm(model, data.x, data.y, threat.at(delta), loss=loss, keep="last", batch_size=batch_size)
+                many = w_pgd(model, data.x, data.y, threat.at(delta), loss=loss, steps=steps, batch_size=batch_size)
+                most = many if loss == "redlr" else w_pgd(
+                    model, data.x, data.y, threat.at(delta), loss=loss, steps=steps, keep="loss", batch_size=batch_size
+                )  # fmt: skip
+                row["points"].append({
+                    "delta": threat.at(delta).delta, "written": delta,
+                    "w_fgsm": {"loss": one.loss, "accuracy": one.accuracy, "distance": one.distance},
+                    "w_pgd": {"loss": most.loss, "accuracy": many.accuracy, "distance": many.distance},
+                    "wasted": _wasted(many.norms, clean["correct"], p),
+                })  # fmt: skip
+            rows.append(row)
+
+    middle = Threat(deltas[len(deltas) // 2], 2, r)
+    found = w_pgd(model, data.x, data.y, middle, steps=steps, batch_size=batch_size)
+    budgets = middle.budgets(clean[f"norms.redlr.{middle.s:g}"])
+    ranked = budgets.argsort()[torch.linspace(0, len(budgets) - 1, shown).long()]
+    images = [
+        {
+            "label": data.classes[int(data.y[i])], "predicted": data.classes[int(found.logits[i].argmax())],
+            "clean": _pixels(data.x[i]), "attacked": _pixels(found.x[i]), "budget": float(budgets[i]),
+            "moved": float(found.norms[i]), "was_correct": bool(clean["correct"][i]),
+        }
+        for i in ranked
+    ]  # fmt: skip
+    pointwise = Threat(middle.delta, float("inf"), r)
+    settings = dict(loss="ce", batch_size=batch_size)
+    one_w = w_fgsm(model, data.x, data.y, pointwise, keep="last", **settings)
+    one = pgd(model, data.x, data.y, middle.delta, r, steps=1, step_ratio=1.0, keep="last", **settings)
+    many_w = w_pgd_budget(model, data.x, data.y, pointwise, steps=steps, keep="last", **settings)
+    many = pgd(model, data.x, data.y, middle.delta, r, steps=steps, keep="last", **settings)
+    return {
+        "n": len(data), "r": r, "theory": rows, "images": images, "images_threat": str(middle),
+        "accuracy": float(clean["correct"].double().mean()),
+        "pointwise": {
+            "w_fgsm_minus_fgsm": float((one_w.x - one.x).abs().max()),
+            "w_pgd_minus_pgd": float((many_w.x - many.x).abs().max()),
+        },
+    }  # fmt: skip
+
+
+def _wasted(norms: Tensor, correct: Tensor, p: float) -> float:
+    """Share of the W_p budget spent on images that were misclassified before the attack."""
+    paid = norms.double().cpu().pow(1 if p == float("inf") else p)
+    return float(paid[~correct].sum() / paid.sum().clamp_min(1e-300))
+
+
+def _pixels(x: Tensor) -> list:
+    """An image as nested lists of 8-bit numbers, (H, W, C)."""
+    return (x.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().tolist()
+
+
+def sensitivity(
+    models: dict[str, nn.Module], data: Data, *, r: float, orders: Sequence[float], losses: Sequence[str],
+    sizes: Sequence[int], repeats: int = 200, seed: int = 0, batch_size: int = 128,
+) -> dict:  # fmt: skip
+    """Upsilon across networks, losses and orders, and the error of estimating it from a random subset.
+
+    "subset": for each network and size, the spread of `repeats` random subsets' upsilon (ReDLR, p = 2) around the
+    full pass, relative to it, beside the mean standard error the estimator itself claims.
+    """
+    rows, subset = [], []
+    generator = torch.Generator().manual_seed(seed)
+    for name, model in tqdm(models.items(), desc="networks"):
+        clean = clean_pass(model, data, losses, batch_size)
+        for loss in losses:
+            for p in orders:
+                threat = Threat(1, p, r)
+                value = float(threat.upsilon(clean[f"norms.{loss}.{threat.s:g}"]))
+                rows.append({"network": name, "loss": loss, "p": p, "upsilon": value})
+        threat = Threat(1, 2, r)
+        norms = clean[f"norms.redlr.{threat.s:g}"]
+        full = float(threat.upsilon(norms))
+        for size in [s for s in sizes if s < len(norms)]:
+            drawn = [
+                estimate(norms[torch.randperm(len(norms), generator=generator)[:size]], threat.q, len(norms))
+                for _ in range(repeats)
+            ]
+            values = torch.tensor([d.value for d in drawn], dtype=torch.float64)
+            subset.append({
+                "network": name, "size": size, "repeats": repeats,
+                "error": float((values / full - 1).square().mean().sqrt()),
+                "bias": float(values.mean() / full - 1), "claimed": sum(d.error for d in drawn) / repeats / full,
+            })  # fmt: skip
+    return {"n": len(data), "r": r, "upsilon": rows, "subset": subset}
+
+
+def upsilon_rules(
+    model: nn.Module, train: Data, *, recipe: dict, rules: dict[str, dict], every: int, seed: int = 0,
+    batch_size: int = 256, progress: bool = True,
+) -> dict:  # fmt: skip
+    """How far each rule's upsilon is from the full pass while the network is fine-tuned with that rule.
+
+    Every `every` steps the true upsilon (full pass on the training set) is measured beside the tracked one. "passes"
+    counts the extra input-gradient passes over the training set that a rule costs; "rms" is the relative error.
+    """
+    rows = []
+    for name, rule in rules.items():
+        settings = make_recipe({**recipe, "upsilon": rule}, seed)
+        (term,) = settings.objective.terms
+        trace = []
+
+        def watch(step: int, network: nn.Module, trackers: list, term=term, trace=trace) -> None:
+            if step % every == 0:
+                norms = torch.cat([
+                    dual_norms(network, *train.batch(i), term.threat, term.budget_loss, batch_size)
+                    for i in torch.arange(len(train)).split(4096)
+                ])  # fmt: skip
+                trace.append(
+                    {"step": step, "true": float(term.threat.upsilon(norms)), "tracked": float(trackers[0].value)}
+                )
+
+        found = finetune(model, train, settings, on_step=watch, progress=progress)
+        errors = torch.tensor([t["tracked"] / t["true"] - 1 for t in trace], dtype=torch.float64)
+        steps_per_epoch = -(-len(train) // settings.batch_size)
+        due = sum(settings.upsilon.due(s, steps_per_epoch) for s in range(settings.epochs * steps_per_epoch))
+        rows.append({
+            "rule": name, "settings": rule, "trace": trace, "rms": float(errors.square().mean().sqrt()),
+            "passes": due * (settings.upsilon.subset or len(train)) / len(train), "history": found.history,
+        })  # fmt: skip
+    return {"n": len(train), "steps_per_epoch": steps_per_epoch, "rules": rows}
+
+
+def summarise(
+    model: nn.Module, data: Data, threats: Sequence[Threat], *, steps: int, search: dict, pointwise: Sequence[str],
+    autoattack: str | None, batch_size: int,
+) -> dict:  # fmt: skip
+    """The columns of the five-model table for one network: clean, pointwise, W-PGD, exact, worst class, upsilon."""
+    r = threats[0].r
+    balls = [Threat(d, float("inf"), r) for d in pointwise]
+    found = evaluate(
+        model, data, [*threats, *balls], losses=("redlr",), steps=steps, search=search, batch_size=batch_size,
+        use_autoattack=autoattack is not None, autoattack_version=autoattack or "standard", progress=False,
+    )  # fmt: skip
+    clean = found["clean"]
+    # Under p = inf the attack climbing CE is the field's PGD; the exact allocation at p = inf is the best of all found.
+    exact = {
+        row["threat"]["written"]: row for row in found["exact"][0]["threats"] if row["threat"]["p"] != float("inf")
+    }
+    near = {row["threat"]["written"]: row for row in found["exact"][0]["threats"] if row["threat"]["p"] == float("inf")}
+    return {
+        "clean": clean["accuracy"],
+        "w_pgd": {a["threat"]["written"]: a["accuracy"] for a in found["attacks"] if a["attack"] == "w-pgd"},
+        "exact": {k: row["accuracy"] for k, row in exact.items()},
+        "water_level": {k: row["water_level"] for k, row in exact.items()},
+        "pgd": {a["threat"]["written"]: a["accuracy"] for a in found["attacks"] if a["attack"] == "pgd"},
+        "pointwise": {k: row["accuracy"] for k, row in near.items()},
+        "autoattack": {a["threat"]["written"]: a["accuracy"] for a in found.get("autoattack", [])},
+        "worst_class": min(exact[threats[0].written]["per_class"].values()),
+        "upsilon": found["sensitivity"][0]["value"],
+    }
+
+
+def finetuning(
+    models: dict[str, nn.Module], train: Data, test: Data, *, base: dict, variants: Sequence[dict],
+    seeds: Sequence[int], threats: Sequence[Threat], work: Path, validation: float = 0.1,
+    measure: dict | None = None, progress: bool = True,
+) -> dict:  # fmt: skip
+    """Fine-tune every network by every variant and seed; the same measurements before and after.
+
+    A variant is {"name": ..., and whatever of the recipe `base` it changes}. Validation images are cut from the
+    training data and only reported. Rows are in running order; every run resumes from its checkpoint in `work`.
+    """
+    measure = {"steps": 50, "search": {}, "pointwise": (), "autoattack": None, "batch_size": 256, **(measure or {})}
+    rest, held = train.split_off(validation, seed=0)
+    rows = []
+    with tqdm(total=len(models) * (1 + len(variants) * len(seeds)), desc="runs", disable=not progress) as bar:
+        for network, model in models.items():
+            rows.append({"network": network, "variant": "before", "seed": None, "before": True,
+                         "after": summarise(model, test, threats, **measure)})  # fmt: skip
+            bar.update()
+            for variant in variants:
+                settings = {**base, **{k: v for k, v in variant.items() if k != "name"}}
+                for seed in seeds:
+                    recipe = make_recipe(settings, seed)
+                    name = f"{network}.{variant['name']}.{seed}".replace("/", "_")
+                    bar.set_postfix_str(name)
+                    done = finetune(model, rest, recipe, validation=held, checkpoint=work / f"{name}.checkpoint",
+                                    progress=False)  # fmt: skip
+                    rows.append({
+                        "network": network, "variant": variant["name"], "seed": seed, "before": False,
+                        "recipe": settings, "cost": recipe.objective.cost, "epochs": recipe.epochs,
+                        "history": done.history, "after": summarise(done.model, test, threats, **measure),
+                    })  # fmt: skip
+                    bar.update()
+    return {"n_train": len(rest), "n_validation": len(held), "n_test": len(test), "runs": rows,
+            "threats": [{"p": t.p, "r": t.r, "delta": t.delta, "written": t.written} for t in threats]}  # fmt: skip
+
+
+def across_networks(
+    models: dict[str, nn.Module], data: Data, threats: Sequence[Threat], work: Path, **settings
+) -> dict:
+    """`wdat.evaluate.evaluate` for each network; one result per network, resumable through state files in `work`."""
+    return {
+        "n": len(data),
+        "networks": [
+            {"network": name, **evaluate(model, data, threats, state=work / f"{name}.state", **settings)}
+            for name, model in models.items()
+        ],
+    }
