@@ -33,7 +33,8 @@ def check_labels(y: Tensor, n: int, classes: int | None = None) -> None:
         raise ValueError(f"{len(y)} labels for {n} images")
     low, high = int(y.min()), int(y.max())
     if low < 0 or (classes is not None and high >= classes):
-        raise ValueError(f"labels lie in {low}..{high}, but the model has {classes} outputs: 0..{(classes or 0) - 1}")
+        allowed = "class indices start at 0" if classes is None else f"{classes} classes are 0..{classes - 1}"
+        raise ValueError(f"labels lie in {low}..{high}, but {allowed}")
 
 
 def check_logits(logits: Tensor, n: int | None = None) -> None:

@@ -34,11 +34,11 @@ def dlr(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def redlr(logits: Tensor, labels: Tensor) -> Tensor:
-    """Rectified DLR, min(DLR, 0): zero value and gradient on images that are already misclassified.
+    """Rectified DLR, min(DLR, 0): zero value and gradient on images that are already misclassified (or tied).
 
     Hence those get no budget for p < inf, and the adversary wastes nothing on them.
     """
-    return dlr(logits, labels).clamp_max(0)
+    return -F.relu(-dlr(logits, labels))  # at a tie relu has gradient 0; clamp would let 1 / 1e-12 through
 
 
 def negative_margin(logits: Tensor, labels: Tensor) -> Tensor:
@@ -63,5 +63,7 @@ def get_loss(loss: str | Loss) -> Loss:
     if callable(loss):
         return loss
     if loss not in LOSSES:
-        raise ValueError(f"unknown loss {loss!r}; known: {', '.join(LOSSES)}, or pass a function (logits, targets) -> (N,)")
+        raise ValueError(
+            f"unknown loss {loss!r}; known: {', '.join(LOSSES)}, or pass a function (logits, targets) -> (N,)"
+        )
     return LOSSES[loss]

@@ -131,13 +131,17 @@ class Threat:
 
     def dual_norm(self, gradient: Tensor) -> Tensor:
         """||g||_s of each gradient, (N, ...) -> (N,)."""
-        return pixel_norm(gradient, self.s)
+        if self.s == 1:
+            return pixel_norm(gradient, 1)
+        # in float64: a saturated loss has gradients whose squares underflow in float32
+        norms = torch.linalg.vector_norm(gradient.flatten(1), 2, 1, dtype=torch.float64)
+        return norms.to(torch.promote_types(gradient.dtype, torch.float32))
 
     def direction(self, gradient: Tensor) -> Tensor:
         """h(g) with <h, g> = ||g||_s and ||h||_r = 1; 0 where g = 0."""
         if math.isinf(self.r):
             return gradient.sign()
-        norms = per_image(pixel_norm(gradient, 2), gradient)
+        norms = per_image(self.dual_norm(gradient), gradient)
         return torch.where(norms > 0, gradient / norms, 0)
 
     def upsilon(self, dual_norms: Tensor) -> Tensor:
@@ -191,7 +195,7 @@ def wasserstein_distance(x: Tensor, y: Tensor, other: Tensor, other_y: Tensor, p
     costs = []
     for label in y.unique():
         a, b = x[y == label].flatten(1).double(), other[other_y == label].flatten(1).double()
-        cost = torch.cdist(a, b, p=r).numpy()
+        cost = torch.cdist(a, b, p=r, compute_mode="donot_use_mm_for_euclid_dist").cpu().numpy()
         if math.isfinite(p):
             rows, columns = linear_sum_assignment(cost**p)
             costs.append(torch.from_numpy(cost[rows, columns]))

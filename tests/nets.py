@@ -1,0 +1,111 @@
+"""Tiny seeded networks, images and a counter of passes, shared by the tests of the mathematical core."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from hypothesis import settings
+from torch import Tensor, nn
+
+from wdat.threat import Threat
+
+quick = settings(deadline=None, max_examples=25, derandomize=True)
+ORDERS = (1.2, 1.5, 2.0, 3.0, 10.0, float("inf"))
+NORMS = (2.0, float("inf"))
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def built(function: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
+    """A network drawn from a seed, torch's global generator left alone."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        return function()
+
+
+def linear(classes: int = 4, shape: tuple[int, ...] = (2, 3, 3), seed: int = 0) -> nn.Module:
+    size = torch.Size(shape).numel()
+    return built(lambda: nn.Sequential(nn.Flatten(), nn.Linear(size, classes)), seed)
+
+
+def smooth(classes: int = 4, shape: tuple[int, ...] = (2, 3, 3), seed: int = 0) -> nn.Module:
+    """An infinitely differentiable network with gradients of every size."""
+    size = torch.Size(shape).numel()
+    return built(
+        lambda: nn.Sequential(
+            nn.Flatten(), nn.Linear(size, 12), nn.Tanh(), nn.Linear(12, 12), nn.Softplus(), nn.Linear(12, classes)
+        ),
+        seed,
+    )
+
+
+def relu(classes: int = 4, channels: int = 2, seed: int = 0) -> nn.Module:
+    return built(
+        lambda: nn.Sequential(
+            nn.Conv2d(channels, 6, 3, 1, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(24, classes)
+        ),
+        seed,
+    )
+
+
+def batch_norm(classes: int = 4, channels: int = 2, seed: int = 0) -> nn.Module:
+    """Batch norm and dropout: whatever depends on modes, buffers or the generator shows here."""
+    return built(
+        lambda: nn.Sequential(
+            nn.Conv2d(channels, 6, 3, 1, 1), nn.BatchNorm2d(6), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
+            nn.Dropout(0.3), nn.Linear(24, classes),
+        ),
+        seed,
+    )  # fmt: skip
+
+
+def images(n: int, shape: tuple[int, ...] = (2, 3, 3), seed: int = 0, low: float = 0.0, high: float = 1.0) -> Tensor:
+    return low + (high - low) * torch.rand(n, *shape, generator=generator(seed))
+
+
+def labels(model: nn.Module, x: Tensor, wrong: int = 5) -> Tensor:
+    """The model's own predictions, every `wrong`-th one changed (0: none)."""
+    training = model.training
+    with torch.no_grad():
+        y = model.eval()(x).argmax(1)
+        classes = model(x[:1]).shape[1]
+    model.train(training)
+    if wrong:
+        y[::wrong] = (y[::wrong] + 1) % classes
+    return y
+
+
+def norms_of(seed: int, n: int) -> Tensor:
+    """Dual norms over several orders of magnitude, some of them zero, never all; float64."""
+    g = generator(seed)
+    values = torch.randn(n, generator=g, dtype=torch.float64).mul(2).exp()
+    values[torch.rand(n, generator=g) < 0.2] = 0
+    values[0] = 1.0
+    return values
+
+
+def exact(threat: Threat, relative: float = 1e-6) -> float:
+    """Largest distance of float32 images that a ball of radius delta may hold: images near 1 round by 6e-8."""
+    return threat.delta * (1 + relative) + 1.2e-7
+
+
+@contextmanager
+def counting(model: nn.Module) -> Iterator[dict[str, int]]:
+    """Counts images that pass through the model: forward with and without grad mode, and backward to the input."""
+    counts = {"grad": 0, "no_grad": 0, "backward": 0}
+
+    def before(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        counts["grad" if torch.is_grad_enabled() else "no_grad"] += len(args[0])
+
+    def after(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(lambda gradient: counts.__setitem__("backward", counts["backward"] + len(gradient)))
+
+    handles = [model.register_forward_pre_hook(before), model.register_forward_hook(after)]
+    try:
+        yield counts
+    finally:
+        for handle in handles:
+            handle.remove()
