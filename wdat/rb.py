@@ -126,13 +126,26 @@ def architecture(name: str, dataset: str, threat: str) -> nn.Module:
     if make is None:
         raise ValueError(f"{name} is a timm model: build it with timm.create_model and pass it")
     with _quiet():
-        return make()
+        return _modernise(make())
 
 
 def load(name: str, root: str | Path, dataset: str, threat: str) -> nn.Module:
     """RobustBench's own loader; the weight files must exist (see `weight_files`), or it would try the network."""
     with _quiet():
-        return zoo().utils.load_model(name, root, dataset, threat)
+        return _modernise(zoo().utils.load_model(name, root, dataset, threat))
+
+
+def _modernise(model: nn.Module) -> nn.Module:
+    """Put torch's SiLU in place of RobustBench's own Swish.
+
+    The same function without weights, to 1e-6; the backward pass of Swish uses a deprecated call, which warns at every
+    gradient and ends with some later torch.
+    """
+    for module in list(model.modules()):
+        for name, child in module._modules.items():
+            if type(child).__name__ == "Swish" and type(child).__module__.startswith("robustbench."):
+                setattr(module, name, nn.SiLU())
+    return model
 
 
 def autoattack(
