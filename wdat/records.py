@@ -9,6 +9,7 @@ asked for.
 import contextlib
 import dataclasses
 import functools
+import io
 import json
 import math
 import os
@@ -64,6 +65,15 @@ def write_file(path: str | Path, content: bytes | str) -> Path:
         reason = error.strerror or error
         raise OSError(f"cannot write {path}: {reason}; free some space or name a folder you may write to") from error
     return path
+
+
+def write_tensors(path: str | Path, state: dict) -> Path:
+    """`torch.save` to a file, all or nothing; for states that `torch.load(weights_only=True)` reads back."""
+    import torch
+
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return write_file(path, buffer.getvalue())
 
 
 def plain(value: Any, where: str = "value", infinite: bool = False) -> Any:
@@ -203,9 +213,7 @@ def device_line(name: "str | torch.device" = "auto") -> str:
     if device.type == "cuda":
         return f"device: {device} ({_device_name(device)}, CUDA {torch.version.cuda})"
     why = _why_cpu()
-    threads = torch.get_num_threads()
-    reason = f"no CUDA: {why}" if why else "as asked"
-    return f"device: {device} ({reason}), {threads} thread{'s' * (threads != 1)}"
+    return f"device: {device} ({f'no CUDA: {why}' if why else 'as asked'})"
 
 
 @functools.cache
