@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from wdat.checks import check_images, check_labels, check_logits, device_of, frozen
+from wdat.checks import check_images, check_labels, check_logits, checking, device_of, frozen
 from wdat.losses import Loss, get_loss, kl, margin
 from wdat.sensitivity import dual_norms, input_gradient
 from wdat.threat import Threat, per_image, pixel_norm, project
@@ -171,15 +171,14 @@ def projected_gradient(
 
     x = torch.cat(best)
     norms = threat.norm(x - torch.cat(clean))
-    logits = best_logits if best_logits is not None else x.new_empty(0, 0)
+    distance = float(threat.distance(norms))
     if keep == "unjudged":
-        values, correct = x.new_empty(0), torch.empty(0, dtype=torch.bool)
-    else:
-        targets = torch.cat([t for _, t in batches]).to(device)
-        values, correct = loss(logits, targets), margin(logits, labels) > 0
-    rows = torch.stack(history) if history else torch.empty(0, 2)
-    rows = torch.stack([1 - rows[:, 0], rows[:, 1]], 1)
-    return Adversarial(x, logits, values, correct, norms, float(threat.distance(norms)), rows)
+        nothing = x.new_empty(0)
+        return Adversarial(x, nothing.view(0, 0), nothing, nothing.bool(), norms, distance, nothing.view(0, 2))
+    targets = torch.cat([t for _, t in batches]).to(device)
+    values, correct = loss(best_logits, targets), margin(best_logits, labels) > 0
+    wrong, mean_loss = torch.stack(history).unbind(1)
+    return Adversarial(x, best_logits, values, correct, norms, distance, torch.stack([1 - wrong, mean_loss], 1))
 
 
 def attack(
@@ -236,16 +235,14 @@ def attack(
     with frozen(model), torch.no_grad(), tqdm(
         total=len(x) * (steps + 1), desc=str(threat), unit="img", disable=not progress
     ) as bar:  # fmt: skip
-        check_logits(first := model(x[:batch_size].to(device)), len(x[:batch_size]))
-        check_labels(y, len(x), first.shape[1])
         targets = y
         if function is kl:
             if start == "clean":
                 raise ValueError('the gradient of "kl" is zero at clean images; use start="random" or another loss')
             targets = torch.cat([model(b.to(device)) for b in x.split(batch_size)])
         batches = list(zip(x.split(batch_size), targets.split(batch_size), strict=True))
-        run = partial(projected_gradient, model, threat=threat, loss=function, steps=steps, step_ratio=step_ratio,
-                      keep=keep, reference=reference, bar=bar)  # fmt: skip
+        run = partial(projected_gradient, model, threat=threat, loss=checking(function, y), steps=steps,
+                      step_ratio=step_ratio, keep=keep, reference=reference, bar=bar)  # fmt: skip
         if radii is None:
             result = run(batches, displacement=displacement, labels=y)
         else:
@@ -270,12 +267,12 @@ def w_pgd_budget(model: nn.Module, x: Tensor, y: Tensor, threat: Threat, **setti
     mini-batches are seen (training). `budget_loss` (default: `loss`) gives the gradients; other settings as `attack`.
     """
     budget_loss = settings.pop("budget_loss", settings.get("loss", "redlr"))
+    if threat.pointwise:  # the budgets are delta, whatever the gradients
+        return attack(model, x, y, threat, **settings)
     if get_loss(budget_loss) is kl:
         raise ValueError(
             'budgets can not come from "kl": its gradient is zero at clean images; set budget_loss="redlr"'
         )
-    check_images(x)
-    check_labels(y, len(x))
     norms = dual_norms(model, x, y, threat, budget_loss, settings.get("batch_size", 128))
     return attack(model, x, y, threat, radii=threat.budgets(norms).to(x.device), **settings)
 

@@ -1,6 +1,7 @@
 """Checks before use, and leaving a model as it was found. Every error says what was seen and what to do."""
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -55,6 +56,20 @@ def check_logits(logits: Tensor, n: int | None = None) -> None:
         raise ValueError("the model returns probabilities (rows sum to 1); remove its final softmax: pass logits")
 
 
+def checking(loss: Callable[[Tensor, Tensor], Tensor], labels: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """The same loss, which checks the first logits it is given, and all labels against their width: no extra pass."""
+    unseen = [True]
+
+    def checked(logits: Tensor, targets: Tensor) -> Tensor:
+        if unseen:
+            check_logits(logits, len(targets))
+            check_labels(labels, len(labels), logits.shape[1])
+            unseen.clear()
+        return loss(logits, targets)
+
+    return checked
+
+
 @torch.no_grad()
 def check_model(model: nn.Module, x: Tensor, y: Tensor) -> int:
     """Check images, labels and the logits of the first few images; returns the number of classes."""
@@ -74,6 +89,14 @@ def device_of(model: nn.Module) -> torch.device:
     tensor = next(model.parameters(), None)
     tensor = next(model.buffers(), None) if tensor is None else tensor
     return torch.device("cpu") if tensor is None else tensor.device
+
+
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 of the names and bytes of all parameters and buffers: what a checkpoint or a result belongs to."""
+    digest = hashlib.sha256()
+    for key, value in model.state_dict().items():
+        digest.update(key.encode() + value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from wdat.checks import device_of, frozen
+from wdat.checks import check_images, check_labels, checking, device_of, frozen
 from wdat.losses import Loss, get_loss
 from wdat.threat import Threat, power_mean
 
@@ -19,11 +19,14 @@ def input_gradient(model: nn.Module, x: Tensor, targets: Tensor, loss: Loss) -> 
 
     The loss is summed, not averaged: row i is then the gradient of image i alone (in eval mode), whatever the batch.
     Call inside `frozen(model)`. Shapes (N, C, H, W), targets as the loss wants -> (N, C, H, W), (N,), (N, m).
+    ValueError if the loss has no gradient at all, as when the model runs under torch.no_grad.
     """
     x = x.detach().requires_grad_(True)
     with torch.enable_grad():
         logits = model(x)
         values = loss(logits, targets)
+        if not values.requires_grad:
+            raise ValueError("the loss has no gradient in the images: the model must not detach them or run in no_grad")
         (gradient,) = torch.autograd.grad(values.sum(), x)
     return gradient, values.detach(), logits.detach()
 
@@ -56,15 +59,21 @@ def dual_norms(
 
     box=True drops components that point out of [0, 1]: with them upsilon is the slope of V in R^n, without them the
     slope of V for images that must stay images. Where many pixels are exactly 0 or 1 the two differ much.
+    ValueError for images, labels or logits that make no sense, and for gradients that are not finite.
     """
-    loss, device = get_loss(loss), device_of(model)
+    check_images(x)
+    check_labels(y, len(x))
+    loss, device = checking(get_loss(loss), y), device_of(model)
     norms = []
     with frozen(model):
         for a, b in zip(x.split(batch_size), y.split(batch_size), strict=True):
             a, b = a.to(device), b.to(device)
             gradient, _, _ = input_gradient(model, a, b, loss)
             norms.append(threat.dual_norm(feasible(gradient, a) if box else gradient).float())
-    return torch.cat(norms)
+    norms = torch.cat(norms)
+    if bad := int((~torch.isfinite(norms)).sum()):
+        raise ValueError(f"gradients of {bad} of {len(norms)} images are NaN or infinite; look at weights and loss")
+    return norms
 
 
 def estimate(norms: Tensor, q: float, total: int | None = None) -> Sensitivity:
@@ -99,7 +108,8 @@ def upsilon(
 
     Only p and r of the threat matter. Non-increasing in p; homogeneous of degree 1 in the loss.
     """
-    total = len(x)
+    check_images(x)
+    check_labels(y, total := len(x))
     if subset is not None and subset < total:
         if subset < 1:
             raise ValueError(f"subset={subset}: the sensitivity needs at least one image")

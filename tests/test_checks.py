@@ -1,0 +1,162 @@
+"""Checks: every bad input has its sentence; whatever is frozen is left as it was found."""
+
+import pytest
+import torch
+from nets import batch_norm, images, labels, linear
+from torch import nn
+
+from wdat.checks import check_images, check_labels, check_logits, check_model, checking, device_of, frozen
+from wdat.losses import ce
+
+GOOD = torch.rand(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+
+
+def changed(value: float) -> torch.Tensor:
+    x = GOOD.clone()
+    x[1, 0, 2, 2] = value
+    return x
+
+
+@pytest.mark.parametrize(
+    ("x", "sentence"),
+    [
+        (GOOD * 255, r"pixels lie in \[.*\]; expected \[0, 1\]: divide by 255"),
+        ((GOOD * 255).byte(), "torch.uint8; expected float32 .*; divide by 255"),
+        ((GOOD - 0.5) / 0.2, "put the normalisation inside the model"),
+        (changed(1.01), r"expected \[0, 1\]"),
+        (changed(-0.01), r"pixels lie in \[-0.01"),
+        (changed(torch.nan), r"1 image\(s\) hold NaN or infinite"),
+        (changed(torch.inf), r"1 image\(s\) hold NaN or infinite"),
+        (GOOD.double(), r"float64; expected float32 .*; call .float\(\)"),
+        (GOOD.half(), "float16; expected float32"),
+        (GOOD[0], r"shape \(2, 4, 4\); expected a non-empty \(N, C, H, W\)"),
+        (GOOD[:0], r"shape \(0, 2, 4, 4\)"),
+        (GOOD.numpy(), "images are a ndarray"),
+    ],
+)
+def test_images(x, sentence):
+    check_images(GOOD)
+    with pytest.raises(ValueError, match=sentence):
+        check_images(x)
+
+
+@pytest.mark.parametrize(
+    ("y", "sentence"),
+    [
+        (torch.tensor([0, 1, 4]), r"labels lie in 0..4, but 4 classes are 0..3"),
+        (torch.tensor([0, -1, 2]), r"labels lie in -1..2"),
+        (torch.tensor([0, 1]), "2 labels for 3 images"),
+        (torch.tensor([0.0, 1.0, 2.0]), "float32 .*expected an int64"),
+        (torch.tensor([[0, 1, 2]]), r"shape \(1, 3\); expected an int64 tensor \(N,\)"),
+        ([0, 1, 2], "labels are list"),
+    ],
+)
+def test_labels(y, sentence):
+    check_labels(torch.tensor([0, 1, 3]), 3, 4)
+    with pytest.raises(ValueError, match=sentence):
+        check_labels(y, 3, 4)
+
+
+def test_negative_labels_are_refused_without_a_number_of_classes():
+    with pytest.raises(ValueError, match="class indices start at 0"):
+        check_labels(torch.tensor([0, -1]), 2)
+
+
+Z = torch.tensor([[1.0, -2.0, 0.5], [0.0, 3.0, 1.0]])
+
+
+@pytest.mark.parametrize(
+    ("z", "sentence"),
+    [
+        (Z.softmax(1), "returns probabilities .*remove its final softmax"),
+        (torch.tensor([[1.0, torch.nan, 0.0], [0.0, 1.0, 2.0]]), "logits of 1 of 2 images are NaN"),
+        (torch.tensor([[1.0, torch.inf, 0.0], [0.0, 1.0, 2.0]]), "1 of 2 images are NaN or infinite"),
+        (Z[:, :1], "one output; a classifier needs at least 2"),
+        (Z[:1], r"shape \(1, 3\); expected logits \(2, classes\)"),
+        (Z[:, :, None], r"shape \(2, 3, 1\)"),
+        ((Z, Z), "the model returned tuple"),
+    ],
+)
+def test_logits(z, sentence):
+    check_logits(Z, 2)
+    check_logits(Z.log_softmax(1), 2)  # log-probabilities are logits
+    with pytest.raises(ValueError, match=sentence):
+        check_logits(z, 2)
+
+
+def test_the_model_is_checked_with_its_images_and_labels():
+    model, x = linear(4), images(12)
+    y = labels(model, x)
+    assert check_model(model, x, y) == 4
+    with pytest.raises(ValueError, match=r"labels lie in .*4 classes are 0..3"):
+        check_model(model, x, y.clamp_min(4))
+    with pytest.raises(ValueError, match="probabilities"):
+        check_model(nn.Sequential(model, nn.Softmax(1)), x, y)
+    with pytest.raises(ValueError, match="one output"):
+        check_model(linear(1), x, 0 * y)
+    with pytest.raises(ValueError, match="divide by 255"):
+        check_model(model, x * 255, y)
+
+
+class Noisy(nn.Module):
+    """A defence that answers at random, in eval mode too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = linear(4)
+
+    def forward(self, x):
+        return self.network(x + 0.1 * torch.randn_like(x))
+
+
+def test_a_model_that_answers_at_random_is_refused():
+    x = images(4)
+    with pytest.raises(ValueError, match="differently in eval mode; randomised defences need EOT"):
+        check_model(Noisy(), x, torch.zeros(4, dtype=torch.int64))
+
+
+def test_a_checking_loss_is_the_loss_and_checks_what_it_first_sees():
+    z, y = torch.randn(5, 3), torch.tensor([0, 1, 2, 0, 1])
+    assert torch.equal(checking(ce, y)(z, y), ce(z, y))
+    with pytest.raises(ValueError, match="probabilities"):
+        checking(ce, y)(z.softmax(1), y)
+    with pytest.raises(ValueError, match=r"3 classes are 0..2"):
+        checking(ce, torch.tensor([0, 7]))(z, y)
+
+
+def state(model: nn.Module) -> list:
+    facts = [[m.training for m in model.modules()], [p.requires_grad for p in model.parameters()]]
+    return [*facts, [p.grad for p in model.parameters()], {k: v.clone() for k, v in model.state_dict().items()}]
+
+
+def same(a: list, b: list) -> bool:
+    return (
+        a[:2] == b[:2]
+        and all(map(lambda p, q: p is q, a[2], b[2]))
+        and all(torch.equal(a[3][k], b[3][k]) for k in b[3])
+    )
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_frozen_restores_mixed_modes_and_flags(fails):
+    """Also from an exception, and nested."""
+    model = batch_norm()
+    model.train()
+    model[1].eval()  # batch norm held while the rest trains
+    model[0].bias.requires_grad_(False)
+    model[6].weight.grad = torch.ones_like(model[6].weight)
+    before = state(model)
+    try:
+        with frozen(model) as inside, frozen(model):
+            assert inside is model and not any(m.training for m in model.modules())
+            assert not any(p.requires_grad for p in model.parameters())
+            model(images(4))
+            if fails:
+                raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        assert fails
+    assert same(state(model), before)
+
+
+def test_device_of_a_model_without_parameters_is_the_cpu():
+    assert device_of(nn.Flatten()) == torch.device("cpu") and device_of(linear()) == torch.device("cpu")
