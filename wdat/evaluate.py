@@ -4,8 +4,6 @@
 part (an attack, a batch of minimal distances) is kept in a state file and not computed twice.
 """
 
-import hashlib
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -17,12 +15,13 @@ from wdat.allocation import accuracy_curve, class_accuracy, confidence_band, wat
 from wdat.attacks import attack, w_pgd_budget
 from wdat.bounds import ratio_bounds
 from wdat.certify import certified_radii
-from wdat.checks import check_logits, check_model, device_of, frozen
+from wdat.checks import check_logits, check_model, device_of, frozen, weights_digest
 from wdat.data import Data
 from wdat.losses import get_loss, margin
 from wdat.radii import minimal_distances
 from wdat.rb import autoattack
-from wdat.threat import Threat, pixel_norm
+from wdat.records import write_tensors
+from wdat.threat import Threat, pixel_norm, plain_number
 
 
 def clean_pass(
@@ -116,7 +115,12 @@ def evaluate(
                 "losses": {name: _levels(clean[f"values.{name}"], correct) for name in losses},
             },
             "sensitivity": [
-                {"loss": name, "p": t.p, "r": t.r, "value": float(t.upsilon(clean[f"norms.{name}.{t.s:g}"]))}
+                {
+                    "loss": name,
+                    "p": plain_number(t.p),
+                    "r": plain_number(t.r),
+                    "value": float(t.upsilon(clean[f"norms.{name}.{t.s:g}"])),
+                }
                 for name in losses
                 for t in {(t.p, t.r): t for t in threats}.values()
             ],
@@ -187,11 +191,6 @@ def _bounds(accuracy: float, level: dict, row: dict, upsilon: float, delta: floa
     return {"r_u": found.r_u, "r_tilde_l": found.r_tilde_l, "r_bar_l": found.r_bar_l, "r_l": found.r_l}
 
 
-def describe(threat: Threat) -> dict:
-    """A threat as a record keeps it."""
-    return {"p": threat.p, "r": threat.r, "delta": threat.delta, "written": threat.written}
-
-
 def _attack(run: Callable, model: nn.Module, data: Data, threat: Threat, settings: dict) -> dict:
     found = run(model, data.x, data.y, threat, **settings)
     name = "w-pgd-budget" if run is w_pgd_budget else "pgd" if threat.pointwise else "w-pgd"
@@ -199,7 +198,7 @@ def _attack(run: Callable, model: nn.Module, data: Data, threat: Threat, setting
         "attack": name,
         "loss": settings["loss"],
         "steps": settings["steps"],
-        "threat": describe(threat),
+        "threat": threat.describe(),
         "accuracy": found.accuracy,
         "per_class": per_class(found.correct.cpu(), data.y, data.classes),
         "loss_value": found.loss,
@@ -229,14 +228,20 @@ def _distances(kept: "_State", model: nn.Module, data: Data, r: float, search: d
 def _curves(found: dict, data: Data, threats: Sequence[Threat], orders: Sequence[float], curve: int) -> dict:
     """Accuracies by exact allocation, at the threats and along a grid of radii."""
     d = found["distance"].cpu()
-    result = {"r": threats[0].r, "mean_distance": float(d[d.isfinite()].double().mean()), "threats": [], "curves": []}
+    finite = d[d.isfinite()].double()
+    result = {
+        "r": plain_number(threats[0].r),
+        "mean_distance": float(finite.mean()) if len(finite) else None,
+        "threats": [],
+        "curves": [],
+    }
     result |= {key: found[key] for key in ("passes", "gain") if key in found}
     result["never_flipped"] = float(d.isinf().double().mean())
     for threat in threats:
         low, high = confidence_band(d, threat.delta, threat.p)
         classes = class_accuracy(d, data.y, threat.delta, threat.p, len(data.classes))
         result["threats"].append({
-            "threat": describe(threat),
+            "threat": threat.describe(),
             "accuracy": float(accuracy_curve(d, threat.delta, threat.p)),
             "deterministic": float(accuracy_curve(d, threat.delta, threat.p, split=False)),
             "water_level": float(water_level(d, threat.delta, threat.p)),
@@ -248,7 +253,7 @@ def _curves(found: dict, data: Data, threats: Sequence[Threat], orders: Sequence
         for p in orders:
             low, high = confidence_band(d, grid, p)
             result["curves"].append({
-                "p": p, "delta": grid.tolist(), "accuracy": accuracy_curve(d, grid, p).tolist(),
+                "p": plain_number(p), "delta": grid.tolist(), "accuracy": accuracy_curve(d, grid, p).tolist(),
                 "low": low.tolist(), "high": high.tolist(), "water_level": water_level(d, grid, p).tolist(),
             })  # fmt: skip
     return result
@@ -261,7 +266,7 @@ def _autoattack(model: nn.Module, data: Data, threat: Threat, version: str, batc
         logits = torch.cat([model(b.to(device)).cpu() for b in x.split(batch_size)])
     correct = margin(logits, data.y) > 0
     return {
-        "threat": describe(threat),
+        "threat": threat.describe(),
         "version": version,
         "accuracy": float(correct.double().mean()),
         "per_class": per_class(correct, data.y, data.classes),
@@ -276,10 +281,7 @@ class _State:
         self.parts: dict = {}
         if self.path is None:
             return
-        digest = hashlib.sha256(data.sha256.encode())
-        for value in model.state_dict().values():
-            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-        self.owner = digest.hexdigest()
+        self.owner = f"{weights_digest(model)} {data.sha256}"
         if self.path.exists():
             try:
                 saved = torch.load(self.path, weights_only=True)
@@ -292,8 +294,5 @@ class _State:
         if key not in self.parts:
             self.parts[key] = compute()
             if self.path:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                partial = self.path.with_name(self.path.name + ".partial")
-                torch.save({"owner": self.owner, "parts": self.parts}, partial)
-                os.replace(partial, self.path)
+                write_tensors(self.path, {"owner": self.owner, "parts": self.parts})
         return self.parts[key]

@@ -7,7 +7,6 @@ Source: arXiv 2502.09352; defaults of TRADES (arXiv 1901.08573).
 
 import copy
 import hashlib
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -17,10 +16,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from wdat.attacks import w_pgd
-from wdat.checks import check_model, device_of, frozen
+from wdat.checks import check_model, device_of, frozen, weights_digest
 from wdat.data import Data
 from wdat.losses import margin
 from wdat.objectives import Objective
+from wdat.records import write_tensors
 from wdat.schedules import get_schedule
 from wdat.sensitivity import dual_norms
 from wdat.threat import per_image
@@ -173,7 +173,7 @@ def finetune(
         def save() -> None:
             if path:
                 states = [t.state() if t else {} for t in trackers]
-                _save(path, {
+                write_tensors(path, {
                     "identity": identity, "step": done, "history": history, "sums": sums, "trackers": states,
                     "model": network.state_dict(), "optimiser": optimiser.state_dict(),
                 })  # fmt: skip
@@ -271,26 +271,9 @@ def _validate(network: nn.Module, data: Data, objective: Objective) -> dict:
 
 def _identity(model: nn.Module, train: Data, recipe: Recipe) -> dict[str, str]:
     """What a checkpoint belongs to, as text, so that a mismatch can be named."""
-    digest = hashlib.sha256()
-    for key, value in model.state_dict().items():
-        digest.update(key.encode() + value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     flat = asdict(replace(recipe, objective=Objective("")))
     facts = {key: repr(value) for key, value in flat.items() if key != "objective"}
-    return facts | {"objective": repr(recipe.objective), "network": digest.hexdigest(), "data": train.sha256}
-
-
-def _save(path: Path, state: dict) -> None:
-    """Write all or nothing: a kill leaves the previous checkpoint."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        with open(partial, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        raise OSError(f"checkpoint {path} could not be written: {error.strerror or error}") from error
+    return facts | {"objective": repr(recipe.objective), "network": weights_digest(model), "data": train.sha256}
 
 
 def _load(path: Path, identity: dict[str, str]) -> dict:

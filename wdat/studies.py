@@ -18,13 +18,25 @@ from wdat.models import load_model, save_model
 from wdat.networks import Normalised, build
 from wdat.objectives import make_objective
 from wdat.sensitivity import dual_norms, estimate
-from wdat.threat import Threat
+from wdat.threat import Threat, plain_number
 from wdat.trackers import Rule
 
 
-def load_networks(sources: Sequence[str], device: torch.device, **where) -> dict[str, nn.Module]:
-    """Networks by name from cards (`NAME.yaml`) or RobustBench names; `where` as in `wdat.models.load_model`."""
-    return {Path(s).stem if s.endswith(".yaml") else s: load_model(s, device=device, **where) for s in sources}
+def load_networks(
+    sources: Sequence[str], folder: Path, weights: str | None, device: torch.device, **where
+) -> dict[str, nn.Module]:
+    """Networks by name, from cards (`PATH/NAME.yaml` below `folder`) or RobustBench names.
+
+    `weights`: folder of the weight files, or nothing where they lie beside their cards; `where`: dataset and threat of
+    RobustBench names.
+    """
+    found = {}
+    for source in sources:
+        card = source.endswith(".yaml")
+        found[Path(source).stem if card else source] = load_model(
+            folder / source if card else source, root=weights or None, device=device, **where
+        )
+    return found
 
 
 def pretrain(
@@ -97,7 +109,7 @@ def attack_theory(
             norms = clean[f"norms.{loss}.{threat.s:g}"]
             inside = dual_norms(model, data.x, data.y, threat, loss, batch_size, box=True).cpu()
             row = {
-                "loss": loss, "p": p, "v0": float(clean[f"values.{loss}"].double().mean()),
+                "loss": loss, "p": plain_number(p), "v0": float(clean[f"values.{loss}"].double().mean()),
                 "upsilon": float(threat.upsilon(norms)), "upsilon_box": float(threat.upsilon(inside)), "points": [],
             }  # fmt: skip
             for delta in tqdm(deltas, desc=f"{loss}, p={p:g}", leave=False):
@@ -133,7 +145,7 @@ def attack_theory(
     many_w = w_pgd_budget(model, data.x, data.y, pointwise, steps=steps, keep="last", **settings)
     many = pgd(model, data.x, data.y, middle.delta, r, steps=steps, keep="last", **settings)
     return {
-        "n": len(data), "r": r, "theory": rows, "images": images, "images_threat": str(middle),
+        "n": len(data), "r": plain_number(r), "theory": rows, "images": images, "images_threat": str(middle),
         "accuracy": float(clean["correct"].double().mean()),
         "pointwise": {
             "w_fgsm_minus_fgsm": float((one_w.x - one.x).abs().max()),
@@ -170,7 +182,7 @@ def sensitivity(
             for p in orders:
                 threat = Threat(1, p, r)
                 value = float(threat.upsilon(clean[f"norms.{loss}.{threat.s:g}"]))
-                rows.append({"network": name, "loss": loss, "p": p, "upsilon": value})
+                rows.append({"network": name, "loss": loss, "p": plain_number(p), "upsilon": value})
         threat = Threat(1, 2, r)
         norms = clean[f"norms.redlr.{threat.s:g}"]
         full = float(threat.upsilon(norms))
@@ -185,7 +197,7 @@ def sensitivity(
                 "error": float((values / full - 1).square().mean().sqrt()),
                 "bias": float(values.mean() / full - 1), "claimed": sum(d.error for d in drawn) / repeats / full,
             })  # fmt: skip
-    return {"n": len(data), "r": r, "upsilon": rows, "subset": subset}
+    return {"n": len(data), "r": plain_number(r), "upsilon": rows, "subset": subset}
 
 
 def upsilon_rules(
@@ -237,10 +249,8 @@ def summarise(
     )  # fmt: skip
     clean = found["clean"]
     # Under p = inf the attack climbing CE is the field's PGD; the exact allocation at p = inf is the best of all found.
-    exact = {
-        row["threat"]["written"]: row for row in found["exact"][0]["threats"] if row["threat"]["p"] != float("inf")
-    }
-    near = {row["threat"]["written"]: row for row in found["exact"][0]["threats"] if row["threat"]["p"] == float("inf")}
+    exact = {row["threat"]["written"]: row for row in found["exact"][0]["threats"] if row["threat"]["p"] != "inf"}
+    near = {row["threat"]["written"]: row for row in found["exact"][0]["threats"] if row["threat"]["p"] == "inf"}
     return {
         "clean": clean["accuracy"],
         "w_pgd": {a["threat"]["written"]: a["accuracy"] for a in found["attacks"] if a["attack"] == "w-pgd"},
@@ -287,7 +297,7 @@ def finetuning(
                     })  # fmt: skip
                     bar.update()
     return {"n_train": len(rest), "n_validation": len(held), "n_test": len(test), "runs": rows,
-            "threats": [{"p": t.p, "r": t.r, "delta": t.delta, "written": t.written} for t in threats]}  # fmt: skip
+            "threats": [t.describe() for t in threats]}  # fmt: skip
 
 
 def across_networks(

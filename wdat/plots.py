@@ -1,0 +1,388 @@
+"""Figures from records. Each function reads one record, draws one figure and writes it beside the record.
+
+NAME.json -> NAME.pdf and NAME.png (or NAME-SUFFIX). No torch and no model: what is not in the record can not be drawn.
+Accuracies are fractions in records and percentages here.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg", force=False)
+
+import matplotlib.pyplot as plt
+import numpy as np
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from wdat import records
+
+LOSS_NAMES = {"ce": "CE", "dlr": "DLR", "redlr": "ReDLR", "kl": "KL"}
+BEFORE, AFTER = "#8c8c8c", "#0173b2"
+THEME = {
+    "font.size": 9, "axes.titlesize": 9, "axes.labelsize": 9, "legend.fontsize": 8, "xtick.labelsize": 8,
+    "ytick.labelsize": 8, "figure.dpi": 110, "savefig.dpi": 180, "pdf.fonttype": 42, "legend.frameon": False,
+    "axes.spines.top": False, "axes.spines.right": False,
+}  # fmt: skip
+
+
+def _canvas(rows: int, columns: int, width: float = 3.1, height: float = 2.6, **settings) -> tuple[Figure, np.ndarray]:
+    sns.set_theme(style="ticks", palette="colorblind", rc=THEME)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(width * columns, height * rows), squeeze=False, layout="constrained", **settings
+    )
+    return figure, axes
+
+
+def _save(figure: Figure, record: Path, suffix: str = "") -> Path:
+    """PDF and PNG beside the record, without dates, so that the same record gives the same bytes."""
+    stem = record.with_suffix("")
+    stem = stem.with_name(stem.name + (f"-{suffix}" if suffix else ""))
+    for ending, metadata in ((".pdf", {"CreationDate": None, "ModDate": None}), (".png", {"Software": None})):
+        partial = stem.with_name(f".{stem.name}.partial{ending}")
+        figure.savefig(partial, metadata=metadata)
+        partial.replace(stem.with_name(stem.name + ending))
+    return stem.with_name(stem.name + ".png")
+
+
+def _percent(values: object) -> np.ndarray:
+    return 100 * np.asarray(values, dtype=float)
+
+
+def _order(p: float | str) -> str:
+    return r"$\infty$" if float(p) == float("inf") else f"{float(p):g}"
+
+
+def _norm(r: float | str) -> str:
+    return r"$\ell_\infty$" if float(r) == float("inf") else rf"$\ell_{float(r):g}$"
+
+
+def _short(name: str) -> str:
+    return name.replace("cifar_", "").replace("_", " ")
+
+
+def theory(path: str | Path) -> Figure:
+    """Measured loss against V(0) + delta upsilon, and the remainder's order, for each loss at p = 2."""
+    path = Path(path)
+    found = records.read(path, "attack-theory")["results"]
+    rows = [row for row in found["theory"] if float(row["p"]) == 2]
+    figure, axes = _canvas(1, len(rows) + 1, height=2.7)
+    for axis, row in zip(axes[0], rows, strict=False):
+        delta = np.array([point["delta"] for point in row["points"]])
+        line = np.linspace(0, delta.max(), 50)
+        axis.plot(line, row["v0"] + line * row["upsilon"], "k:", lw=1, label=r"$V(0)+\delta\Upsilon$")
+        axis.plot(line, row["v0"] + line * row["upsilon_box"], "k--", lw=1, label=r"same, $\Upsilon$ inside the box")
+        for key, name, marker in (("w_fgsm", "W-FGSM", "o"), ("w_pgd", "W-PGD", "s")):
+            axis.plot(delta, [p[key]["loss"] for p in row["points"]], marker + "-", ms=4, lw=1.2, label=name)
+        axis.set(title=f"{LOSS_NAMES[row['loss']]}, p = 2", xlabel=r"radius $\delta$", ylabel="mean loss")
+    axes[0, 0].legend()
+    axis = axes[0, -1]
+    for row in rows:
+        delta = np.array([point["delta"] for point in row["points"]])
+        rest = np.array([p["w_fgsm"]["loss"] - row["v0"] - p["delta"] * row["upsilon_box"] for p in row["points"]])
+        axis.loglog(delta, np.abs(rest), "o-", ms=4, lw=1.2, label=LOSS_NAMES[row["loss"]])
+    guide = np.array([delta.min(), delta.max()])
+    axis.loglog(guide, np.abs(rest[-1]) * (guide / guide[-1]) ** 2, "k:", lw=1, label="slope 2")
+    axis.set(title="first-order remainder of W-FGSM", xlabel=r"radius $\delta$", ylabel="absolute remainder")
+    axis.legend()
+    _save(figure, path, "slope")
+    return figure
+
+
+def images(path: str | Path) -> Figure:
+    """Clean and attacked images in order of their budgets: what a distributional adversary spends where."""
+    path = Path(path)
+    found = records.read(path, "attack-theory")["results"]
+    shown = found["images"]
+    figure, axes = _canvas(3, len(shown), width=1.05, height=1.15)
+    for column, image in zip(axes.T, shown, strict=True):
+        clean, attacked = (np.array(image[key], dtype=float) / 255 for key in ("clean", "attacked"))
+        change = attacked - clean
+        scale = max(np.abs(change).max(), 1e-6)
+        pictures = (clean, attacked, 0.5 + 0.5 * change / scale)
+        for axis, picture in zip(column, pictures, strict=True):
+            axis.imshow(picture.squeeze(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+        fooled = image["predicted"] != image["label"]
+        column[0].set_title(f"{image['label']}" + ("" if image["was_correct"] else " (wrong)"))
+        column[1].set_title(f"→ {image['predicted']}", color="#c1440e" if fooled else "#2a7a2a")
+        column[2].set_title(rf"$\varepsilon$ = {image['budget']:.3f}")
+    for axis, label in zip(axes[:, 0], ("clean", "attacked", "change"), strict=True):
+        axis.set_ylabel(label)
+    figure.suptitle(f"W-PGD, {found['images_threat']}, images ordered by budget", fontsize=9)
+    _save(figure, path, "images")
+    return figure
+
+
+def losses(path: str | Path) -> Figure:
+    """Adversarial accuracy and wasted budget by attack loss, over delta, at p = 2 and the largest order."""
+    path = Path(path)
+    found = records.read(path, "attack-theory")["results"]
+    orders = sorted({float(row["p"]) for row in found["theory"]})
+    figure, axes = _canvas(1, len(orders) + 1)
+    for axis, p in zip(axes[0], orders, strict=False):
+        for row in [row for row in found["theory"] if float(row["p"]) == p]:
+            delta = [0, *(point["delta"] for point in row["points"])]
+            accuracy = [found["accuracy"], *(point["w_pgd"]["accuracy"] for point in row["points"])]
+            axis.plot(delta, _percent(accuracy), "o-", ms=3.5, lw=1.2, label=LOSS_NAMES[row["loss"]])
+        axis.set(title=f"W-PGD, p = {_order(p)}", xlabel=r"radius $\delta$", ylabel="adversarial accuracy (%)")
+    axes[0, 0].legend(title="attack loss")
+    for row in [row for row in found["theory"] if float(row["p"]) == orders[0]]:
+        delta = [point["delta"] for point in row["points"]]
+        axes[0, -1].plot(delta, _percent([p["wasted"] for p in row["points"]]), "o-", ms=3.5, lw=1.2)
+    axes[0, -1].set(
+        title=f"spent on images already wrong, p = {_order(orders[0])}", xlabel=r"radius $\delta$",
+        ylabel=r"share of $\delta^p$ (%)",
+    )  # fmt: skip
+    _save(figure, path, "losses")
+    return figure
+
+
+def sensitivity(path: str | Path) -> Figure:
+    """Upsilon across networks, losses and orders; the error of a subset against what it claims."""
+    path = Path(path)
+    found = records.read(path, "sensitivity")["results"]
+    names = list(dict.fromkeys(row["network"] for row in found["upsilon"]))
+    kinds = list(dict.fromkeys(row["loss"] for row in found["upsilon"]))
+    figure, axes = _canvas(1, len(kinds) + 1, height=2.8)
+    for axis, loss in zip(axes[0], kinds, strict=False):
+        for name in names:
+            own = [row for row in found["upsilon"] if row["network"] == name and row["loss"] == loss]
+            own.sort(key=lambda row: float(row["p"]))
+            axis.plot(range(len(own)), [row["upsilon"] for row in own], "o-", ms=4, lw=1.2, label=_short(name))
+            axis.set_xticks(range(len(own)), [_order(row["p"]) for row in own])
+        axis.set(title=LOSS_NAMES[loss], xlabel="Wasserstein order p", ylabel=r"sensitivity $\Upsilon$", yscale="log")
+    axes[0, 0].legend()
+    axis = axes[0, -1]
+    for name, colour in zip(names, sns.color_palette("colorblind"), strict=False):
+        own = [row for row in found["subset"] if row["network"] == name]
+        axis.plot([r["size"] for r in own], _percent([r["error"] for r in own]), "o", ms=4, color=colour)
+        axis.plot([r["size"] for r in own], _percent([r["claimed"] for r in own]), "-", lw=1, color=colour)
+    axis.set(
+        title="subset: points measured, lines claimed", xlabel="subset size", ylabel="relative error (%)",
+        xscale="log", yscale="log",
+    )  # fmt: skip
+    _save(figure, path)
+    return figure
+
+
+def rules(path: str | Path) -> Figure:
+    """Drift of upsilon during fine-tuning, each rule's value beside the truth, and error against cost."""
+    path = Path(path)
+    found = records.read(path, "upsilon-rules")["results"]
+    own = found["rules"]
+    columns = min(3, len(own))
+    figure, axes = _canvas(-(-len(own) // columns) + 0, columns, height=2.2, sharex=True)
+    for axis, row in zip(axes.ravel(), own, strict=False):
+        epochs = [t["step"] / found["steps_per_epoch"] for t in row["trace"]]
+        axis.plot(epochs, [t["true"] for t in row["trace"]], color=BEFORE, lw=2.4, alpha=0.6, label="full pass")
+        axis.plot(epochs, [t["tracked"] for t in row["trace"]], color=AFTER, lw=1.1, label="rule")
+        axis.set(title=f"{row['rule']}: {100 * row['rms']:.1f} % off, {row['passes']:.0f} passes")
+        axis.set(xlabel="epoch", ylabel=r"$\Upsilon$")
+    for axis in axes.ravel()[len(own) :]:
+        axis.remove()
+    axes[0, 0].legend()
+    _save(figure, path)
+    return figure
+
+
+def _groups(runs: list[dict], key: Callable[[dict], float]) -> dict[tuple[str, str], tuple[float, float, int]]:
+    """Mean, standard deviation (0 for one run) and count of a number by (network, variant), in running order."""
+    found: dict[tuple[str, str], list[float]] = {}
+    for run in runs:
+        found.setdefault((run["network"], run["variant"]), []).append(key(run))
+    return {k: (float(np.mean(v)), float(np.std(v, ddof=1)) if len(v) > 1 else 0.0, len(v)) for k, v in found.items()}
+
+
+def tradeoff(path: str | Path) -> Figure:
+    """Clean against exact distributional accuracy before and after, each variant a colour, bars of one std."""
+    path = Path(path)
+    found = records.read(path, "finetuning")["results"]
+    networks = list(dict.fromkeys(run["network"] for run in found["runs"]))
+    variants = [v for v in dict.fromkeys(run["variant"] for run in found["runs"]) if v != "before"]
+    written = found["threats"][min(1, len(found["threats"]) - 1)]["written"]
+    columns = min(3, len(networks))
+    figure, axes = _canvas(-(-len(networks) // columns), columns, height=2.7)
+    clean = _groups(found["runs"], lambda run: run["after"]["clean"])
+    exact = _groups(found["runs"], lambda run: run["after"]["exact"][written])
+    colours = dict(zip(variants, sns.color_palette("colorblind", max(len(variants), 1)), strict=False))
+    for axis, network in zip(axes.ravel(), networks, strict=False):
+        x, y = 100 * clean[network, "before"][0], 100 * exact[network, "before"][0]
+        axis.plot(x, y, "*", ms=11, color=BEFORE, label="before")
+        for variant in variants:
+            if (network, variant) in clean:
+                (cx, sx, _), (cy, sy, _) = clean[network, variant], exact[network, variant]
+                axis.errorbar(
+                    100 * cx, 100 * cy, 100 * sy, 100 * sx, "o", ms=5, lw=1, color=colours[variant], label=variant
+                )
+        axis.set(
+            title=_short(network), xlabel="clean accuracy (%)", ylabel=rf"exact $A_\delta$, $\delta$ = {written} (%)"
+        )
+    for axis in axes.ravel()[len(networks) :]:
+        axis.remove()
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=min(6, len(variants) + 1))
+    _save(figure, path)
+    return figure
+
+
+def _of_terms(row: dict, key: str) -> float:
+    """A number of the first term that has it, NaN if none does."""
+    return next((term[key] for term in row["terms"] if key in term), np.nan)
+
+
+def histories(path: str | Path) -> Figure:
+    """Training curves of every variant on the first network: validation, realised delta, upsilon, gradient norms."""
+    path = Path(path)
+    found = records.read(path, "finetuning")["results"]
+    first = found["runs"][0]["network"]
+    runs: dict[str, dict] = {}
+    for run in found["runs"]:
+        if run["network"] == first and not run["before"] and run["history"]:
+            runs.setdefault(run["variant"], run)
+    panels = (
+        ("validation accuracy (%)", lambda row: 100 * row["validation_accuracy"]),
+        ("validation W-PGD accuracy (%)", lambda row: 100 * row.get("validation_w_pgd", np.nan)),
+        (r"$\Upsilon$ (tracked)", lambda row: _of_terms(row, "upsilon")),
+        ("gradient norm, first epoch = 1", lambda row: _of_terms(row, "norm_ratio")),
+    )  # fmt: skip
+    figure, axes = _canvas(1, len(panels))
+    colours = sns.color_palette("husl", max(len(runs), 1))
+    for axis, (title, value) in zip(axes[0], panels, strict=True):
+        for (variant, run), colour in zip(runs.items(), colours, strict=False):
+            values = [value(row) for row in run["history"]]
+            if not np.all(np.isnan(values)):
+                axis.plot([row["epoch"] for row in run["history"]], values, lw=1, color=colour, label=variant)
+        axis.set(title=title, xlabel="epoch")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=7)
+    _save(figure, path, "histories")
+    return figure
+
+
+def _per_network(path: Path, kind: str, columns: int = 3) -> tuple[dict, Figure, list[Axes]]:
+    found = records.read(path, kind)["results"]
+    count = len(found["networks"])
+    columns = min(columns, count)
+    figure, axes = _canvas(-(-count // columns), columns, height=2.6)
+    for axis in axes.ravel()[count:]:
+        axis.remove()
+    return found, figure, list(axes.ravel()[:count])
+
+
+def _pick(rows: list[dict], r: float | str) -> dict:
+    """The entry of one pixel norm. ValueError if it was not measured."""
+    for row in rows:
+        if float(row["r"]) == float(r):
+            return row
+    raise ValueError(f"the record has no norm r={r}; it has {', '.join(str(row['r']) for row in rows)}")
+
+
+def _curve(rows: list[dict], r: float | str, p: float) -> dict:
+    return next(c for c in _pick(rows, r)["curves"] if float(c["p"]) == p)
+
+
+def _attacks(network: dict, r: float | str, loss: str) -> list[dict]:
+    """W-PGD at p = 2 of one network, norm and loss, by radius."""
+    own = [
+        a
+        for a in network["attacks"]
+        if a["attack"] == "w-pgd" and a["loss"] == loss and float(a["threat"]["r"]) == float(r)
+        and float(a["threat"]["p"]) == 2
+    ]  # fmt: skip
+    return sorted(own, key=lambda a: a["threat"]["delta"])
+
+
+def _suffix(r: float | str) -> str:
+    return f"l{float(r):g}"
+
+
+def bounds(path: str | Path, r: float | str = "inf") -> Figure:
+    """R^u and the first-order lower bounds against the ratio R from the exact allocation, over delta, per network."""
+    path = Path(path)
+    found, figure, axes = _per_network(path, "evaluation")
+    for axis, network in zip(axes, found["networks"], strict=True):
+        attacks = [a for a in _attacks(network, r, "redlr") if a["bounds"]]
+        delta = [a["threat"]["delta"] for a in attacks]
+        axis.plot(delta, [a["bounds"]["r_u"] for a in attacks], "s-", ms=3.5, lw=1.2, label=r"$R^u$ (W-PGD)")
+        curve = _curve(network["exact"], r, 2)
+        ratio = np.asarray(curve["accuracy"]) / network["clean"]["accuracy"]
+        axis.plot(curve["delta"], ratio, "k-", lw=1.6, label="exact allocation")
+        for key, marker, name in (("r_tilde_l", "v", r"$\tilde R^l$"), ("r_bar_l", "^", r"$\bar R^l$")):
+            axis.plot(delta, [a["bounds"][key] for a in attacks], marker + "--", ms=3.5, lw=1, label=name)
+        axis.set(title=_short(network["network"]), xlabel=r"radius $\delta$", ylabel=r"$R_\delta = A_\delta / A$")
+        axis.set_ylim(-0.05, 1.05)
+    axes[0].legend()
+    _save(figure, path)
+    return figure
+
+
+def sandwich(path: str | Path, r: float | str = "inf") -> Figure:
+    """Certified <= A_delta <= exact allocation <= W-PGD, with its confidence band and R^l, per network, at p = 2."""
+    path = Path(path)
+    found, figure, axes = _per_network(path, "evaluation")
+    for axis, network in zip(axes, found["networks"], strict=True):
+        curve = _curve(network["exact"], r, 2)
+        axis.fill_between(
+            curve["delta"], _percent(curve["low"]), _percent(curve["high"]), color=AFTER, alpha=0.15, lw=0
+        )
+        axis.plot(curve["delta"], _percent(curve["accuracy"]), color=AFTER, lw=1.8, label="exact allocation")
+        for loss, marker in (("redlr", "s"), ("ce", "x")):
+            own = _attacks(network, r, loss)
+            axis.plot(
+                [a["threat"]["delta"] for a in own], _percent([a["accuracy"] for a in own]), marker, ms=4.5,
+                color="#de8f05", label=f"W-PGD, {LOSS_NAMES[loss]}",
+            )  # fmt: skip
+        own = [a for a in _attacks(network, r, "redlr") if a["bounds"]]
+        clean = network["clean"]["accuracy"]
+        low = _percent([max(a["bounds"]["r_l"], 0) * clean for a in own])
+        axis.plot([a["threat"]["delta"] for a in own], low, "k:", lw=1, label=r"first-order $R^l A$")
+        if network.get("certified"):
+            curve = _curve(network["certified"], r, 2)
+            axis.plot(curve["delta"], _percent(curve["accuracy"]), color="#029e73", lw=1.8, label="certified")
+        axis.set(title=f"{_short(network['network'])}, {_norm(r)}, p = 2", xlabel=r"radius $\delta$")
+        axis.set(ylabel="accuracy (%)", ylim=(0, 100))
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    _save(figure, path, f"sandwich-{_suffix(r)}")
+    return figure
+
+
+def curves(path: str | Path, r: float | str = "inf") -> Figure:
+    """One exact robustness curve per network, one panel per Wasserstein order."""
+    path = Path(path)
+    found = records.read(path, "evaluation")["results"]
+    orders = [float(c["p"]) for c in _pick(found["networks"][0]["exact"], r)["curves"]]
+    figure, axes = _canvas(1, len(orders), height=2.9, sharey=True)
+    for axis, p in zip(axes[0], orders, strict=True):
+        for network in found["networks"]:
+            curve = _curve(network["exact"], r, p)
+            axis.plot(curve["delta"], _percent(curve["accuracy"]), lw=1.5, label=_short(network["network"]))
+        axis.set(title=f"p = {_order(p)}", xlabel=rf"radius $\delta$ ({_norm(r)})")
+    axes[0, 0].set_ylabel(r"exact $A_\delta$ (%)")
+    axes[0, -1].legend()
+    _save(figure, path, f"curves-{_suffix(r)}")
+    return figure
+
+
+def ranks(path: str | Path, r: float | str = "inf") -> Figure:
+    """Rank of each network under p = 2 and p = inf as delta grows: does the threat change the order?"""
+    path = Path(path)
+    found = records.read(path, "evaluation")["results"]
+    networks = found["networks"]
+    measured = [float(c["p"]) for c in _pick(networks[0]["exact"], r)["curves"]]
+    chosen = [p for p in (2.0, float("inf")) if p in measured]
+    figure, axes = _canvas(1, len(chosen), height=2.6, sharey=True)
+    for axis, p in zip(axes[0], chosen, strict=True):
+        own = [_curve(network["exact"], r, p) for network in networks]
+        accuracy = np.array([c["accuracy"] for c in own])
+        keep = accuracy.max(0) > 0.02  # ranks of networks that are all broken mean nothing
+        place = 1 + (accuracy[:, None, keep] < accuracy[None, :, keep]).sum(1)
+        for network, row in zip(networks, place, strict=True):
+            axis.step(np.array(own[0]["delta"])[keep], row, where="mid", lw=1.8, label=_short(network["network"]))
+        axis.set(title=f"p = {_order(p)}", xlabel=rf"radius $\delta$ ({_norm(r)})", yticks=range(1, len(networks) + 1))
+    axes[0, 0].set_ylabel("rank (1 = most robust)")
+    axes[0, 0].invert_yaxis()
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    _save(figure, path, f"ranks-{_suffix(r)}")
+    return figure
