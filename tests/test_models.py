@@ -199,6 +199,22 @@ def test_bad_cards_get_a_sentence(card, tmp_path):
         load_model(path.with_suffix(".safetensors"))
 
 
+@pytest.mark.parametrize(
+    "change, message", [(lambda s: s.pop("7.bias"), "Missing"), (lambda s: s.update(a=s["7.bias"]), "Unexpected")]
+)
+def test_weights_must_match_key_by_key(card, change, message):
+    path, model = card
+    state = model.network.state_dict()
+    change(state)
+    weights = path.with_suffix(".pt")
+    torch.save(state, weights)
+    path.write_text(
+        yaml.safe_dump(read_card(path) | {"weights": weights.name, "sha256": sha256(weights), "bytes": None})
+    )
+    with pytest.raises(ValueError, match=f"does not fit digits_cnn: {message} key"):
+        load_model(path)
+
+
 def test_saving_checks_what_could_not_be_read_back(tmp_path, tiny_model):
     with pytest.raises(ValueError, match="needs architecture"):
         save_model(tiny_model, tmp_path / "a.yaml")
