@@ -25,9 +25,9 @@ def input_gradient(model: nn.Module, x: Tensor, targets: Tensor, loss: Loss) -> 
     with torch.enable_grad():
         logits = model(x)
         values = loss(logits, targets)
-        if not values.requires_grad:
-            raise ValueError("the loss has no gradient in the images: the model must not detach them or run in no_grad")
-        (gradient,) = torch.autograd.grad(values.sum(), x)
+        gradient = torch.autograd.grad(values.sum(), x, allow_unused=True)[0] if values.requires_grad else None
+    if gradient is None:
+        raise ValueError("the loss has no gradient in the images: the model must not detach them or run in no_grad")
     return gradient, values.detach(), logits.detach()
 
 
