@@ -227,16 +227,44 @@ def test_what_only_the_provenance_of_a_record_says_changes_nothing_downstream(re
     assert "earlier results changed: figures/digits/a.json" in said(capsys)
 
 
-def test_scratch_files_of_other_conditions_are_removed_and_those_of_a_resumed_run_kept(repo, pretend, capsys):
-    network = repo / ".wdat/digits/work/network.pt"
-    pretend["01_first"][".wdat/digits/work/network.pt"] = "weights"
+def test_files_of_other_conditions_are_removed_and_those_of_a_resumed_run_kept(repo, pretend, capsys, monkeypatch):
+    network, figure = repo / ".wdat/digits/work/network.pt", repo / "figures/digits/a-old.pdf"
+    files = dict(pretend["01_first"])
+    pretend["01_first"] |= {".wdat/digits/work/network.pt": "weights", "figures/digits/a-old.pdf": "drawn"}
     reproduce()
-    del pretend["01_first"][".wdat/digits/work/network.pt"]  # the library would find it and not train again
+    pretend["01_first"] = files  # from now on the network would be found, and not trained again
     (repo / "figures/digits/a.json").unlink()
-    assert reproduce() == ["01_first"] and network.exists()
-    reproduce(parameters={"n": 7})
-    assert "removed 1 scratch file(s) of an earlier run from .wdat/digits/work" in said(capsys)
-    assert not network.exists()
+    assert reproduce() == ["01_first"] and network.exists() and figure.exists()
+    library = runner.library
+    monkeypatch.setattr(runner, "library", lambda code: library(code) | {"wdat/plots.py": "new"})
+    assert reproduce(only=["1"]) == ["01_first"] and network.exists()  # drawing changes no network
+    said(capsys)
+    assert reproduce(parameters={"n": 7}, only=["1"]) == ["01_first"]
+    assert "removed 1 outdated file(s) from .wdat/digits/work\n" in said(capsys)
+    assert not network.exists() and not figure.exists()
+    assert (repo / "figures/digits/b.json").exists() and (repo / "figures/digits/a.json").exists()
+
+
+def test_files_of_a_run_cut_short_stay_with_their_notebook(repo, pretend, monkeypatch):
+    checkpoint, execute = repo / ".wdat/digits/work/checkpoint.pt", runner._execute
+
+    def cut(*_) -> None:
+        checkpoint.write_text("half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "_execute", cut)
+    with pytest.raises(KeyboardInterrupt):
+        reproduce(only=["01"])
+    monkeypatch.setattr(runner, "_execute", execute)
+    reproduce(only=["02"], force=True)
+    assert checkpoint.exists()  # not the second notebook's to remove
+    monkeypatch.setattr(
+        runner, "_execute", lambda *a: execute(*a) if checkpoint.exists() else pytest.fail("no checkpoint")
+    )
+    assert reproduce(only=["01"]) == ["01_first"]  # resumed
+    monkeypatch.setattr(runner, "_execute", execute)
+    assert reproduce(only=["01"], parameters={"n": 7}) == ["01_first"]
+    assert not checkpoint.exists()
 
 
 def test_the_library_of_a_notebook_is_what_its_imports_reach(tmp_path, monkeypatch):

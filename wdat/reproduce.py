@@ -7,7 +7,8 @@ notebook that declares the parameter, one section per notebook name for its own,
 
 A notebook is done when it ran to its end, and stays done while its code, its parameters, the `wdat` modules it
 imports (comments and docstrings apart), the lock file, its outputs and the records and scratch files of the notebooks
-before it are the same. Data and weights that come from elsewhere are not watched: use `force` when they change.
+before it are the same. A run cut short is taken up with its scratch files; under other conditions they are removed
+first, so that nothing old is picked up. Data and weights from elsewhere are not watched: `force` when they change.
 """
 
 import ast
@@ -20,7 +21,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from nbformat import NotebookNode
 
 DEFAULT = "digits"
+DRAWING = ("wdat/plots.py", "wdat/tables.py")  # read records and change no network
 SHOWN = {".pdf", ".png", ".tex", ".md"}  # drawn from records: outputs, but no later notebook's input
 
 
@@ -81,6 +83,7 @@ def reproduce(
     with _one_run_at_a_time(scratch, profile):
         print(records.device_line(), flush=True)
         state = _read_state(scratch / "state.json")
+        _claim_leftovers(root, state, [folder for pair in folders.values() for folder in pair])
         for number, name in enumerate(sources, 1):
             if name not in chosen:
                 continue
@@ -96,17 +99,21 @@ def reproduce(
                 state[name] |= {"key": key, "outputs": state[name]["outputs"] | _digests(root, [executed[name]])}
                 _save_state(scratch, state)
                 continue
-            if force or state.get(name, {}).get("key") != key:
-                _remove_stale(root, folders[name][1], name, state)
-            entry = {"key": key, "done": False, "outputs": state.get(name, {}).get("outputs", {})}
-            _save_state(scratch, state | {name: entry})
+            old = state.get(name, {"key": None, "outputs": {}})
             before, begun = _stamps(folders[name]), time.perf_counter()
+            if fresh := force or not _same_conditions(old["key"], key):
+                _remove(root, old["outputs"], folders[name][1])
+            present = [_relative(root, path) for path in before]
+            state[name] = {"key": key, "done": False, "outputs": old["outputs"], "before": present}
+            _save_state(scratch, state)
             command = f"wdat reproduce --profile {profile} --only {name[:2]}"
             kernel = _kernel(scratch, threads or settings["threads"], command)
             _execute(sources[name], executed[name], passed[name], scratch, kernel, root)
             seconds = time.perf_counter() - begun
             written = [path for path, stamp in _stamps(folders[name]).items() if before.get(path) != stamp]
-            outputs = _digests(root, [*(root / path for path in entry["outputs"]), *written, executed[name]])
+            if fresh:
+                _remove(root, set(old["outputs"]) - {_relative(root, path) for path in written}, folders[name][0])
+            outputs = _digests(root, [*(root / path for path in old["outputs"]), *written, executed[name]])
             for other in state.values():  # a file belongs to the notebook that wrote it last
                 other["outputs"] = {path: sha for path, sha in other["outputs"].items() if path not in outputs}
             state[name] = {"key": key, "done": True, "outputs": outputs, "seconds": round(seconds, 1)}
@@ -270,8 +277,8 @@ def _imports(tree: ast.AST, modules: set[str]) -> set[str]:
             found |= {name.split(".")[1] for name in names if "." in name}
             found |= modules if "wdat" in names else set()
         elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "wdat":
-            names = [node.module.split(".")[1]] if "." in node.module else [alias.name for alias in node.names]
-            found |= set(names) if set(names) <= modules else modules
+            names = {alias.name for alias in node.names}
+            found |= {node.module.split(".")[1]} if "." in node.module else names if names <= modules else modules
     return (found | {"__init__"}) & modules if found else found
 
 
@@ -349,19 +356,38 @@ def _stamps(folders: Sequence[Path]) -> dict[Path, tuple[int, int, int]]:
     return {path: (s.st_mtime_ns, s.st_size, s.st_ino) for path in files for s in [path.stat()]}
 
 
-def _remove_stale(root: Path, work: Path, name: str, state: dict[str, Any]) -> None:
-    """Remove scratch files that this notebook, or an unfinished one, made under other conditions.
+def _same_conditions(old: dict[str, Any] | None, new: dict[str, Any]) -> bool:
+    """Whether scratch files made under the old key are good under the new one: all agrees but prose and drawing."""
 
-    Otherwise a changed library or parameter would pick up networks of the old one. Only ever below .wdat.
-    """
-    if not work.resolve().is_relative_to((root / ".wdat").resolve()):
-        return
-    owned = {path for other, entry in state.items() if other != name and entry["done"] for path in entry["outputs"]}
-    stale = [path for path in _stamps([work]) if _relative(root, path) not in owned]
+    def essence(key: dict[str, Any]) -> dict[str, Any]:
+        library = {path: sha for path, sha in key["library"].items() if path not in DRAWING}
+        return {part: value for part, value in key.items() if part != "text"} | {"library": library}
+
+    return old is None or essence(old) == essence(new)
+
+
+def _remove(root: Path, paths: Iterable[str], folder: Path) -> None:
+    """Remove those of a notebook's earlier files that lie in this folder: they were made under other conditions."""
+    stale = [path for path in map(root.joinpath, paths) if path.is_relative_to(folder) and path.is_file()]
     for path in stale:
         path.unlink()
     if stale:
-        print(f"    removed {len(stale)} scratch file(s) of an earlier run from {_relative(root, work)}", flush=True)
+        print(f"    removed {len(stale)} outdated file(s) from {_relative(root, folder)}", flush=True)
+
+
+def _claim_leftovers(root: Path, state: dict[str, Any], folders: Sequence[Path]) -> None:
+    """Give the files of a run that was cut short to the notebook it was in, to be resumed or removed with it.
+
+    A run stops at its first failure and there is only one at a time, so at most one notebook is concerned.
+    """
+    for name, entry in state.items():
+        if "before" in entry:
+            present = list(_stamps(folders))
+            owned = {path for other in state for path in state[other]["outputs"] if other != name} | set(
+                entry["before"]
+            )
+            entry["outputs"] |= _digests(root, [path for path in present if _relative(root, path) not in owned])
+            del entry["before"]
 
 
 # State on disk

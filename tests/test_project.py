@@ -1,0 +1,222 @@
+"""The shape of the repository: what imports what, what notebooks look like, what must never be committed."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import jupytext
+import nbformat
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+from wdat import records
+from wdat import reproduce as runner
+
+ROOT = Path(__file__).parents[1]
+# A module imports only modules named before it; a new module is put in its place here.
+ORDER = [
+    "threat", "losses", "checks", "sensitivity", "trackers", "allocation", "attacks", "radii", "certify", "bounds",
+    "objectives", "schedules", "records", "rb", "networks", "data", "models", "finetune", "evaluate", "studies",
+    "plots", "tables", "paper", "reproduce", "cli",
+]  # fmt: skip
+TORCH_FREE = ("records", "plots", "tables", "paper", "reproduce", "cli")
+MODULES = {path.stem: path for path in sorted((ROOT / "wdat").glob("*.py"))}
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.py"))
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def tracked() -> list[Path]:
+    """Files of the repository, those not committed yet too, without what git ignores."""
+    words = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    try:
+        names = subprocess.run(words, capture_output=True, text=True, check=True).stdout.split("\0")
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("not a git checkout: there is no list of tracked files")
+    return [ROOT / name for name in names if name and (ROOT / name).is_file()]
+
+
+# The library
+
+
+@pytest.mark.parametrize("module", sorted(set(MODULES) - {"__init__"}))
+def test_a_module_imports_only_downwards(module):
+    assert module in ORDER, f"wdat/{module}.py has no place in the order of imports: put it into ORDER"
+    used = runner._imports(parse(MODULES[module]), set(MODULES)) - {"__init__"}
+    assert used <= set(ORDER[: ORDER.index(module)]), f"{module} imports upwards"
+
+
+def test_figures_records_and_the_command_need_no_torch():
+    names = ", ".join(f"wdat.{name}" for name in TORCH_FREE if name in MODULES)
+    code = f"import sys, {names}; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert not {"torch", "torchvision", "robustbench"} & set(loaded.split())
+
+
+def test_only_one_module_imports_robustbench():
+    def names(tree: ast.AST) -> set[str]:
+        imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import)]
+        sources = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+        return {name.split(".")[0] for name in [alias.name for node in imports for alias in node.names] + sources}
+
+    users = {name for name, path in MODULES.items() if names(parse(path)) & {"robustbench", "autoattack"}}
+    assert users <= {"rb"}
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_what_is_public_is_documented(module):
+    tree = parse(MODULES[module])
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    public = [node for node in tree.body if isinstance(node, kinds) and not node.name.startswith("_")]
+    methods = [n for c in public if isinstance(c, ast.ClassDef) for n in c.body if isinstance(n, ast.FunctionDef)]
+    public += [method for method in methods if not method.name.startswith("_") and method.name != "forward"]
+    assert ast.get_docstring(tree), f"wdat/{module}.py has no docstring"
+    assert not [node.name for node in public if not ast.get_docstring(node)], f"undocumented in wdat/{module}.py"
+
+
+@pytest.mark.parametrize("words", [["check"], ["format", "--check"]])
+def test_style(words):
+    ran = subprocess.run([sys.executable, "-m", "ruff", *words, "."], cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
+# Notebooks
+
+
+def code_cells(notebook: nbformat.NotebookNode) -> list[str]:
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    return [cell.source for cell in cells if "injected-parameters" not in cell.metadata.get("tags", [])]
+
+
+@pytest.mark.parametrize("source", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_is_thin(source):
+    runner.declared(source)  # one parameters cell, of literals
+    code = "\n".join(code_cells(jupytext.read(source)))
+    tree = ast.parse(code)
+    logic = (ast.FunctionDef, ast.ClassDef, ast.Lambda, ast.Try, ast.While)
+    assert not [ast.unparse(node)[:60] for node in ast.walk(tree) if isinstance(node, logic)]
+    lines = [line for line in code.splitlines() if line.strip() and not line.strip().startswith("#")]
+    assert len(lines) <= 80, f"{len(lines)} lines of code; move some into the library"
+
+
+@pytest.mark.parametrize("source", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_executed_copy_is_of_this_source(source):
+    copy = source.with_suffix(".ipynb")
+    if not copy.is_file():
+        pytest.skip(f"{copy.name} has not been made yet")
+    executed = nbformat.read(copy, as_version=4)
+    assert code_cells(executed) == code_cells(jupytext.read(source))
+    cells = [cell for cell in executed.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    assert not [output for cell in cells for output in cell.outputs if output.output_type == "error"]
+    prose = [[c.source for c in nb.cells if c.cell_type == "markdown"] for nb in (executed, jupytext.read(source))]
+    assert prose[0] == prose[1]
+
+
+@pytest.mark.parametrize(
+    "profile", sorted((ROOT / "notebooks" / "profiles").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_every_parameter_in_a_profile_is_declared(profile):
+    sources = runner.notebooks(ROOT)
+    settings = runner.read_profile(ROOT, profile.stem, sources)
+    runner._parameters(sources, list(sources), settings, {}, {})
+
+
+def test_every_figure_and_table_lies_beside_the_record_it_is_drawn_from():
+    for folder in {path.parent for path in (ROOT / "figures").rglob("*.*")}:
+        stems = [path.stem for path in folder.glob("*.json")]
+        for path in folder.iterdir():
+            if path.suffix in runner.SHOWN:
+                assert any(path.stem == stem or path.stem.startswith(stem + "-") for stem in stems), (
+                    f"{path} has no record"
+                )
+        for path in folder.glob("*.json"):
+            assert records.read(path)["provenance"]["torch"]
+
+
+# What is committed
+
+FORBIDDEN = {
+    "a path on some machine": r"(?<![\w.~])/(?:home|root|Users|work|mnt|scratch)/\w",
+    "a package index": r"(?<!no-emit-)(?:index-url|find-links)|https?://[^\s/]*(?:pypi|artifactory|nexus|proxy|mirror)",
+    "a local server": r"https?://(?:localhost|\d+\.\d+\.\d+\.\d+)",
+}
+
+
+@pytest.mark.parametrize("what", FORBIDDEN)
+def test_no_committed_file_names(what):
+    found = []
+    for path in tracked():
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue  # a PDF or an image
+        if path != Path(__file__):
+            found += [f"{path.relative_to(ROOT)}: {match[0]}" for match in re.finditer(FORBIDDEN[what], text)]
+    assert not found
+
+
+def test_no_committed_file_is_large():
+    assert not [f"{path.relative_to(ROOT)}" for path in tracked() if path.stat().st_size > 5 * 2**20]
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+# One set of versions
+
+
+def pins() -> dict[str, Version]:
+    lines = (ROOT / "requirements.lock.txt").read_text(encoding="utf-8").splitlines()
+    required = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    used = [r for r in required if r.marker is None or r.marker.evaluate()]
+    assert all(re.fullmatch(r"==[^*]+", str(r.specifier)) for r in used), "every line of the lock pins one version"
+    return {r.name.lower(): Version(str(r.specifier)[2:]) for r in used}
+
+
+def test_the_lock_has_every_dependency_in_its_range():
+    locked = pins()
+    for line in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"]:
+        wanted = Requirement(line)
+        assert wanted.name in locked, f"{wanted.name} is not locked: run make lock"
+        assert wanted.specifier.contains(locked[wanted.name]), f"{wanted} but locked at {locked[wanted.name]}"
+
+
+def test_the_conda_environment_has_the_same_versions():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
+    assert environment["name"] == "wdat" and environment["channels"] == ["conda-forge"]
+    plain = [entry for entry in environment["dependencies"] if isinstance(entry, str)]
+    (pip,) = [entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict)]
+    (python,) = [entry.split("=")[1] for entry in plain if entry.startswith("python=")]
+    assert SpecifierSet(PROJECT["requires-python"]).contains(f"{python}.0")
+    assert "pip" in plain and len(plain) == 2  # anything else would come from conda, in another version
+    assert pip == ["-r requirements.lock.txt", "-e ."]
+    assert "-r requirements.lock.txt" in (ROOT / "Makefile").read_text(encoding="utf-8")
+
+
+def test_the_ci_runs_the_documented_test_command():
+    script = ROOT / ".ci" / "run"
+    assert script.stat().st_mode & 0o111, ".ci/run is not executable"
+    assert [line for line in script.read_text(encoding="utf-8").splitlines() if line.startswith("make")] == [
+        "make test"
+    ]
+
+
+def test_the_version_is_the_same_everywhere():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert {str(citation["version"]), re.search(r"^## (\S+)", changelog, re.M)[1]} == {PROJECT["version"]}
+    assert citation["license"] == PROJECT["license"] == "MIT"
+    assert (ROOT / "LICENSE").read_text(encoding="utf-8").startswith("MIT License")
+    for field in ("cff-version", "message", "title", "authors", "date-released"):
+        assert citation[field]
