@@ -568,7 +568,11 @@ def _tidy(notebook: "NotebookNode", root: Path) -> str:
     text = nbformat.writes(notebook, version=4)
     for path in {str(root), os.path.realpath(root)}:
         text = text.replace(f"{path}/", "").replace(path, ".")
-    text = text.replace(sys.prefix, ".venv").replace(str(Path.home()), "~")
+    text = re.sub(r"[\w/.~-]*/site-packages/", "site-packages/", text)
+    if sys.prefix.count("/") > 1:  # an environment, not /usr
+        text = text.replace(sys.prefix, ".venv")
+    if len(home := str(Path.home())) > 1:
+        text = text.replace(f"{home}/", "~/")
     return re.sub(r"[\w/.-]*/ipykernel_\d+/\d+\.py", "<cell>", text) + "\n"
 
 
