@@ -22,7 +22,8 @@ ROOT = Path(__file__).parents[1]
 # A module imports only modules named before it; a new module is put in its place here.
 ORDER = [
     "threat", "losses", "checks", "sensitivity", "trackers", "allocation", "attacks", "radii", "certify", "bounds",
-    "objectives", "schedules", "records", "rb", "networks", "data", "models", "finetune", "finetuning", "evaluate", "evaluation", "studies",
+    "objectives", "schedules", "records", "rb", "networks", "data", "models",
+    "finetune", "finetuning", "evaluate", "evaluation", "studies",
     "plots", "tables", "paper", "reproduce", "cli",
 ]  # fmt: skip
 TORCH_FREE = ("records", "plots", "tables", "paper", "reproduce", "cli")
