@@ -18,16 +18,25 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def built(function: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
-    """A network drawn from a seed, torch's global generator left alone."""
-    with torch.random.fork_rng([]):
+def built(function: Callable[[], nn.Module], seed: int = 0, shape: tuple[int, ...] = (2, 3, 3)) -> nn.Module:
+    """A network drawn from a seed, torch's global generator left alone.
+
+    Its last bias is set so that random images get a mean logit of 0 in every class: untrained networks would
+    otherwise give all images one label, whatever an attack does.
+    """
+    with torch.random.fork_rng([]), torch.no_grad():
         torch.manual_seed(seed)
-        return function()
+        model = function().eval()
+        for layer in model:
+            if isinstance(layer, nn.Linear | nn.Conv2d):
+                layer.weight.mul_(2)  # steeper than the default initialisation: small moves change predictions
+        model[-1].bias.sub_(model(torch.rand(64, *shape)).mean(0))
+    return model.train()
 
 
 def linear(classes: int = 4, shape: tuple[int, ...] = (2, 3, 3), seed: int = 0) -> nn.Module:
     size = torch.Size(shape).numel()
-    return built(lambda: nn.Sequential(nn.Flatten(), nn.Linear(size, classes)), seed)
+    return built(lambda: nn.Sequential(nn.Flatten(), nn.Linear(size, classes)), seed, shape)
 
 
 def smooth(classes: int = 4, shape: tuple[int, ...] = (2, 3, 3), seed: int = 0) -> nn.Module:
@@ -38,6 +47,7 @@ def smooth(classes: int = 4, shape: tuple[int, ...] = (2, 3, 3), seed: int = 0) 
             nn.Flatten(), nn.Linear(size, 12), nn.Tanh(), nn.Linear(12, 12), nn.Softplus(), nn.Linear(12, classes)
         ),
         seed,
+        shape,
     )
 
 
@@ -47,6 +57,7 @@ def relu(classes: int = 4, channels: int = 2, seed: int = 0) -> nn.Module:
             nn.Conv2d(channels, 6, 3, 1, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(24, classes)
         ),
         seed,
+        (channels, 3, 3),
     )
 
 
@@ -58,6 +69,7 @@ def batch_norm(classes: int = 4, channels: int = 2, seed: int = 0) -> nn.Module:
             nn.Dropout(0.3), nn.Linear(24, classes),
         ),
         seed,
+        (channels, 3, 3),
     )  # fmt: skip
 
 

@@ -100,7 +100,7 @@ def projected_gradient(
     clean = [x for x, _ in batches]
     sizes = [len(x) for x in clean]
     joint = radii is None
-    choose = "last" if keep == "unjudged" else keep
+    judged = keep != "unjudged"
     whole = reference or (joint and not threat.pointwise)
     labels = (torch.cat([t for _, t in batches]) if labels is None else labels).to(device)
     start = displacement.split(sizes) if displacement is not None else [None] * len(clean)
@@ -110,7 +110,7 @@ def projected_gradient(
 
     for step in range(steps + 1):
         final = step == steps
-        if final and keep == "unjudged":
+        if final and not judged:
             best = current
             break
         found = []
@@ -125,33 +125,34 @@ def projected_gradient(
                 direction = threat.direction(gradient)
                 if len(batches) > 1:  # keep one byte per sign until the set's sensitivity is known
                     direction = direction.to(home, torch.int8 if threat.s == 1 else None)
-                found.append((direction, threat.dual_norm(gradient), values, logits))
+                found.append((direction, threat.dual_norm(gradient) if joint else None, values, logits))
             if bar is not None:
                 bar.update(len(x))
-        values, logits = torch.cat([f[2] for f in found]).float(), torch.cat([f[3] for f in found])
-        correct = margin(logits, labels) > 0
-        key = torch.stack([(~correct).double(), values.double()])  # higher is better for the adversary
-        history.append(key.mean(1))
-        key = key.mean(1, keepdim=True) if whole else key
-        key = key.flip(0) if choose == "loss" else key
-        if best_key is None or choose == "last":
-            best, best_logits, best_key = current, logits, key
-        else:
-            better = key[0] > best_key[0]
-            if not reference:
-                better = better | ((key[0] == best_key[0]) & (key[1] > best_key[1]))
-            best_key = torch.where(better, key, best_key)
-            better = better.expand(len(labels))
-            best_logits = torch.where(better[:, None], logits, best_logits)
-            best = [
-                torch.where(per_image(chosen, x).bool(), x, b)
-                for chosen, x, b in zip(better.to(home).split(sizes), current, best, strict=True)
-            ]
+        if judged:
+            values, logits = torch.cat([f[2] for f in found]).float(), torch.cat([f[3] for f in found])
+            correct = margin(logits, labels) > 0
+            key = torch.stack([(~correct).double(), values.double()])  # higher is better for the adversary
+            history.append(key.mean(1))
+            key = key.mean(1, keepdim=True) if whole else key
+            key = key.flip(0) if keep == "loss" else key
+            if best_key is None or keep == "last":
+                best, best_logits, best_key = current, logits, key
+            else:
+                better = key[0] > best_key[0]
+                if not reference:
+                    better = better | ((key[0] == best_key[0]) & (key[1] > best_key[1]))
+                best_key = torch.where(better, key, best_key)
+                better = better.expand(len(labels))
+                best_logits = torch.where(better[:, None], logits, best_logits)
+                best = [
+                    torch.where(per_image(chosen, x).bool(), x, b)
+                    for chosen, x, b in zip(better.to(home).split(sizes), current, best, strict=True)
+                ]
         if final:
             break
 
-        dual = torch.cat([f[1] for f in found])
-        lengths = ((threat.budgets(dual) if joint else radii.to(device)) * (step_ratio / steps)).to(home).split(sizes)
+        lengths = threat.budgets(torch.cat([f[1] for f in found])) if joint else radii
+        lengths = (lengths * (step_ratio / steps)).to(home).split(sizes)
         moves = [
             x + per_image(length, x) * f[0].to(x.dtype) - x0
             for x, length, f, x0 in zip(current, lengths, found, clean, strict=True)
@@ -172,7 +173,7 @@ def projected_gradient(
     x = torch.cat(best)
     norms = threat.norm(x - torch.cat(clean))
     distance = float(threat.distance(norms))
-    if keep == "unjudged":
+    if not judged:
         nothing = x.new_empty(0)
         return Adversarial(x, nothing.view(0, 0), nothing, nothing.bool(), norms, distance, nothing.view(0, 2))
     targets = torch.cat([t for _, t in batches]).to(device)
