@@ -73,8 +73,10 @@ class Term:
             raise ValueError(f"outer loss {self.outer!r} must be one of {', '.join(OUTER)}")
         if get_loss(self.budget_loss) is kl:
             raise ValueError('budget_loss="kl" has zero gradient at clean images; use "redlr" or "ce"')
-        if self.inner == "kl" and self.start == 0:
+        if get_loss(self.inner) is kl and self.start == 0:
             raise ValueError('inner="kl" has zero gradient at the clean image; use start=1e-3 or "random"')
+        if not (self.start == "random" or (not isinstance(self.start, str) and self.start >= 0)):
+            raise ValueError(f'start={self.start!r} must be "random" or a standard deviation >= 0')
         if self.steps < 1 or self.weight < 0 or (self.cap is not None and self.cap <= 0):
             raise ValueError(f"steps={self.steps} must be >= 1, weight={self.weight} >= 0 and cap={self.cap} > 0")
 
@@ -132,8 +134,8 @@ class WaterLevel:
     steps, which end at a point x* just across the boundary; the outer loss is CE there. The level t is that of the
     exact allocation of the last distance seen of every training image, or fixed by `level`.
 
-    A misclassified image has d = 0: its weight is 0 (for p > 1) and the clean term looks after it.
-    `beyond` in (0, 1]: x* = x + (x_flip - x) * beyond keeps the point on the near side when < 1.
+    A misclassified image has d = 0: its weight is 0 (for p > 1) and the clean term looks after it. p = inf is
+    refused: its dual has no slope below t.
     """
 
     threat: Threat
@@ -142,6 +144,14 @@ class WaterLevel:
     level: float | None = None
     outer: str = "ce"
     tracked: str = field(default="distance", init=False)
+
+    def __post_init__(self) -> None:
+        if self.threat.pointwise:
+            raise ValueError("water-level training needs p < inf; use trades or at for the pointwise threat")
+        if self.outer not in OUTER:
+            raise ValueError(f"outer loss {self.outer!r} must be one of {', '.join(OUTER)}")
+        if self.steps < 1 or self.weight < 0 or (self.level is not None and self.level <= 0):
+            raise ValueError(f"steps={self.steps} must be >= 1, weight={self.weight} >= 0 and level={self.level} > 0")
 
     @property
     def cost(self) -> dict[str, int]:
@@ -154,12 +164,11 @@ class WaterLevel:
         found = minimal_distances(model, x, y, threat.r, steps=self.steps, batch_size=len(x))
         distance = found.distance.to(x.device)
         if self.level is None:
-            finite = distance.clamp_max(1.0)
 
             def level_of(d: Tensor) -> Tensor:
                 return torch.as_tensor(allocated_level(d, torch.tensor([threat.delta]), threat.p)).double().flatten()[0]
 
-            tracker.observe(index, finite, level_of)
+            tracker.observe(index, distance, level_of)
             level = tracker.value.to(x.device)
         else:
             level = torch.tensor(self.level, dtype=torch.float64, device=x.device)
@@ -173,12 +182,22 @@ class WaterLevel:
 
 @dataclass(frozen=True)
 class Objective:
-    """Clean weight, distillation weight (towards the network fine-tuning started from) and adversarial terms."""
+    """Clean weight, distillation weight (towards the network fine-tuning started from) and adversarial terms.
+
+    Terms of weight 0 are dropped: beta = 0 is plain fine-tuning, at its cost.
+    """
 
     name: str
     terms: tuple[Term | WaterLevel, ...] = ()
     clean: float = 1.0
     distil: float = 0.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "terms", tuple(term for term in self.terms if term.weight))
+        if self.clean < 0 or self.distil < 0 or not (self.clean or self.distil or self.terms):
+            raise ValueError(
+                f"weights clean={self.clean}, distil={self.distil} must be >= 0, and one weight of the objective > 0"
+            )
 
     @property
     def needs_clean(self) -> bool:
@@ -230,8 +249,7 @@ class Objective:
         for number, (term, f, logits) in enumerate(zip(self.terms, found, outputs, strict=True)):
             values = kl(logits, clean_logits) if term.outer == "kl" else ce(logits, y)
             values = values if f.weights is None else values * f.weights
-            if term.weight:
-                loss = loss + term.weight * values.mean()
+            loss = loss + term.weight * values.mean()
             log |= {f"{number}.{key}": v.detach().double() for key, v in f.log.items()}
             moved = pixel_norm(f.x - x, term.threat.r).double()
             log[f"{number}.moved^p"] = moved.pow(1.0 if term.threat.pointwise else term.threat.p).sum()
