@@ -11,7 +11,7 @@
 # %% tags=["parameters"]
 data = "digits"  # see wdat.data.load_data
 train_root = ""  # folder of the training images; not used by digits
-n_train = 0  # images; 0 = all
+n_train = 0  # images; 0 means all
 architecture = "digits_cnn"  # see wdat.networks
 arguments = {}  # of the architecture
 recipes = {}  # name -> settings of wdat.finetune.Recipe

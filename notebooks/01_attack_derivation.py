@@ -11,7 +11,7 @@
 # %% tags=["parameters"]
 data = "digits"
 test_root = ""  # folder of the test images; not used by digits
-n_test = 0  # images; 0 = all
+n_test = 0  # images; 0 means all
 networks = [".wdat/digits/work/zoo/trades.yaml"]  # the first is studied
 weights = ""  # folder of the weights, if they do not lie beside the cards
 threat = "Linf"  # of RobustBench names

@@ -11,7 +11,7 @@
 data = "digits"
 train_root = ""
 test_root = ""
-n_train = 0  # images; 0 = all
+n_train = 0  # images; 0 means all
 n_test = 0
 networks = [".wdat/digits/work/zoo/trades.yaml"]
 weights = ""

@@ -10,7 +10,7 @@
 # %% tags=["parameters"]
 data = "digits"
 test_root = ""
-n_test = 0  # images; 0 = all
+n_test = 0  # images; 0 means all
 networks = [".wdat/digits/work/zoo/trades.yaml"]
 weights = ""
 threat = "Linf"

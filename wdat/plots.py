@@ -15,7 +15,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 from wdat import records
 
@@ -24,7 +26,7 @@ BEFORE, AFTER = "#8c8c8c", "#0173b2"
 THEME = {
     "font.size": 9, "axes.titlesize": 9, "axes.labelsize": 9, "legend.fontsize": 8, "xtick.labelsize": 8,
     "ytick.labelsize": 8, "figure.dpi": 110, "savefig.dpi": 180, "pdf.fonttype": 42, "legend.frameon": False,
-    "axes.spines.top": False, "axes.spines.right": False,
+    "legend.title_fontsize": 8, "axes.spines.top": False, "axes.spines.right": False,
 }  # fmt: skip
 
 
@@ -45,6 +47,13 @@ def _save(figure: Figure, record: Path, suffix: str = "") -> Path:
         figure.savefig(partial, metadata=metadata)
         partial.replace(stem.with_name(stem.name + ending))
     return stem.with_name(stem.name + ".png")
+
+
+def _plain_log(axis: Axis, ticks: list[float] | None = None) -> None:
+    """Plain numbers on a logarithmic axis: at these ticks, or at 1, 2 and 5 times the powers of ten."""
+    axis.set_major_locator(FixedLocator(ticks) if ticks else LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_locator(NullLocator())
 
 
 def _percent(values: object) -> np.ndarray:
@@ -154,16 +163,19 @@ def sensitivity(path: str | Path) -> Figure:
             axis.plot(range(len(own)), [row["upsilon"] for row in own], "o-", ms=4, lw=1.2, label=_short(name))
             axis.set_xticks(range(len(own)), [_order(row["p"]) for row in own])
         axis.set(title=LOSS_NAMES[loss], xlabel="Wasserstein order p", ylabel=r"sensitivity $\Upsilon$", yscale="log")
-    axes[0, 0].legend()
+        _plain_log(axis.yaxis)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     axis = axes[0, -1]
     for name, colour in zip(names, sns.color_palette("colorblind"), strict=False):
         own = [row for row in found["subset"] if row["network"] == name]
         axis.plot([r["size"] for r in own], _percent([r["error"] for r in own]), "o", ms=4, color=colour)
         axis.plot([r["size"] for r in own], _percent([r["claimed"] for r in own]), "-", lw=1, color=colour)
     axis.set(
-        title="subset: points measured, lines claimed", xlabel="subset size", ylabel="relative error (%)",
-        xscale="log", yscale="log",
+        title="subset: points measured, lines claimed", xlabel="images in the subset",
+        ylabel="relative error (%)", xscale="log", yscale="log",
     )  # fmt: skip
+    _plain_log(axis.xaxis, sorted({row["size"] for row in found["subset"]}))
+    _plain_log(axis.yaxis)
     _save(figure, path)
     return figure
 
@@ -174,13 +186,14 @@ def rules(path: str | Path) -> Figure:
     found = records.read(path, "upsilon-rules")["results"]
     own = found["rules"]
     columns = min(3, len(own))
-    figure, axes = _canvas(-(-len(own) // columns) + 0, columns, height=2.2, sharex=True)
+    figure, axes = _canvas(-(-len(own) // columns), columns, width=3.5, height=2.2, sharex=True, sharey=True)
     for axis, row in zip(axes.ravel(), own, strict=False):
         epochs = [t["step"] / found["steps_per_epoch"] for t in row["trace"]]
         axis.plot(epochs, [t["true"] for t in row["trace"]], color=BEFORE, lw=2.4, alpha=0.6, label="full pass")
         axis.plot(epochs, [t["tracked"] for t in row["trace"]], color=AFTER, lw=1.1, label="rule")
-        axis.set(title=f"{row['rule']}: {100 * row['rms']:.1f} % off, {row['passes']:.0f} passes")
-        axis.set(xlabel="epoch", ylabel=r"$\Upsilon$")
+        axis.set(title=f"{row['rule']}: {100 * row['rms']:.0f} % off, {row['passes']:.1f} passes")
+        axis.set(xlabel="epoch", ylabel=r"$\Upsilon$", yscale="log")
+        _plain_log(axis.yaxis)
     for axis in axes.ravel()[len(own) :]:
         axis.remove()
     axes[0, 0].legend()

@@ -165,7 +165,8 @@ def _sensitivity_numbers(results: dict) -> dict[str, str]:
     found = {"n": str(results["n"])}
     for row in results["subset"]:
         found[f"{row['network']}.{row['size']}.error"] = percent(row["error"])
-        found[f"{row['network']}.{row['size']}.claimed"] = percent(row["claimed"])
+        if row["claimed"] is not None:
+            found[f"{row['network']}.{row['size']}.claimed"] = percent(row["claimed"])
     for row in results["upsilon"]:
         found[f"{row['network']}.{row['loss']}.p{float(row['p']):g}"] = f"{row['upsilon']:.3g}"
     return found

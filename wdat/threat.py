@@ -73,6 +73,11 @@ def parse_number(value: float | str) -> float:
         raise ValueError(f'{value!r} is not a number; write for example 0.03, "8/255" or "inf"') from None
 
 
+def plain_number(value: float) -> float | str:
+    """A number as JSON can hold it: infinity becomes "inf", which `parse_number` reads back."""
+    return "inf" if math.isinf(value) else value
+
+
 @dataclass(frozen=True)
 class Threat:
     """W_p ball of radius delta around the data, with the r-norm on pixels in [0, 1].
@@ -120,6 +125,10 @@ class Threat:
 
     def __str__(self) -> str:
         return f"W_{self.p:g} l{self.r:g} {self.written}"
+
+    def describe(self) -> dict[str, float | str]:
+        """p, r, delta and delta as written, as a record keeps them."""
+        return {"p": plain_number(self.p), "r": plain_number(self.r), "delta": self.delta, "written": self.written}
 
     def at(self, delta: float | str) -> "Threat":
         """The same threat with another radius."""

@@ -1,0 +1,83 @@
+"""Every notebook runs headless in the smoke profile and leaves its records, figures and tables."""
+
+import shutil
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from wdat import records, tables
+from wdat.reproduce import reproduce
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the notebooks, run once: what a clone looks like after `wdat reproduce --profile smoke`."""
+    root = tmp_path_factory.mktemp("clone")
+    for name in ("pyproject.toml", "requirements.lock.txt"):
+        shutil.copy(ROOT / name, root)
+    shutil.copytree(ROOT / "notebooks", root / "notebooks", ignore=shutil.ignore_patterns("*.ipynb", ".ipynb*"))
+    ran = reproduce("smoke", root=root)
+    assert ran == sorted(path.stem for path in (ROOT / "notebooks").glob("[0-9]*.py"))
+    return root
+
+
+def test_every_notebook_leaves_a_record_with_its_origin(smoke):
+    for notebook in (smoke / "notebooks").glob("[0-9]*.py"):
+        own = list((smoke / "figures/smoke").glob(f"{notebook.stem[:2]}*.json"))
+        assert own, f"{notebook.stem} left no record"
+        for path in own:
+            provenance = records.read(path)["provenance"]
+            assert provenance["torch"] and provenance["device"] and provenance["date"]
+
+
+@pytest.mark.parametrize(
+    "figure",
+    [
+        "01_attack_derivation-slope", "01_attack_derivation-images", "01_attack_derivation-losses", "02_sensitivity",
+        "02_upsilon_rules", "03_finetuning", "03_finetuning-histories", "04_five_networks", "05_bounds",
+        "06_how_robust-sandwich-linf", "06_how_robust-sandwich-l2", "06_how_robust-curves-linf",
+        "06_how_robust-ranks-linf",
+    ],
+)  # fmt: skip
+def test_every_figure_is_drawn_in_both_forms(smoke, figure):
+    for ending, magic in ((".pdf", b"%PDF"), (".png", b"\x89PNG")):
+        path = smoke / "figures/smoke" / (figure + ending)
+        assert path.read_bytes().startswith(magic)
+        assert path.stat().st_size > 3000
+
+
+@pytest.mark.parametrize("table", ["00_pretrain", "03_finetuning", "04_five_networks", "06_how_robust"])
+def test_markdown_and_latex_hold_the_same_numbers(smoke, table):
+    markdown, latex = ((smoke / "figures/smoke" / (table + ending)).read_text() for ending in (".md", ".tex"))
+    rows = [line for line in markdown.splitlines()[2:] if line.startswith("|")]
+    assert len(rows) == latex.count(r"\\") - 1 > 0
+    first = [cell.strip() for cell in rows[0].strip("|").split("|")]
+    assert all(cell.replace("%", r"\%") in latex for cell in first if cell.replace(".", "").isdigit())
+
+
+def test_executed_copies_show_outputs_and_no_errors(smoke):
+    for path in (smoke / ".wdat/smoke/notebooks").glob("*.ipynb"):
+        cells = [c for c in nbformat.read(path, 4).cells if c.cell_type == "code"]
+        outputs = [o for c in cells for o in c.outputs]
+        assert outputs and not [o for o in outputs if o.output_type == "error"], path.name
+
+
+def test_a_second_run_redoes_nothing_and_numbers_can_be_written(smoke):
+    assert reproduce("smoke", root=smoke) == []
+    found = tables.numbers(smoke / "figures/smoke")
+    assert len(found) > 20 and (smoke / "figures/smoke/numbers.tex").read_text().count(r"\csname") == len(found)
+
+
+def test_the_published_attack_is_never_below_the_exact_allocation_by_more_than_the_search_misses(smoke):
+    """Identity 16 on the smoke networks: exact <= W-PGD <= clean, up to one image for the three-step search."""
+    for network in records.read(smoke / "figures/smoke/06_how_robust.json")["results"]["networks"]:
+        for exact in network["exact"]:
+            for row in exact["threats"]:
+                attacks = [
+                    a["accuracy"] for a in network["attacks"] if a["attack"] == "w-pgd" and a["threat"] == row["threat"]
+                ]
+                assert attacks and max(attacks) <= network["clean"]["accuracy"]
+                assert row["accuracy"] <= min(attacks) + 1 / 48
