@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from wdat.attacks import w_pgd
-from wdat.checks import check_model, device_of, frozen, weights_digest
+from wdat.checks import check_labels, check_model, device_of, frozen, weights_digest
 from wdat.data import Data
 from wdat.losses import margin
-from wdat.objectives import Objective
+from wdat.objectives import Objective, make_objective
 from wdat.records import write_tensors
 from wdat.schedules import get_schedule
 from wdat.sensitivity import dual_norms
@@ -69,6 +69,17 @@ class Recipe:
         if self.epochs < 0 or self.batch_size < 1 or not self.lr >= 0:
             raise ValueError(f"epochs={self.epochs}, lr={self.lr} must be >= 0, batch_size={self.batch_size} >= 1")
         get_schedule(self.schedule)
+
+
+def make_recipe(settings: dict, seed: int) -> Recipe:
+    """A `Recipe` from plain values: "objective" as for `make_objective`, "upsilon" as for `Rule`."""
+    settings = dict(settings)
+    objective = make_objective(settings.pop("objective", {}))
+    try:
+        rule = Rule(**settings.pop("upsilon", {}))
+        return Recipe(objective, upsilon=rule, seed=seed, **settings)
+    except TypeError as error:
+        raise ValueError(f"recipe {settings}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -142,7 +153,9 @@ def finetune(
     rate (zero budgets), mean gradient norm and its ratio to the first epoch's (a masking alarm), validation.
     """
     device, n = device_of(model), len(train)
-    check_model(model, *train.batch(torch.arange(min(n, 8))))
+    classes = check_model(model, *train.batch(torch.arange(min(n, 8))))
+    for data in (train, validation) if validation is not None else (train,):
+        check_labels(data.y, len(data), classes)
     steps_per_epoch = -(-n // recipe.batch_size)
     objective, schedule = recipe.objective, get_schedule(recipe.schedule)
     identity = _identity(model, train, recipe)
@@ -178,6 +191,8 @@ def finetune(
                     "model": network.state_dict(), "optimiser": optimiser.state_dict(),
                 })  # fmt: skip
 
+        if not saved:
+            save()  # a path that can not be written to is known now, not after an epoch
         total = recipe.epochs * steps_per_epoch
         with tqdm(total=total, initial=done, desc=objective.name, unit="step", disable=not progress) as bar:
             while done < total:
@@ -265,7 +280,9 @@ def _validate(network: nn.Module, data: Data, objective: Objective) -> dict:
         logits = torch.cat([network(x.to(device_of(network))) for x in data.x.split(512)])
     row = {"validation_accuracy": float((margin(logits, data.y.to(logits.device)) > 0).double().mean())}
     if objective.terms:
-        row["validation_w_pgd"] = w_pgd(network, data.x, data.y, objective.terms[0].threat, steps=10).accuracy
+        loss = "redlr" if logits.shape[1] > 2 else "negative-margin"
+        threat = objective.terms[0].threat
+        row["validation_w_pgd"] = w_pgd(network, data.x, data.y, threat, loss=loss, steps=10).accuracy
     return row
 
 
