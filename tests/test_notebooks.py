@@ -37,7 +37,7 @@ def test_every_notebook_leaves_a_record_with_its_origin(smoke):
     "figure",
     [
         "01_attack_derivation-slope", "01_attack_derivation-images", "01_attack_derivation-losses", "02_sensitivity",
-        "02_upsilon_rules", "03_finetuning", "03_finetuning-histories", "04_five_networks", "05_bounds",
+        "02_upsilon_rules", "03_finetuning-variants", "03_finetuning-histories", "04_five_networks", "05_bounds",
         "06_how_robust-sandwich-linf", "06_how_robust-sandwich-l2", "06_how_robust-curves-linf",
         "06_how_robust-ranks-linf",
     ],

@@ -42,7 +42,131 @@ def _paper(sub: Any) -> None:
     verb.set_defaults(run=run)
 
 
-VERBS = [_reproduce, _paper]
+def _source(verb: argparse.ArgumentParser) -> None:
+    """Arguments that name a network and data; read by `_load`."""
+    verb.add_argument("model", help="a card (NAME.yaml), a RobustBench name, or package.module:function for your own")
+    verb.add_argument("--weights", help="folder of the weights (default: beside the card; models for RobustBench)")
+    verb.add_argument("--data", default="cifar10", help="cifar10, folder, digits, ...: see wdat.data.load_data")
+    verb.add_argument("--root", help="folder of the data")
+    verb.add_argument("--n", type=int, help="use this many images only")
+    verb.add_argument("--threat", default="Linf", help="RobustBench's threat folder (default: Linf)")
+    verb.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    verb.add_argument("--batch-size", type=int, default=128)
+
+
+def _load(args: argparse.Namespace, split: str) -> tuple[Any, Any, str]:
+    """Model, data and the model's name."""
+    import importlib
+    from pathlib import Path
+
+    from wdat import records
+    from wdat.data import load_data
+    from wdat.models import load_model
+
+    device = records.pick_device(args.device)
+    print(records.device_line(args.device), flush=True)
+    source, name = args.model, Path(args.model).stem
+    module, colon, function = args.model.partition(":")
+    if colon:
+        sys.path.insert(0, os.getcwd())
+        try:
+            source, name = getattr(importlib.import_module(module), function)(), function
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"{args.model}: {error}; expected package.module:function that returns a model") from None
+    model = load_model(source, root=args.weights, dataset=args.data, threat=args.threat, device=device)
+    return model, load_data(args.data, split, args.root, args.n), name
+
+
+def _evaluate(sub: Any) -> None:
+    verb = sub.add_parser("evaluate", help="how robust a network is: W-PGD, exact allocation, curve; record and figure")
+    _source(verb)
+    verb.add_argument("--delta", nargs="+", default=["8/255"], help="radii of the ball, such as 2/255 8/255")
+    verb.add_argument("--p", default="2", help="Wasserstein order in (1, inf] (default: 2)")
+    verb.add_argument("--norm", default="inf", help="pixel norm, 2 or inf (default: inf)")
+    verb.add_argument("--steps", type=int, default=50, help="of W-PGD (default: 50)")
+    verb.add_argument("--tight", action="store_true", help="longer search for minimal distances, with AutoAttack's FAB")
+    verb.add_argument("--certified", action="store_true", help="also certified radii: a lower bound")
+    verb.add_argument("--autoattack", action="store_true", help="also AutoAttack at the same radii, p = inf")
+    verb.add_argument("--out", default="results", help="folder of the record and figures (default: results)")
+
+    def run(args: argparse.Namespace) -> None:
+        from pathlib import Path
+
+        from wdat import plots, records, tables
+        from wdat.evaluation import evaluate
+        from wdat.threat import Threat, parse_number
+
+        out = Path(args.out)
+        records.write_file(out / ".writable", "")
+        (out / ".writable").unlink()
+        model, data, name = _load(args, "test")
+        threats = [Threat(d, args.p, args.norm) for d in args.delta]
+        balls = [Threat(d, "inf", args.norm) for d in args.delta] if args.autoattack else []
+        results = evaluate(
+            model, data, [*threats, *balls], steps=args.steps, search={"tight": True} if args.tight else {},
+            orders=sorted({1.0, parse_number(args.p), float("inf")}), curve=121, certified=args.certified,
+            use_autoattack=args.autoattack, batch_size=args.batch_size, state=out / f"{name}.state",
+        )  # fmt: skip
+        record = records.write(
+            out / f"{name}.json", "evaluation", {"n": len(data), "networks": [{"network": name, **results}]},
+            {key: value for key, value in vars(args).items() if key != "run"},
+            model={"name": name, **getattr(model, "card", {})}, data={"name": data.name, "sha256": data.sha256},
+        )  # fmt: skip
+        (out / f"{name}.state").unlink(missing_ok=True)
+        table = tables.evaluation(record)
+        print(table.markdown())
+        plots.sandwich(record, args.norm)
+        plots.curves(record, args.norm)
+        print(f"record and figures: {out}/{name}.json, .pdf, .png")
+
+    verb.set_defaults(run=run)
+
+
+def _finetune(sub: Any) -> None:
+    verb = sub.add_parser("finetune", help="fine-tune a network by a recipe; writes weights and a card")
+    _source(verb)
+    verb.add_argument(
+        "recipe", help="YAML of wdat.finetuning.Recipe, such as {objective: {kind: w-trades, delta: 8/255}}"
+    )
+    verb.add_argument("out", help="card to write (NAME.yaml); its weights and checkpoint go beside it")
+    verb.add_argument(
+        "--validation", type=float, default=0.05, help="share of training images held out (default: 0.05)"
+    )
+    verb.add_argument("--seed", type=int, default=0)
+
+    def run(args: argparse.Namespace) -> None:
+        from pathlib import Path
+
+        import yaml
+
+        from wdat import records
+        from wdat.finetuning import finetune, make_recipe
+        from wdat.models import save_model
+
+        out = Path(args.out)
+        try:
+            settings = yaml.safe_load(Path(args.recipe).read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise ValueError(f"{args.recipe} is not YAML: {' '.join(str(error).split())}") from None
+        recipe = make_recipe(settings, args.seed)
+        records.write_file(out.with_suffix(".json"), "")  # fails now rather than after hours
+        model, data, name = _load(args, "train")
+        rest, held = data.split_off(args.validation, seed=0)
+        done = finetune(model, rest, recipe, validation=held, checkpoint=out.with_suffix(".checkpoint"))
+        card = {
+            key: value for key, value in getattr(model, "card", {}).items() if key not in ("sha256", "bytes", "weights")
+        }
+        training = f"{recipe.objective.name}, {recipe.epochs} epochs, from {name}"
+        save_model(done.model, out, **{**card, "name": out.stem, "training": training})
+        records.write(out.with_suffix(".json"), "history", {"history": done.history}, settings, seeds=[args.seed])
+        print(
+            f"{out}: {100 * done.history[-1]['validation_accuracy']:.1f} % clean on validation" if done.history else out
+        )
+
+    verb.set_defaults(run=run)
+
+
+VERBS = [_reproduce, _paper, _evaluate, _finetune]
 
 
 def _pair(text: str) -> tuple[str, Any]:

@@ -4,7 +4,7 @@ NAME.json -> NAME.pdf and NAME.png (or NAME-SUFFIX). No torch and no model: what
 Accuracies are fractions in records and percentages here.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -240,13 +240,41 @@ def tradeoff(path: str | Path) -> Figure:
     return figure
 
 
+def variants(path: str | Path) -> Figure:
+    """Every variant of the first network as a row: clean, W-PGD and exact accuracy at each delta; lines mark before."""
+    path = Path(path)
+    found = records.read(path, "finetuning")["results"]
+    runs = [run for run in found["runs"] if run["network"] == found["runs"][0]["network"]]
+    names = [v for v in dict.fromkeys(run["variant"] for run in runs) if v != "before"]
+    panels = [("clean", lambda run: run["after"]["clean"])]
+    for threat in found["threats"]:
+        d = threat["written"]
+        panels.append((rf"exact $A_\delta$, $\delta$ = {d}", lambda run, d=d: run["after"]["exact"][d]))
+    figure, axes = _canvas(1, len(panels), width=2.3, height=0.9 + 0.19 * len(names), sharey=True)
+    for axis, (title, value) in zip(axes[0], panels, strict=True):
+        groups = _groups(runs, value)
+        axis.axvline(100 * groups[runs[0]["network"], "before"][0], color=BEFORE, lw=1.2)
+        for row, name in enumerate(names):
+            mean, spread, _ = groups[runs[0]["network"], name]
+            axis.errorbar(100 * mean, row, xerr=100 * spread, fmt="o", ms=4, lw=1, color=AFTER)
+        axis.set(title=title, xlabel="% correct", yticks=range(len(names)), yticklabels=names)
+        axis.grid(axis="y", lw=0.4, alpha=0.5)
+    axes[0, 0].invert_yaxis()
+    figure.suptitle(f"{_short(runs[0]['network'])}: the line is before fine-tuning", fontsize=9)
+    _save(figure, path, "variants")
+    return figure
+
+
 def _of_terms(row: dict, key: str) -> float:
     """A number of the first term that has it, NaN if none does."""
     return next((term[key] for term in row["terms"] if key in term), np.nan)
 
 
-def histories(path: str | Path) -> Figure:
-    """Training curves of every variant on the first network: validation, realised delta, upsilon, gradient norms."""
+def histories(path: str | Path, names: Sequence[str] = ()) -> Figure:
+    """Training curves of some variants (default: the first six) on the first network, one seed each.
+
+    Validation accuracy, clean and by W-PGD under the evaluation's threat; tracked upsilon; mean gradient norm.
+    """
     path = Path(path)
     found = records.read(path, "finetuning")["results"]
     first = found["runs"][0]["network"]
@@ -254,6 +282,7 @@ def histories(path: str | Path) -> Figure:
     for run in found["runs"]:
         if run["network"] == first and not run["before"] and run["history"]:
             runs.setdefault(run["variant"], run)
+    runs = {name: runs[name] for name in (names or list(runs)[:6])}
     panels = (
         ("validation accuracy (%)", lambda row: 100 * row["validation_accuracy"]),
         ("validation W-PGD accuracy (%)", lambda row: 100 * row.get("validation_w_pgd", np.nan)),
@@ -261,7 +290,7 @@ def histories(path: str | Path) -> Figure:
         ("gradient norm, first epoch = 1", lambda row: _of_terms(row, "norm_ratio")),
     )  # fmt: skip
     figure, axes = _canvas(1, len(panels))
-    colours = sns.color_palette("husl", max(len(runs), 1))
+    colours = sns.color_palette("colorblind", max(len(runs), 1))
     for axis, (title, value) in zip(axes[0], panels, strict=True):
         for (variant, run), colour in zip(runs.items(), colours, strict=False):
             values = [value(row) for row in run["history"]]
@@ -269,7 +298,7 @@ def histories(path: str | Path) -> Figure:
                 axis.plot([row["epoch"] for row in run["history"]], values, lw=1, color=colour, label=variant)
         axis.set(title=title, xlabel="epoch")
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=7)
+    figure.legend(handles, labels, loc="outside lower center", ncols=6)
     _save(figure, path, "histories")
     return figure
 

@@ -12,8 +12,8 @@ from tqdm.auto import tqdm
 
 from wdat.attacks import pgd, w_fgsm, w_pgd, w_pgd_budget
 from wdat.data import Data
-from wdat.evaluate import clean_pass, evaluate
-from wdat.finetune import finetune, make_recipe, step_seed
+from wdat.evaluation import clean_pass, evaluate
+from wdat.finetuning import finetune, make_recipe, step_seed
 from wdat.models import load_model, save_model
 from wdat.networks import Normalised, build
 from wdat.sensitivity import dual_norms, estimate
@@ -293,7 +293,7 @@ def finetuning(
 def across_networks(
     models: dict[str, nn.Module], data: Data, threats: Sequence[Threat], work: Path, **settings
 ) -> dict:
-    """`wdat.evaluate.evaluate` for each network; one result per network, resumable through state files in `work`."""
+    """`wdat.evaluation.evaluate` for each network; one result per network, resumable through state files in `work`."""
     return {
         "n": len(data),
         "networks": [

@@ -3,10 +3,11 @@
 NAME.json -> NAME.md and NAME.tex; `numbers` writes every number the paper's text quotes as a LaTeX key. No torch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from wdat import records
@@ -134,99 +135,280 @@ def pretraining(path: str | Path) -> Table:
 
 
 def numbers(folder: str | Path) -> dict[str, str]:
-    """Every number the paper's text quotes, from the records in a folder: numbers.tex there, keys for `\\wdat{...}`."""
+    r"""Every number the paper's text quotes, from the records in a folder: numbers.tex there, keys for `\wdat{...}`.
+
+    A key is RECORD.WHAT, such as "06_how_robust.linf.middle.exact.mean"; in LaTeX the folder's name goes before it.
+    Radii are small, middle and large, so that the text need not know a profile's ("...middle.delta" says which). Words
+    that depend on numbers (which network, how many of how many) are keys too. ValueError for a name that LaTeX can
+    not hold.
+    """
     folder = Path(folder)
     found: dict[str, str] = {}
+    seconds: dict[str, float] = {}
     for path in sorted(folder.glob("*.json")):
         record = records.read(path)
-        maker = NUMBERS.get(record["kind"])
-        if maker:
+        made = record.get("provenance", {})
+        seconds[path.stem[:2]] = max(seconds.get(path.stem[:2], 0), made.get("seconds") or 0)
+        found |= {f"about.{key}": str(made[key]) for key in ("device", "threads", "torch", "python") if key in made}
+        if maker := NUMBERS.get(record["kind"]):
             found |= {f"{path.stem}.{key}": text for key, text in maker(record["results"]).items()}
-    lines = [rf"\expandafter\def\csname wdat@{key}\endcsname{{{_tex(text)}}}" for key, text in found.items()]
-    records.write_file(
-        folder / "numbers.tex", "% generated from the records in this folder\n" + "\n".join(lines) + "\n"
-    )
+    found["about.minutes"] = f"{sum(seconds.values()) / 60:.0f}"
+    if bad := [key for key in found if not key.isascii() or set(key) & set("%#\\{}~^$&")]:
+        raise ValueError(f"{bad[0]!r} can not be a LaTeX key; give the network or variant a name without %#\\{{}}~^$&")
+    lines = [
+        rf"\expandafter\def\csname wdat@{folder.name}/{key}\endcsname{{{_tex(text).replace('−', '$-$')}}}"
+        for key, text in found.items()
+    ]
+    head = "% generated from the records in this folder\n"
+    records.write_file(folder / "numbers.tex", head + "\n".join(lines) + "\n")
     return found
 
 
+def _places(written: Iterable[str]) -> dict[str, list[str]]:
+    """Names of ascending radii in keys: the first is "small", the middle one "middle", the last "large"."""
+    names = list(dict.fromkeys(written))
+    found: dict[str, list[str]] = {name: [] for name in names}
+    for alias, index in (("small", 0), ("middle", (len(names) - 1) // 2), ("large", -1)):
+        found[names[index]].append(alias)
+    return found
+
+
+def _spread(name: str, values: dict[str, float], text: Callable[[float], str] = percent) -> dict[str, str]:
+    """Mean, lowest and highest of values by label, and whose the extremes are."""
+    low, high = min(values, key=values.get), max(values, key=values.get)
+    return {
+        f"{name}.mean": text(sum(values.values()) / len(values)), f"{name}.low": text(values[low]),
+        f"{name}.high": text(values[high]), f"{name}.low.of": low, f"{name}.high.of": high,
+    }  # fmt: skip
+
+
+def _points(value: float) -> str:
+    """A difference of fractions in percentage points, with its sign."""
+    return f"{100 * value:+.1f}".replace("-", "−")
+
+
+def _three(value: float) -> str:
+    return f"{value:.3g}".replace("-", "−")
+
+
+def _pretraining_numbers(results: dict) -> dict[str, str]:
+    return {"networks": str(len(results["networks"]))}
+
+
 def _theory_numbers(results: dict) -> dict[str, str]:
+    """Per loss, order p and radius: W-PGD's accuracy, its wasted share, and the share of delta upsilon W-FGSM gains.
+
+    "order" is the slope of log |remainder| on log delta, the remainder being W-FGSM's loss - V(0) - delta upsilon with
+    upsilon inside the box; 2 on a smooth network without the box.
+    """
     found = {"n": str(results["n"]), "clean": percent(results["accuracy"])}
     found |= {key: f"{value:.1g}" for key, value in results["pointwise"].items()}
     for row in results["theory"]:
         name = f"{row['loss']}.p{float(row['p']):g}"
-        found |= {f"{name}.upsilon": f"{row['upsilon']:.3g}", f"{name}.upsilon-box": f"{row['upsilon_box']:.3g}"}
+        found |= {f"{name}.v0": _three(row["v0"]), f"{name}.upsilon": _three(row["upsilon"])}
+        found[f"{name}.upsilon-box"] = _three(row["upsilon_box"])
+        found[f"{name}.box-share"] = percent(row["upsilon_box"] / row["upsilon"]) if row["upsilon"] else "0.0"
+        rest = []
+        places = _places(point["written"] for point in row["points"])
         for point in row["points"]:
-            found[f"{name}.{point['written']}.w-pgd"] = percent(point["w_pgd"]["accuracy"])
-            found[f"{name}.{point['written']}.wasted"] = percent(point["wasted"])
+            gained, promised = point["w_fgsm"]["loss"] - row["v0"], point["delta"] * row["upsilon_box"]
+            rest.append((point["delta"], abs(gained - promised)))
+            for place in places[point["written"]]:
+                found[f"{place}.delta"] = point["written"]
+                found[f"{name}.{place}.w-fgsm"] = percent(point["w_fgsm"]["accuracy"])
+                found[f"{name}.{place}.w-pgd"] = percent(point["w_pgd"]["accuracy"])
+                found[f"{name}.{place}.wasted"] = percent(point["wasted"])
+                found[f"{name}.{place}.gained"] = percent(gained / promised) if promised else "0.0"
+        rest = [(delta, value) for delta, value in rest if delta > 0 and value > 0]
+        if len(rest) > 1:
+            found[f"{name}.order"] = f"{np.polyfit(*np.log(np.array(rest)).T, 1)[0]:.2f}"
     return found
 
 
 def _sensitivity_numbers(results: dict) -> dict[str, str]:
-    found = {"n": str(results["n"])}
-    for row in results["subset"]:
-        found[f"{row['network']}.{row['size']}.error"] = percent(row["error"])
-        if row["claimed"] is not None:
-            found[f"{row['network']}.{row['size']}.claimed"] = percent(row["claimed"])
+    found = {"n": str(results["n"]), "networks": str(len({row["network"] for row in results["upsilon"]}))}
     for row in results["upsilon"]:
-        found[f"{row['network']}.{row['loss']}.p{float(row['p']):g}"] = f"{row['upsilon']:.3g}"
+        found[f"{row['network']}.{row['loss']}.p{float(row['p']):g}"] = _three(row["upsilon"])
+    for loss, p in dict.fromkeys((row["loss"], row["p"]) for row in results["upsilon"]):
+        own = {row["network"]: row["upsilon"] for row in results["upsilon"] if (row["loss"], row["p"]) == (loss, p)}
+        found |= _spread(f"{loss}.p{float(p):g}", own, _three)
+    places = _places(str(row["size"]) for row in sorted(results["subset"], key=lambda row: row["size"]))
+    for size, names in places.items():
+        own = [row for row in results["subset"] if str(row["size"]) == size]
+        for place in names:
+            found[f"subset.{place}.size"] = size
+            found |= _spread(f"subset.{place}.error", {row["network"]: row["error"] for row in own})
+            claimed = {row["network"]: row["claimed"] for row in own if row["claimed"] is not None}
+            found |= _spread(f"subset.{place}.claimed", claimed) if claimed else {}
     return found
 
 
 def _rule_numbers(results: dict) -> dict[str, str]:
-    found = {}
+    """Each rule's error and cost, all of them in one phrase; the range of the true upsilon relative to its start."""
+    found, drift = {}, []
     for row in results["rules"]:
         found |= {f"{row['rule']}.rms": percent(row["rms"]), f"{row['rule']}.passes": f"{row['passes']:.1f}"}
-    return found
+        drift += [point["true"] / row["trace"][0]["true"] for point in row["trace"]]
+    found |= _spread("rms", {row["rule"]: row["rms"] for row in results["rules"]})
+    ranked = sorted(results["rules"], key=lambda row: row["rms"])
+    found["all"] = ", ".join(f"{r['rule']}: {percent(r['rms'])} % ({r['passes']:.0f})" for r in ranked)
+    return found | {"drift.low": percent(min(drift)), "drift.high": percent(max(drift))}
 
 
 def _finetuning_numbers(results: dict) -> dict[str, str]:
+    """By network and variant, and over networks: means, gains over "before", who is best and at what clean accuracy.
+
+    NETWORK.VARIANT.COLUMN and VARIANT.COLUMN.{mean,gain.mean,gain.low,gain.high,improved,best}, where COLUMN is clean,
+    worst-class, or KEY.RADIUS with KEY exact, w_pgd, pointwise, autoattack; best.COLUMN is the variant of the highest
+    mean, kept.COLUMN the one among those whose mean clean accuracy is at most one point below that before.
+    """
     runs = results["runs"]
-    found = {"n-train": str(results["n_train"]), "n-test": str(results["n_test"]),
-             "seeds": str(len({r["seed"] for r in runs if not r["before"]}))}  # fmt: skip
-    columns = {"clean": lambda r: r["after"]["clean"]}
+    tuned = [run for run in runs if not run["before"]]
+    variants = list(dict.fromkeys(run["variant"] for run in tuned))
+    networks = list(dict.fromkeys(run["network"] for run in runs))
+    found = {"n-train": str(results["n_train"]), "n-test": str(results["n_test"]), "networks": str(len(networks)),
+             "seeds": str(len({run["seed"] for run in tuned})), "variants": str(len(variants)),
+             "runs": str(len(tuned))}  # fmt: skip
+    columns: dict[str, Callable[[dict], float]] = {
+        "clean": lambda run: run["after"]["clean"], "worst-class": lambda run: run["after"]["worst_class"],
+    }  # fmt: skip
     for key in ("exact", "w_pgd", "pointwise", "autoattack"):
-        for d in runs[0]["after"][key]:
-            columns[f"{key}.{d}"] = lambda r, key=key, d=d: r["after"][key][d]
+        given = runs[0]["after"].get(key, {})
+        for written, places in (_places(given) if given else {}).items():
+            for place in places:
+                found[f"{key}.{place}.delta"] = written
+                columns[f"{key}.{place}"] = lambda run, key=key, d=written: run["after"][key][d]
+    for run in tuned:
+        found[f"{run['variant']}.passes"] = _cost(run)
+    scale = {run["network"]: run["after"]["upsilon"] for run in runs if run["before"]}
+    for variant in variants:
+        ratios = [run["after"]["upsilon"] / scale[run["network"]] for run in tuned if run["variant"] == variant]
+        found[f"{variant}.upsilon-ratio"] = f"{sum(ratios) / len(ratios):.2f}"
+        last = [run["history"][-1]["terms"][:1] for run in tuned if run["variant"] == variant and run["history"]]
+        for key in ("realised_delta", "norm_ratio", "idle", "capped"):
+            values = [term[key] for terms in last for term in terms if key in term]
+            found |= {f"{variant}.{key}": _three(sum(values) / len(values))} if values else {}
+    means = {}
     for column, value in columns.items():
-        for (network, variant), group in _groups(runs, value).items():
+        groups = _groups(runs, value)
+        for (network, variant), group in groups.items():
             found[f"{network}.{variant}.{column}"] = percent(*group)
-    for column, value in columns.items():
-        by_network = _groups(runs, value)
-        for variant in dict.fromkeys(r["variant"] for r in runs if not r["before"]):
-            gains = [by_network[n, v][0] - by_network[n, "before"][0] for n, v in by_network if v == variant]
-            found[f"mean-gain.{variant}.{column}"] = f"{100 * sum(gains) / len(gains):+.1f}"
-            found[f"improved.{variant}.{column}"] = f"{sum(g > 0 for g in gains)} of {len(gains)}"
+        for variant in ("before", *variants):
+            own = {network: groups[network, variant][0] for network in networks if (network, variant) in groups}
+            means[variant, column] = sum(own.values()) / len(own)
+            found[f"{variant}.{column}.mean"] = percent(means[variant, column])
+            if variant != "before":
+                gains = {network: mean - groups[network, "before"][0] for network, mean in own.items()}
+                found |= _spread(f"{variant}.{column}.gain", gains, _points)
+                found[f"{variant}.{column}.improved"] = f"{sum(g > 0 for g in gains.values())} of {len(gains)}"
+                top = [n for n in own if own[n] >= max(groups[k][0] for k in groups if k[0] == n and k[1] != "before")]
+                found[f"{variant}.{column}.best"] = f"{len(top)} of {len(own)}"
+        kept = [v for v in variants if means[v, "clean"] >= means["before", "clean"] - 0.01]
+        for name, choice in (("best", variants), ("kept", kept or ["before"])):
+            best = max((means[variant, column], -i, variant) for i, variant in enumerate(choice))[2]
+            found |= {f"{name}.{column}": best, f"{name}.{column}.mean": percent(means[best, column])}
+            found[f"{name}.{column}.gain"] = _points(means[best, column] - means["before", column])
+            found[f"{name}.{column}.clean"] = percent(means[best, "clean"])
     return found
 
 
 def _evaluation_numbers(results: dict) -> dict[str, str]:
-    found, gaps = {"n": str(results["n"])}, []
+    """Exact, attacked and certified accuracy by network, norm and radius (p = 2), their gaps, and what bounds fail.
+
+    NETWORK.NORM.RADIUS.{exact,w-pgd,certified}; NORM.RADIUS.{...} and NORM.gap.{...} over networks;
+    "failed" counts (network, radius) pairs whose first-order lower bound lies above the exact allocation,
+    "above-w-pgd" those where the exact allocation lies above the attack; "discordant": share of (pair of networks,
+    radius) ordered differently under p = 2 and p = inf.
+    """
+    found = {"n": str(results["n"]), "networks": str(len(results["networks"]))}
+    found |= _spread("clean", {n["network"]: n["clean"]["accuracy"] for n in results["networks"]})
     for network in results["networks"]:
-        name = network["network"]
-        found[f"{name}.clean"] = percent(network["clean"]["accuracy"])
-        attacks = {
-            (a["threat"]["written"], float(a["threat"]["r"])): a
-            for a in network["attacks"]
-            if a["attack"] == "w-pgd" and a["loss"] == "redlr"
-        }
-        for exact in network["exact"]:
-            for row in exact["threats"]:
-                key = (row["threat"]["written"], float(exact["r"]))
-                if key in attacks:
-                    label = f"{name}.l{key[1]:g}.{key[0]}"
-                    found[f"{label}.exact"] = percent(row["accuracy"])
-                    found[f"{label}.w-pgd"] = percent(attacks[key]["accuracy"])
-                    gaps.append(attacks[key]["accuracy"] - row["accuracy"])
-    if gaps:
-        found |= {
-            "mean-gap": percent(sum(gaps) / len(gaps)),
-            "max-gap": percent(max(gaps)),
-            "min-gap": percent(min(gaps)),
-        }
+        found[f"{network['network']}.clean"] = percent(network["clean"]["accuracy"])
+    for r in dict.fromkeys(float(e["r"]) for network in results["networks"] for e in network["exact"]):
+        rows = _evaluation_rows(results, r)
+        own = {f"l{r:g}.{key}": text for key, text in _norm_numbers(rows).items()} if rows else {}
+        places = _places(row["written"] for row in rows) if rows else {}
+        for row in rows:
+            for place in places[row["written"]]:
+                for key in ("exact", "w-pgd", "certified"):
+                    if row[key] is not None:
+                        found[f"{row['network']}.l{r:g}.{place}.{key}"] = percent(row[key])
+        exact = [next(e for e in network["exact"] if float(e["r"]) == r) for network in results["networks"]]
+        searches = {n["network"]: e for n, e in zip(results["networks"], exact, strict=True)}
+        if all("passes" in e for e in exact):
+            own |= _spread(f"l{r:g}.search.passes", {n: e["passes"] for n, e in searches.items()}, lambda v: f"{v:.1f}")
+            own |= _spread(f"l{r:g}.search.gain", {n: e["gain"] for n, e in searches.items()}, _three)
+        if (share := _discordant(exact)) is not None:
+            own[f"l{r:g}.discordant"] = percent(share)
+        found |= own
     return found
 
 
+def _evaluation_rows(results: dict, r: float) -> list[dict]:
+    """One row per network and radius of p = 2 that has a W-PGD (ReDLR) accuracy, radii ascending within a network."""
+    rows = []
+    for network in results["networks"]:
+        attacks = {
+            (a["loss"], a["threat"]["written"]): a for a in network["attacks"]
+            if a["attack"] == "w-pgd" and float(a["threat"]["r"]) == r and float(a["threat"]["p"]) == 2
+        }  # fmt: skip
+        exact = next(e for e in network["exact"] if float(e["r"]) == r)
+        certified = next((c for c in network.get("certified", []) if float(c["r"]) == r), None)
+        for i, row in sorted(enumerate(exact["threats"]), key=lambda pair: pair[1]["threat"]["delta"]):
+            written = row["threat"]["written"]
+            if float(row["threat"]["p"]) != 2 or ("redlr", written) not in attacks:
+                continue
+            rows.append({
+                "network": network["network"], "written": written, "exact": row["accuracy"],
+                "w-pgd": attacks["redlr", written]["accuracy"],
+                "certified": certified["threats"][i]["accuracy"] if certified else None,
+                "ratio": row["accuracy"] / network["clean"]["accuracy"] if network["clean"]["accuracy"] else 0.0,
+                "bounds": {loss: a["bounds"] for (loss, w), a in attacks.items() if w == written and a["bounds"]},
+                "band": (row["band"][1] - row["band"][0]) / 2,
+            })  # fmt: skip
+    return rows
+
+
+def _norm_numbers(rows: list[dict]) -> dict[str, str]:
+    found = {}
+    for written, names in _places(row["written"] for row in rows).items():
+        own = [row for row in rows if row["written"] == written]
+        for place in names:
+            found[f"{place}.delta"] = written
+            for key in ("exact", "w-pgd", "certified"):
+                values = {row["network"]: row[key] for row in own if row[key] is not None}
+                found |= _spread(f"{place}.{key}", values) if values else {}
+    found |= _spread("gap", {f"{r['network']} at {r['written']}": r["w-pgd"] - r["exact"] for r in rows})
+    found["above-w-pgd"] = f"{sum(row['exact'] > row['w-pgd'] for row in rows)} of {len(rows)}"
+    found["band"] = percent(max(row["band"] for row in rows))
+    proved = [row for row in rows if row["certified"] is not None]
+    if proved:
+        found |= _spread("open", {f"{r['network']} at {r['written']}": r["exact"] - r["certified"] for r in proved})
+    for loss in sorted({loss for row in rows for loss in row["bounds"]}):
+        bounded = [row for row in rows if loss in row["bounds"]]
+        for bound in ("r_tilde_l", "r_bar_l", "r_l"):
+            failed = [row for row in bounded if row["bounds"][loss][bound] > row["ratio"] + 1e-9]
+            found[f"{loss}.{bound}.failed"] = f"{len(failed)} of {len(bounded)}"
+            vacuous = [row for row in bounded if row["bounds"][loss][bound] <= 0]
+            found[f"{loss}.{bound}.vacuous"] = f"{len(vacuous)} of {len(bounded)}"
+    return found
+
+
+def _discordant(exact: list[dict]) -> float | None:
+    """Share of (pair of networks, radius) whose order under p = 2 is reversed under p = inf; None if not measured."""
+    curves = []
+    for order in (2.0, float("inf")):
+        found = [next((c for c in e["curves"] if float(c["p"]) == order), None) for e in exact]
+        if len(found) < 2 or None in found:
+            return None
+        curves.append(np.array([c["accuracy"] for c in found]))
+    one, other = (np.sign(c[:, None] - c[None]) for c in curves)
+    strict = (one != 0) & (other != 0)
+    return float((one * other < 0)[strict].mean()) if strict.any() else None
+
+
 NUMBERS = {
+    "pretraining": _pretraining_numbers,
     "attack-theory": _theory_numbers,
     "sensitivity": _sensitivity_numbers,
     "upsilon-rules": _rule_numbers,

@@ -13,7 +13,7 @@ from nets import batch_norm, counting, images, labels, linear, relu, smooth
 from torch import nn
 
 from wdat.data import Data, from_tensors
-from wdat.finetune import Recipe, finetune, initialise, last_layer, make_recipe, shift_and_flip, step_seed
+from wdat.finetuning import Recipe, finetune, initialise, last_layer, make_recipe, shift_and_flip, step_seed
 from wdat.losses import ce, kl
 from wdat.objectives import Objective, at, combined, plain, trades, w_trades, water_level
 from wdat.schedules import SCHEDULES
@@ -197,7 +197,7 @@ def test_upsilon_costs_what_its_rule_says(rule, passes, monkeypatch):
             counts.update(now=context.__enter__(), kept=context)
         return made
 
-    monkeypatch.setattr("wdat.finetune.copy.deepcopy", counted)
+    monkeypatch.setattr("wdat.finetuning.copy.deepcopy", counted)
     run(model, data(model), Recipe(w_trades(THREAT, steps=1), upsilon=rule, **QUICK))
     assert counts["now"] == {"grad": passes + 3 * N * 4, "no_grad": 0, "backward": passes + 3 * N * 4}
 
