@@ -455,7 +455,7 @@ def certified_radii(
     radii, scale = torch.zeros(len(x), dtype=torch.float64), math.inf
     cap = 1.0 if math.isinf(r) else math.sqrt(x[0].numel())  # no two images are further apart
     with torch.no_grad(), tqdm(total=len(index), disable=not progress, desc="certify", unit="image") as bar:
-        for part in index.split(batch_size):
+        for part in index.split(batch_size) if len(index) else ():
             images, labels = x[part].to(device, torch.float64), y[part].to(device)
             found, first = _search(steps, images, labels, r, slack, tolerance, method, scale, cap)
             radii[part] = found.cpu()
