@@ -161,7 +161,7 @@ def evaluate(
         for threat in [t for t in threats if t.pointwise] if use_autoattack else []:
             key = f"autoattack {autoattack_version} {threat!r}"
             result.setdefault("autoattack", []).append(
-                kept.get(key, lambda: _autoattack(model, data, threat, autoattack_version, batch_size))  # noqa: B023
+                kept.get(key, lambda: autoattack_accuracy(model, data, threat, autoattack_version, batch_size))  # noqa: B023
             )
             bar.update()
     return result
@@ -259,7 +259,8 @@ def _curves(found: dict, data: Data, threats: Sequence[Threat], orders: Sequence
     return result
 
 
-def _autoattack(model: nn.Module, data: Data, threat: Threat, version: str, batch_size: int) -> dict:
+def autoattack_accuracy(model: nn.Module, data: Data, threat: Threat, version: str, batch_size: int) -> dict:
+    """Robust accuracy by AutoAttack (p = inf only), overall and per class, re-checked on the images it returns."""
     x = autoattack(model, data.x, data.y, threat.delta, threat.r, version=version, batch_size=batch_size)
     device = device_of(model)
     with frozen(model), torch.no_grad():

@@ -23,7 +23,7 @@ from wdat.objectives import Objective, make_objective
 from wdat.records import write_tensors
 from wdat.schedules import get_schedule
 from wdat.sensitivity import dual_norms
-from wdat.threat import per_image
+from wdat.threat import Threat, per_image
 from wdat.trackers import Rule, Tracker
 
 INITS = ("none", "perturb", "rerandomise")
@@ -134,6 +134,7 @@ def finetune(
     recipe: Recipe,
     *,
     validation: Data | None = None,
+    validation_threat: Threat | None = None,
     checkpoint: str | Path | None = None,
     checkpoint_every: int | None = None,
     progress: bool = True,
@@ -144,7 +145,8 @@ def finetune(
     Args:
         model: logits of float32 images in [0, 1]; trained on the device it is on.
         train, validation: data sets. Validation (cut from training data, never test) is only reported: clean and
-            W-PGD accuracy (10 steps) per epoch; the final weights are returned, never the best ones.
+            W-PGD accuracy (10 steps, under `validation_threat`, by default the first term's) per epoch; the final
+            weights are returned, never the best ones.
         checkpoint: file to resume from and write to, after every epoch and, if given, every `checkpoint_every` steps.
             Written atomically; one of another recipe, network or data is refused, naming what differs.
         on_step: called after each step with the number of steps done, the network and the trackers, to look at only.
@@ -220,7 +222,7 @@ def finetune(
                 if done % steps_per_epoch == 0:
                     history.append(_summary(epoch, rate, sums, objective, trackers, n, history))
                     if validation is not None:
-                        history[-1] |= _validate(network, validation, objective)
+                        history[-1] |= _validate(network, validation, validation_threat or _first_threat(objective))
                     bar.set_postfix(loss=f"{history[-1]['loss']:.3f}", accuracy=f"{history[-1]['accuracy']:.3f}")
                     sums = {}
                     save()
@@ -275,13 +277,16 @@ def _summary(
     return row
 
 
-def _validate(network: nn.Module, data: Data, objective: Objective) -> dict:
+def _first_threat(objective: Objective) -> Threat | None:
+    return objective.terms[0].threat if objective.terms else None
+
+
+def _validate(network: nn.Module, data: Data, threat: Threat | None) -> dict:
     with frozen(network), torch.no_grad():
         logits = torch.cat([network(x.to(device_of(network))) for x in data.x.split(512)])
     row = {"validation_accuracy": float((margin(logits, data.y.to(logits.device)) > 0).double().mean())}
-    if objective.terms:
+    if threat:
         loss = "redlr" if logits.shape[1] > 2 else "negative-margin"
-        threat = objective.terms[0].threat
         row["validation_w_pgd"] = w_pgd(network, data.x, data.y, threat, loss=loss, steps=10).accuracy
     return row
 

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from wdat.allocation import accuracy_curve, class_accuracy, water_level
 from wdat.attacks import pgd, w_fgsm, w_pgd, w_pgd_budget
 from wdat.data import Data
-from wdat.evaluation import clean_pass, evaluate
+from wdat.evaluation import autoattack_accuracy, clean_pass, evaluate
 from wdat.finetuning import finetune, make_recipe, step_seed
 from wdat.models import load_model, save_model
 from wdat.networks import Normalised, build
+from wdat.radii import minimal_distances
 from wdat.sensitivity import dual_norms, estimate
 from wdat.threat import Threat, plain_number
 
@@ -227,30 +229,31 @@ def upsilon_rules(
 
 
 def summarise(
-    model: nn.Module, data: Data, threats: Sequence[Threat], *, steps: int, search: dict, pointwise: Sequence[str],
-    autoattack: str | None, batch_size: int,
+    model: nn.Module, data: Data, threats: Sequence[Threat], *, steps: int = 50, search: dict | None = None,
+    pointwise: Sequence[str] = (), attacked: Sequence[str] = (), version: str = "standard", batch_size: int = 128,
 ) -> dict:  # fmt: skip
-    """The columns of the five-model table for one network: clean, pointwise, W-PGD, exact, worst class, upsilon."""
-    r = threats[0].r
-    balls = [Threat(d, float("inf"), r) for d in pointwise]
-    found = evaluate(
-        model, data, [*threats, *balls], losses=("redlr",), steps=steps, search=search, batch_size=batch_size,
-        use_autoattack=autoattack is not None, autoattack_version=autoattack or "standard", progress=False,
-    )  # fmt: skip
-    clean = found["clean"]
-    # Under p = inf the attack climbing CE is the field's PGD; the exact allocation at p = inf is the best of all found.
-    exact = {row["threat"]["written"]: row for row in found["exact"][0]["threats"] if row["threat"]["p"] != "inf"}
-    near = {row["threat"]["written"]: row for row in found["exact"][0]["threats"] if row["threat"]["p"] == "inf"}
+    """The columns of the five-network table for one network, accuracies as fractions by radius as written.
+
+    "w_pgd" (ReDLR, `steps`) and "exact" at the threats; "pointwise", the share of images farther than each radius of
+    `pointwise` by the same minimal distances; "autoattack" at each radius of `attacked`; the "worst_class" under the
+    exact allocation of the first threat; "upsilon" of ReDLR.
+    """
+    clean = clean_pass(model, data, ("redlr",), batch_size)
+    x, y, first = data.x, data.y, threats[0]
+    distance = minimal_distances(model, x, y, first.r, batch_size=batch_size, **(search or {})).distance
+    classes = class_accuracy(distance, y, first.delta, first.p, len(data.classes))
     return {
-        "clean": clean["accuracy"],
-        "w_pgd": {a["threat"]["written"]: a["accuracy"] for a in found["attacks"] if a["attack"] == "w-pgd"},
-        "exact": {k: row["accuracy"] for k, row in exact.items()},
-        "water_level": {k: row["water_level"] for k, row in exact.items()},
-        "pgd": {a["threat"]["written"]: a["accuracy"] for a in found["attacks"] if a["attack"] == "pgd"},
-        "pointwise": {k: row["accuracy"] for k, row in near.items()},
-        "autoattack": {a["threat"]["written"]: a["accuracy"] for a in found.get("autoattack", [])},
-        "worst_class": min(exact[threats[0].written]["per_class"].values()),
-        "upsilon": found["sensitivity"][0]["value"],
+        "clean": float(clean["correct"].double().mean()),
+        "w_pgd": {t.written: w_pgd(model, x, y, t, steps=steps, batch_size=batch_size).accuracy for t in threats},
+        "exact": {t.written: float(accuracy_curve(distance, t.delta, t.p)) for t in threats},
+        "water_level": {t.written: float(water_level(distance, t.delta, t.p)) for t in threats},
+        "pointwise": {d: float(accuracy_curve(distance, d, float("inf"))) for d in pointwise},
+        "autoattack": {
+            d: autoattack_accuracy(model, data, Threat(d, float("inf"), first.r), version, batch_size)["accuracy"]
+            for d in attacked
+        },
+        "worst_class": float(classes[~classes.isnan()].min()),
+        "upsilon": float(first.upsilon(clean[f"norms.redlr.{first.s:g}"])),
     }
 
 
@@ -264,7 +267,7 @@ def finetuning(
     A variant is {"name": ..., and whatever of the recipe `base` it changes}. Validation images are cut from the
     training data and only reported. Rows are in running order; every run resumes from its checkpoint in `work`.
     """
-    measure = {"steps": 50, "search": {}, "pointwise": (), "autoattack": None, "batch_size": 256, **(measure or {})}
+    measure = measure or {}
     rest, held = train.split_off(validation, seed=0)
     rows = []
     with tqdm(total=len(models) * (1 + len(variants) * len(seeds)), desc="runs", disable=not progress) as bar:
@@ -278,8 +281,8 @@ def finetuning(
                     recipe = make_recipe(settings, seed)
                     name = f"{network}.{variant['name']}.{seed}".replace("/", "_")
                     bar.set_postfix_str(name)
-                    done = finetune(model, rest, recipe, validation=held, checkpoint=work / f"{name}.checkpoint",
-                                    progress=False)  # fmt: skip
+                    done = finetune(model, rest, recipe, validation=held, validation_threat=threats[len(threats) // 2],
+                                    checkpoint=work / f"{name}.checkpoint", progress=False)  # fmt: skip
                     rows.append({
                         "network": network, "variant": variant["name"], "seed": seed, "before": False,
                         "recipe": settings, "cost": recipe.objective.cost, "epochs": recipe.epochs,

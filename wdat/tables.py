@@ -3,6 +3,7 @@
 NAME.json -> NAME.md and NAME.tex; `numbers` writes every number the paper's text quotes as a LaTeX key. No torch.
 """
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,11 +148,12 @@ def numbers(folder: str | Path) -> dict[str, str]:
     seconds: dict[str, float] = {}
     for path in sorted(folder.glob("*.json")):
         record = records.read(path)
-        made = record.get("provenance", {})
-        seconds[path.stem[:2]] = max(seconds.get(path.stem[:2], 0), made.get("seconds") or 0)
-        found |= {f"about.{key}": str(made[key]) for key in ("device", "threads", "torch", "python") if key in made}
+        origin = record.get("provenance", {})
+        seconds[path.stem[:2]] = max(seconds.get(path.stem[:2], 0), origin.get("seconds") or 0)
+        found |= {f"about.{key}": str(origin[key]) for key in ("device", "threads", "torch", "python") if key in origin}
         if maker := NUMBERS.get(record["kind"]):
-            found |= {f"{path.stem}.{key}": text for key, text in maker(record["results"]).items()}
+            made = maker(record["results"])
+            found |= {f"{path.stem}.{key}": re.sub(r"^-(?=\d)", "−", text) for key, text in made.items()}
     found["about.minutes"] = f"{sum(seconds.values()) / 60:.0f}"
     if bad := [key for key in found if not key.isascii() or set(key) & set("%#\\{}~^$&")]:
         raise ValueError(f"{bad[0]!r} can not be a LaTeX key; give the network or variant a name without %#\\{{}}~^$&")
@@ -184,11 +186,11 @@ def _spread(name: str, values: dict[str, float], text: Callable[[float], str] = 
 
 def _points(value: float) -> str:
     """A difference of fractions in percentage points, with its sign."""
-    return f"{100 * value:+.1f}".replace("-", "−")
+    return f"{100 * value:+.1f}"
 
 
 def _three(value: float) -> str:
-    return f"{value:.3g}".replace("-", "−")
+    return f"{value:.3g}"
 
 
 def _pretraining_numbers(results: dict) -> dict[str, str]:
@@ -299,6 +301,9 @@ def _finetuning_numbers(results: dict) -> dict[str, str]:
             found[f"{variant}.{column}.mean"] = percent(means[variant, column])
             if variant != "before":
                 gains = {network: mean - groups[network, "before"][0] for network, mean in own.items()}
+                found[f"{variant}.{column}.gain.mean"] = _points(sum(gains.values()) / len(gains))
+                if len(networks) == 1:
+                    continue
                 found |= _spread(f"{variant}.{column}.gain", gains, _points)
                 found[f"{variant}.{column}.improved"] = f"{sum(g > 0 for g in gains.values())} of {len(gains)}"
                 top = [n for n in own if own[n] >= max(groups[k][0] for k in groups if k[0] == n and k[1] != "before")]
