@@ -1,0 +1,312 @@
+"""Tables and the numbers of the paper's text, from small records made by hand."""
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from wdat import records, tables
+
+PAPER = Path(__file__).parents[1] / "paper"
+DIGITS = Path(__file__).parents[1] / "figures" / "digits"
+RADII = ("1/16", "2/16", "3/16")
+
+
+def write(path, kind, results, seconds=60.0):
+    made = {"device": "a CPU", "threads": 1, "torch": "2.0", "python": "3.11", "seconds": seconds}
+    record = {"schema": records.SCHEMA, "kind": kind, "config": {}, "results": results, "provenance": made}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record))
+    return path
+
+
+def values(text):
+    """The first number of a cell or key: '12.3 ± 0.4' -> 12.3, '−1.5' -> -1.5."""
+    return float(text.replace("−", "-").split()[0])
+
+
+# Fine-tuning
+
+
+def run(network, variant, seed, clean, exact, upsilon=1.0):
+    after = {
+        "clean": clean, "exact": dict(zip(RADII, exact, strict=True)), "w_pgd": dict.fromkeys(RADII, 0.5),
+        "pointwise": {}, "autoattack": {}, "worst_class": min(exact), "upsilon": upsilon,
+    }  # fmt: skip
+    own = {"network": network, "variant": variant, "seed": seed, "before": seed is None, "after": after}
+    terms = [{"threat": "W_2", "realised_delta": 0.125, "norm_ratio": 0.5}]
+    history = [{"epoch": 1, "validation_accuracy": 0.5, "terms": terms}]
+    return own | ({} if seed is None else {"cost": {"gradients": 10, "full": 2}, "epochs": 3, "history": history})
+
+
+def finetuning(runs):
+    threats = [{"p": 2.0, "r": "inf", "delta": i / 16, "written": d} for i, d in enumerate(RADII, 1)]
+    return {"n_train": 90, "n_validation": 10, "n_test": 50, "threats": threats, "runs": runs}
+
+
+RUNS = [
+    run("a", "before", None, 0.90, (0.60, 0.40, 0.20), 4.0),
+    run("a", "safe", 0, 0.90, (0.62, 0.43, 0.20), 2.0),
+    run("a", "safe", 1, 0.90, (0.64, 0.45, 0.20), 2.0),
+    run("a", "bold", 0, 0.80, (0.70, 0.50, 0.30), 4.0),
+    run("a", "bold", 1, 0.80, (0.70, 0.50, 0.30), 4.0),
+    run("b", "before", None, 0.80, (0.50, 0.30, 0.10), 8.0),
+    run("b", "safe", 0, 0.80, (0.50, 0.28, 0.10), 8.0),
+    run("b", "safe", 1, 0.80, (0.50, 0.28, 0.10), 8.0),
+    run("b", "bold", 0, 0.70, (0.50, 0.40, 0.10), 8.0),
+    run("b", "bold", 1, 0.70, (0.50, 0.40, 0.10), 8.0),
+]
+
+
+def test_gains_are_means_over_networks_of_means_over_seeds(tmp_path):
+    write(tmp_path / "04.json", "finetuning", finetuning(RUNS))
+    found = tables.numbers(tmp_path)
+    own = {key.removeprefix("04."): text for key, text in found.items()}
+    assert own["a.safe.exact.middle"] == "44.0 ± 1.4" and own["a.before.exact.middle"] == "40.0"
+    assert own["safe.exact.middle.gain.mean"] == "+1.0"  # +4 on a, -2 on b
+    assert (own["safe.exact.middle.gain.low"], own["safe.exact.middle.gain.low.of"]) == ("−2.0", "b")
+    assert own["safe.exact.middle.improved"] == "1 of 2" and own["bold.exact.middle.improved"] == "2 of 2"
+    assert own["bold.exact.small.best"] == "2 of 2" and own["safe.exact.small.best"] == "1 of 2"  # a tie on b
+    assert (own["best.exact.middle"], own["best.exact.middle.clean"]) == ("bold", "75.0")
+    assert (own["kept.exact.middle"], own["kept.exact.middle.gain"]) == (
+        "safe",
+        "+1.0",
+    )  # bold costs 10 points of clean
+    assert own["safe.upsilon-ratio"] == "0.75" and own["safe.passes"] == "36" and own["safe.norm_ratio"] == "0.5"
+    assert (own["seeds"], own["networks"], own["variants"], own["runs"]) == ("2", "2", "2", "8")
+    assert [own[f"exact.{place}.delta"] for place in ("small", "middle", "large")] == list(RADII)
+
+
+def test_without_a_variant_that_keeps_clean_accuracy_before_is_kept(tmp_path):
+    write(tmp_path / "04.json", "finetuning", finetuning([r for r in RUNS if r["variant"] != "safe"]))
+    found = tables.numbers(tmp_path)
+    assert found["04.kept.exact.middle"] == "before" and found["04.kept.exact.middle.gain"] == "+0.0"
+
+
+@settings(deadline=None, max_examples=25, derandomize=True)
+@given(st.lists(st.tuples(*[st.integers(0, 1000)] * 3), min_size=2, max_size=5))
+def test_numbers_agree_with_the_runs_they_come_from(tmp_path_factory, rows):
+    folder = tmp_path_factory.mktemp("record")
+    runs = []
+    for i, (before, after, clean) in enumerate(rows):
+        runs += [run(f"n{i}", "before", None, clean / 1000, [before / 1000] * 3)]
+        runs += [run(f"n{i}", "v", 0, clean / 1000, [after / 1000] * 3)]
+    write(folder / "04.json", "finetuning", finetuning(runs))
+    found = tables.numbers(folder)
+    gains = [(after - before) / 10 for before, after, _ in rows]
+    assert values(found["04.v.exact.large.gain.mean"]) == pytest.approx(np.mean(gains), abs=0.0501)
+    assert values(found["04.v.exact.large.gain.high"]) == pytest.approx(max(gains))
+    assert found["04.v.exact.large.improved"] == f"{sum(g > 0 for g in gains)} of {len(gains)}"
+    assert values(found["04.v.clean.gain.mean"]) == 0
+
+
+def test_the_table_of_finetuning_has_a_row_for_each_network_and_variant(tmp_path):
+    path = write(tmp_path / "04.json", "finetuning", finetuning(RUNS))
+    table = tables.finetuning(path)
+    assert list(zip(table.frame["network"], table.frame["variant"], strict=True)) == [
+        (n, v) for n in "ab" for v in ("before", "safe", "bold")
+    ]
+    assert table.frame["W₂ exact 2/16"].tolist() == [
+        "40.0", "44.0 ± 1.4", "50.0 ± 0.0", "30.0", "28.0 ± 0.0", "40.0 ± 0.0",
+    ]  # fmt: skip
+    assert table.frame["passes"].tolist() == ["0", "36", "36"] * 2
+    assert "over 2 seeds" in table.caption and "50 test images" in table.caption
+    few = tables.finetuning(path, ["bold"])
+    assert few.frame["variant"].tolist() == ["before", "bold"] * 2
+
+
+# Evaluation
+
+
+def threat(written, r):
+    return {"p": 2.0, "r": r, "delta": float(eval(written)), "written": written}
+
+
+def evaluated(network, clean, exact, attacked, certified, bound, curves, r="inf"):
+    """One network: accuracies at RADII, one first-order bound for all radii, curves {p: accuracies}."""
+    bounds = {"r_u": 1.0, "r_tilde_l": bound, "r_bar_l": 0.0, "r_l": min(bound, 0.0)}
+    attacks = [
+        {"attack": "w-pgd", "loss": loss, "threat": threat(d, r), "accuracy": a, "bounds": bounds}
+        for d, a in zip(RADII, attacked, strict=True) for loss in ("redlr", "ce")
+    ]  # fmt: skip
+
+    def allocation(accuracies):
+        rows = [
+            {"threat": threat(d, r), "accuracy": a, "water_level": 0.1, "band": [a - 0.02, a + 0.02]}
+            for d, a in zip(RADII, accuracies, strict=True)
+        ]
+        lines = [{"p": p, "delta": [0.0, 0.1], "accuracy": line} for p, line in curves.items()]
+        return {"r": r, "threats": rows, "curves": lines, "passes": 15.0, "gain": 0.001}
+
+    return {
+        "network": network, "clean": {"accuracy": clean}, "attacks": attacks, "exact": [allocation(exact)],
+        "certified": [allocation(certified)],
+    }  # fmt: skip
+
+
+NETWORKS = [
+    evaluated("one", 0.9, (0.6, 0.4, 0.2), (0.7, 0.5, 0.4), (0.5, 0.2, 0.0), 0.5, {2.0: (0.9, 0.5), "inf": (0.9, 0.4)}),
+    evaluated("two", 0.8, (0.5, 0.3, 0.1), (0.6, 0.29, 0.1), (0.5, 0.1, 0.0), 0.1, {2: (0.8, 0.4), "inf": (0.8, 0.6)}),
+]  # fmt: skip
+
+
+def test_gaps_failed_bounds_and_ranks(tmp_path):
+    write(tmp_path / "06.json", "evaluation", {"n": 50, "networks": NETWORKS})
+    found = {key.removeprefix("06."): text for key, text in tables.numbers(tmp_path).items()}
+    assert found["linf.gap.mean"] == "8.2"  # (10 + 10 + 20 + 10 - 1 + 0) / 6
+    assert (found["linf.gap.low"], found["linf.gap.low.of"]) == ("−1.0", "two at 2/16")
+    assert (found["linf.gap.high"], found["linf.gap.high.of"]) == ("20.0", "one at 3/16")
+    assert found["linf.above-w-pgd"] == "1 of 6"
+    assert found["linf.open.mean"] == "13.3" and found["linf.band"] == "2.0"
+    assert found["linf.small.exact.mean"] == "55.0" and found["linf.large.w-pgd.mean"] == "25.0"
+    assert found["two.linf.middle.certified"] == "10.0" and found["linf.middle.delta"] == "2/16"
+    # R~^l = 0.5 lies above A/clean at 2/16 and 3/16 for the first network, 0.1 nowhere for the second
+    assert found["linf.redlr.r_tilde_l.failed"] == "2 of 6" and found["linf.redlr.r_l.failed"] == "0 of 6"
+    assert found["linf.redlr.r_l.vacuous"] == "6 of 6"
+    assert found["linf.discordant"] == "50.0"  # the second of two radii orders the pair the other way
+    assert found["linf.search.passes.mean"] == "15.0"
+
+
+def test_the_table_of_an_evaluation_agrees_with_the_numbers(tmp_path):
+    path = write(tmp_path / "06.json", "evaluation", {"n": 50, "networks": NETWORKS})
+    frame, found = tables.evaluation(path).frame, tables.numbers(tmp_path)
+    row = frame[(frame["network"] == "two") & (frame["δ"] == "3/16")].iloc[0]
+    for column in ("exact", "certified"):
+        assert row[column] == found[f"06.two.linf.large.{column}"]
+    assert row["W-PGD"] == found["06.two.linf.large.w-pgd"] and row["95 %"] == "8.0–12.0"
+
+
+# First-order theory and sensitivity
+
+
+@settings(deadline=None, max_examples=25, derandomize=True)
+@given(st.floats(0.5, 3), st.floats(0.1, 10), st.floats(0.1, 10))
+def test_the_order_of_the_remainder_is_found(tmp_path_factory, order, slope, rest):
+    folder = tmp_path_factory.mktemp("theory")
+    points = []
+    for i in range(6):
+        delta = 2.0**-i
+        loss = 1 + delta * slope + rest * delta**order
+        attacked = {"loss": loss, "accuracy": 0.5}
+        points.insert(0, {"delta": delta, "written": f"1/{2**i}", "w_fgsm": attacked, "w_pgd": attacked, "wasted": 0.1})
+    row = {"loss": "ce", "p": "inf", "v0": 1.0, "upsilon": 2 * slope, "upsilon_box": slope, "points": points}
+    write(folder / "01.json", "attack-theory", {"n": 5, "accuracy": 0.9, "pointwise": {"x": 0.0}, "theory": [row]})
+    found = tables.numbers(folder)
+    assert values(found["01.ce.pinf.order"]) == pytest.approx(order, abs=0.0051)
+    assert values(found["01.ce.pinf.large.gained"]) == pytest.approx(100 * (1 + rest / slope), abs=0.0501)
+    assert found["01.ce.pinf.box-share"] == "50.0" and found["01.middle.delta"] == "1/8" and found["01.x"] == "0"
+
+
+def test_sensitivity_names_extremes_and_does_without_a_claim(tmp_path):
+    rows = [{"network": n, "loss": "ce", "p": p, "upsilon": u} for n, p, u in (("a", 2.0, 3.0), ("b", 2.0, 1.5))]
+    subset = [
+        {"network": n, "size": s, "error": e, "claimed": c}
+        for n, s, e, c in (("a", 8, 0.3, None), ("b", 8, 0.5, 0.4), ("a", 64, 0.1, 0.1), ("b", 64, 0.2, 0.1))
+    ]
+    write(tmp_path / "02.json", "sensitivity", {"n": 9, "upsilon": rows, "subset": subset})
+    found = tables.numbers(tmp_path)
+    assert (found["02.ce.p2.low"], found["02.ce.p2.low.of"]) == ("1.5", "b") and found["02.ce.p2.mean"] == "2.25"
+    assert (found["02.subset.small.size"], found["02.subset.large.size"]) == ("8", "64")
+    assert found["02.subset.small.error.high"] == "50.0" and found["02.subset.small.claimed.high.of"] == "b"
+
+
+def test_rules_are_listed_from_best_to_worst(tmp_path):
+    trace = [{"true": 2.0, "tracked": 2.0}, {"true": 3.0, "tracked": 2.0}, {"true": 1.0, "tracked": 2.0}]
+    rules = [{"rule": name, "rms": rms, "passes": n, "trace": trace} for name, rms, n in (("x", 0.2, 9), ("y", 0.1, 0))]
+    write(tmp_path / "02.json", "upsilon-rules", {"rules": rules})
+    found = tables.numbers(tmp_path)
+    assert found["02.all"] == "y: 10.0 % (0), x: 20.0 % (9)"
+    assert (found["02.drift.low"], found["02.drift.high"]) == ("50.0", "150.0")
+
+
+# What LaTeX reads
+
+
+def test_numbers_tex_holds_every_key_once_and_nothing_that_latex_would_misread(tmp_path):
+    folder = tmp_path / "digits"
+    write(folder / "04_five.json", "finetuning", finetuning(RUNS), seconds=90)
+    write(folder / "04_more.json", "other", {}, seconds=150)  # the same notebook: its time counts once
+    found = tables.numbers(folder)
+    lines = (folder / "numbers.tex").read_text().splitlines()
+    keys = [re.fullmatch(r"\\expandafter\\def\\csname wdat@digits/(.+)\\endcsname\{(.*)\}", line) for line in lines[1:]]
+    assert [key[1] for key in keys] == list(found) and lines[0].startswith("% ")
+    bodies = "\n".join(key[2] for key in keys)
+    assert bodies.isascii() and bodies.count("{") == bodies.count("}")
+    assert not re.search(r"(?<!\\)[%#&_]", bodies.replace("$_", ""))
+    assert found["about.minutes"] == "2" and found["about.device"] == "a CPU"
+
+
+@pytest.mark.parametrize("name", ["100%", "a#b", "x_ß", "{"])
+def test_a_name_latex_can_not_hold_is_refused(tmp_path, name):
+    write(tmp_path / "04.json", "finetuning", finetuning([r | {"network": name} for r in RUNS if r["network"] == "a"]))
+    with pytest.raises(ValueError, match="can not be a LaTeX key; give the network or variant a name without"):
+        tables.numbers(tmp_path)
+    assert not (tmp_path / "numbers.tex").exists()
+
+
+def test_a_table_is_the_same_in_markdown_and_latex(tmp_path):
+    table = tables.Table(pd.DataFrame([{"δ": "1/16", "A_δ %": "50.0 ± 1.0"}, {"δ": "2/16", "A_δ %": "8.0–9.0"}]), "c")
+    assert table.markdown() == "| δ | A_δ % |\n| --- | ---: |\n| 1/16 | 50.0 ± 1.0 |\n| 2/16 | 8.0–9.0 |\n"
+    latex = table.latex()
+    assert latex.count(r"\\") == 3 and r"50.0 $\pm$ 1.0 \\" in latex and "8.0--9.0" in latex and r"\%" in latex
+    assert latex.isascii()
+    table.write(tmp_path / "06.json", "short")
+    assert (tmp_path / "06-short.md").read_text() == table.markdown()
+    assert (tmp_path / "06-short.tex").read_text() == "% generated from 06.json\n" + latex
+
+
+def test_percent_shows_a_spread_only_of_several_runs():
+    assert tables.percent(0.1234) == "12.3" and tables.percent(0.5, 0.0, 1) == "50.0"
+    assert tables.percent(0.5, 0.012, 3) == "50.0 ± 1.2"
+
+
+# The paper's text
+
+
+def quoted():
+    """Keys that the text quotes from the default profile, the arguments of its own macro filled in."""
+    texts = [path.read_text() for path in PAPER.rglob("*.tex") if path.name != "zoo.tex" and "build" not in path.parts]
+    text = re.sub(r"(?m)(?<!\\)%.*", "", "\n".join(texts))
+    rows = re.findall(r"\\gains\{([^#}]+)\}", text)
+    for key in re.findall(r"\\wdat\{([^}]+)\}", text):
+        yield from [" ".join(key.replace("#1", row).split()) for row in (rows if "#1" in key else [""])]
+
+
+def test_every_number_the_text_quotes_is_in_the_records(tmp_path):
+    paths = sorted(DIGITS.glob("*.json"))
+    if not paths or not (PAPER / "main.tex").is_file():
+        pytest.skip("no records in figures/digits yet: wdat reproduce makes them")
+    for path in paths:
+        shutil.copy(path, tmp_path / path.name)
+    found, keys = tables.numbers(tmp_path), list(quoted())
+    assert len(keys) > 50
+    assert not [key for key in keys if key not in found]
+
+
+@pytest.mark.skipif(not shutil.which("pdflatex"), reason="pdflatex is not installed")
+@pytest.mark.parametrize("flat", [False, True])
+def test_the_text_reads_numbers_and_stops_at_one_that_does_not_exist(tmp_path, flat):
+    write(tmp_path / "figures" / "digits" / "04.json", "finetuning", finetuning(RUNS))
+    tables.numbers(tmp_path / "figures" / "digits")
+    if flat:  # as in the archive for arXiv
+        shutil.move(tmp_path / "figures" / "digits" / "numbers.tex", tmp_path / "figures-digits-numbers.tex")
+    source = (PAPER / "main.tex").read_text()
+    definitions = source[source.index(r"\newcommand{\profile}") : source.index(r"\newcommand{\drawing}")]
+    folder = tmp_path if flat else tmp_path / "paper"
+    folder.mkdir(exist_ok=True)
+    for key, stops in (("04.bold.exact.middle.gain.mean", False), ("04.bald", True)):
+        text = rf"\typeout{{NUMBER \csname wdat@digits/{key}\endcsname}}\wdat{{{key}}}"
+        body = "\\documentclass{article}\n" + definitions + "\\begin{document}" + text + "\\end{document}\n"
+        (folder / "t.tex").write_text(body)
+        words = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "t.tex"]
+        ran = subprocess.run(words, cwd=folder, capture_output=True, text=True, errors="replace")
+        assert bool(ran.returncode) == stops
+        assert ("there is no number 04.bald in the records of digits" in ran.stdout.replace("\n", "")) == stops
+        assert stops or "NUMBER +10.0" in ran.stdout
