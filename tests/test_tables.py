@@ -133,7 +133,7 @@ def evaluated(network, clean, exact, attacked, certified, bound, curves, r="inf"
     """One network: accuracies at RADII, one first-order bound for all radii, curves {p: accuracies}."""
     bounds = {"r_u": 1.0, "r_tilde_l": bound, "r_bar_l": 0.0, "r_l": min(bound, 0.0)}
     attacks = [
-        {"attack": "w-pgd", "loss": loss, "threat": threat(d, r), "accuracy": a, "bounds": bounds}
+        {"attack": "w-pgd", "loss": loss, "steps": 50, "threat": threat(d, r), "accuracy": a, "bounds": bounds}
         for d, a in zip(RADII, attacked, strict=True) for loss in ("redlr", "ce")
     ]  # fmt: skip
 
@@ -171,7 +171,7 @@ def test_gaps_failed_bounds_and_ranks(tmp_path):
     assert found["linf.redlr.r_tilde_l.failed"] == "2 of 6" and found["linf.redlr.r_l.failed"] == "0 of 6"
     assert found["linf.redlr.r_l.vacuous"] == "6 of 6"
     assert found["linf.discordant"] == "50.0"  # the second of two radii orders the pair the other way
-    assert found["linf.search.passes.mean"] == "15.0"
+    assert found["linf.search.passes.mean"] == "15.0" and found["steps"] == "50"
 
 
 def test_the_table_of_an_evaluation_agrees_with_the_numbers(tmp_path):

@@ -325,7 +325,10 @@ def _evaluation_numbers(results: dict) -> dict[str, str]:
     "above-w-pgd" those where the exact allocation lies above the attack; "discordant": share of (pair of networks,
     radius) ordered differently under p = 2 and p = inf.
     """
-    found = {"n": str(results["n"]), "networks": str(len(results["networks"]))}
+    steps = sorted(
+        {a["steps"] for network in results["networks"] for a in network["attacks"] if a["attack"] == "w-pgd"}
+    )
+    found = {"n": str(results["n"]), "networks": str(len(results["networks"])), "steps": ", ".join(map(str, steps))}
     found |= _spread("clean", {n["network"]: n["clean"]["accuracy"] for n in results["networks"]})
     for network in results["networks"]:
         found[f"{network['network']}.clean"] = percent(network["clean"]["accuracy"])
