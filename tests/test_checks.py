@@ -158,5 +158,14 @@ def test_frozen_restores_mixed_modes_and_flags(fails):
     assert same(state(model), before)
 
 
+def test_a_module_used_twice_is_restored():
+    shared = nn.BatchNorm2d(2)
+    model = nn.Sequential(nn.Sequential(shared), nn.Sequential(shared)).train()
+    shared.eval()
+    with frozen(model):
+        pass
+    assert [m.training for m in (model, model[0], model[1], shared)] == [True, True, True, False]
+
+
 def test_device_of_a_model_without_parameters_is_the_cpu():
     assert device_of(nn.Flatten()) == torch.device("cpu") and device_of(linear()) == torch.device("cpu")

@@ -215,11 +215,15 @@ def test_budgets_are_capped_and_the_cap_rate_is_told():
 def test_adversarial_images_stay_in_their_budgets(start, r):
     model, x, y = case(smooth)
     threat, tracker = Threat(0.1, 2, r), Tracker(Rule("batch"), Threat(0.1, 2, r), N)
+    budgets, seen = threat.budgets(dual_norms(model, x, y, threat)), []
+    handle = model.register_forward_pre_hook(lambda m, a: seen.append(a[0].detach().clone()))
     with frozen(model), torch.random.fork_rng([]):
         torch.manual_seed(0)
         found = Term(threat, start=start, steps=3).perturb(model, x, y, torch.arange(N), tracker)
-    budgets = threat.budgets(dual_norms(model, x, y, threat))
-    assert (pixel_norm(found.x - x, r) <= budgets * (1 + 1e-5) + 1.2e-7).all()
+    handle.remove()
+    assert len(seen) == 4 and torch.equal(seen[0], x)  # budgets, then three steps, the start included
+    for point in (*seen[1:], found.x):
+        assert (pixel_norm(point - x, r) <= budgets * (1 + 1e-5) + 1.2e-7).all()
     assert float(found.x.min()) >= 0 and float(found.x.max()) <= 1
     wrong = budgets == 0
     assert wrong.any() and torch.equal(found.x[wrong], x[wrong])

@@ -230,6 +230,7 @@ def test_joint_projection(seed, n, p, r, shape, dtype):
     torch.testing.assert_close(project(once, threat.joint_radii(threat.norm(once)), r), once, rtol=slack, atol=1e-30)
     if float(threat.distance(threat.norm(d))) > threat.delta:  # projected onto the sphere, never further in
         assert float(threat.distance(threat.norm(once))) == pytest.approx(threat.delta, rel=slack)
+    assert float(threat.distance(radii)) <= threat.delta * (1 + slack)
     small = d * (0.99 * threat.delta / float(threat.distance(threat.norm(d))))
     assert torch.equal(project(small, threat.joint_radii(threat.norm(small)), r), small)
     x = images(n, shape, seed).to(d.dtype)
