@@ -250,7 +250,8 @@ def _rule_numbers(results: dict) -> dict[str, str]:
     found, drift = {}, []
     for row in results["rules"]:
         found |= {f"{row['rule']}.rms": percent(row["rms"]), f"{row['rule']}.passes": f"{row['passes']:.1f}"}
-        drift += [point["true"] / row["trace"][0]["true"] for point in row["trace"]]
+        start = row["trace"][0]["true"] if row["trace"] else 0
+        drift += [point["true"] / start for point in row["trace"]] if start > 0 else [1.0]
     found |= _spread("rms", {row["rule"]: row["rms"] for row in results["rules"]})
     ranked = sorted(results["rules"], key=lambda row: row["rms"])
     found["all"] = ", ".join(f"{r['rule']}: {percent(r['rms'])} % ({r['passes']:.0f})" for r in ranked)
@@ -282,10 +283,11 @@ def _finetuning_numbers(results: dict) -> dict[str, str]:
                 columns[f"{key}.{place}"] = lambda run, key=key, d=written: run["after"][key][d]
     for run in tuned:
         found[f"{run['variant']}.passes"] = _cost(run)
-    scale = {run["network"]: run["after"]["upsilon"] for run in runs if run["before"]}
+    scale = {run["network"]: run["after"]["upsilon"] for run in runs if run["before"] and run["after"]["upsilon"] > 0}
     for variant in variants:
-        ratios = [run["after"]["upsilon"] / scale[run["network"]] for run in tuned if run["variant"] == variant]
-        found[f"{variant}.upsilon-ratio"] = f"{sum(ratios) / len(ratios):.2f}"
+        own = [run for run in tuned if run["variant"] == variant and run["network"] in scale]
+        ratios = [run["after"]["upsilon"] / scale[run["network"]] for run in own]
+        found[f"{variant}.upsilon-ratio"] = f"{sum(ratios) / len(ratios):.2f}" if ratios else "--"
         last = [run["history"][-1]["terms"][:1] for run in tuned if run["variant"] == variant and run["history"]]
         for key in ("realised_delta", "norm_ratio", "idle", "capped"):
             values = [term[key] for terms in last for term in terms if key in term]
