@@ -81,7 +81,7 @@ def violations(
     """
     model, threat, g = model.eval(), Threat(1.0, r=r), generator(5)
     kept = radii > 0
-    x, y, radii, balls = x[kept], y[kept], radii[kept] * (1 - 1e-6) - 2e-6, radii[kept]
+    x, y, radii, balls = x[kept], y[kept], (radii[kept] * (1 - 1e-6) - 2e-6).clamp_min(0), radii[kept]
     probes = wrong = 0
 
     def judge(step: Tensor) -> Tensor:
