@@ -17,10 +17,10 @@ test: .venv/.ready
 	$(BIN)/python -m pytest -n 2 $(TESTS)
 
 reproduce: .venv/.ready
-	$(BIN)/wdat reproduce --profile $(PROFILE)
+	$(BIN)/wdat reproduce --profile $(PROFILE) $(ARGS)
 
 paper: .venv/.ready
-	$(BIN)/wdat paper
+	$(BIN)/wdat paper $(ARGS)
 
 lint: .venv/.ready
 	$(BIN)/ruff check .

@@ -56,8 +56,8 @@ plots.variants(record)
 
 # %% [markdown]
 # During training: validation accuracies (validation images are cut from the training set and choose nothing; W-PGD at
-# the middle radius), the tracked Υ, and the mean gradient norm relative to the first epoch. A norm that collapses while the exact accuracy
-# does not rise means masked gradients, not robustness.
+# the middle radius), the tracked Υ, and the mean gradient norm relative to the first epoch. A norm that collapses
+# while the exact accuracy does not rise means masked gradients, not robustness.
 
 # %%
 plots.histories(record, shown)

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # 5 · Bounds on the robustness ratio
 #
-# *Question: where do the first-order bounds R^u and R^l enclose the true ratio R_δ = A_δ / A?* R^u comes from an attack,
-# R^l from the loss and Υ. The black curve is the exact allocation over minimal distances.
+# *Question: where do the first-order bounds R^u and R^l enclose the true ratio R_δ = A_δ / A?* R^u comes from an
+# attack, R^l from the loss and Υ. The black curve is the exact allocation over minimal distances.
 #
 # *Place in the paper: section 4. Time: digits 1 min, zoo 5 min on a CPU, cifar10 1 h on a GPU.*
 
@@ -42,6 +42,6 @@ record = records.write(root / out / "05_bounds.json", "evaluation", results, {"n
 plots.bounds(record)
 
 # %% [markdown]
-# R^u lies above the exact ratio at every δ, as it must, and the gap is what W-PGD leaves on the table. R̃^l and R̄^l are
-# lower bounds only up to o(δ): where they cross the exact curve, the first order has ended. Negative values say
-# nothing and are cut.
+# R^u comes from one attack, so it can only lie above the true ratio; its gap to the black curve is what W-PGD leaves on
+# the table. R̃^l and R̄^l are lower bounds only up to o(δ): where one lies above the black curve, which itself bounds the
+# true ratio from above, it is no bound any more. Negative values say nothing and are cut.

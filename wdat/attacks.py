@@ -123,8 +123,8 @@ def projected_gradient(
             else:
                 gradient, values, logits = input_gradient(model, x, targets, loss)
                 direction = threat.direction(gradient)
-                if len(batches) > 1:  # keep one byte per sign until the set's sensitivity is known
-                    direction = direction.to(home, torch.int8 if threat.s == 1 else None)
+                # of many batches, keep one byte per sign until the set's sensitivity is known
+                direction = direction.to(home, torch.int8 if len(batches) > 1 and threat.s == 1 else None)
                 found.append((direction, threat.dual_norm(gradient) if joint else None, values, logits))
             if bar is not None:
                 bar.update(len(x))

@@ -18,6 +18,7 @@ class Bounds:
 
     @property
     def r_l(self) -> float:
+        """The smaller of the two lower bounds."""
         return min(self.r_tilde_l, self.r_bar_l)
 
 

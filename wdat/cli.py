@@ -85,7 +85,7 @@ def _evaluate(sub: Any) -> None:
     verb.add_argument("--norm", default="inf", help="pixel norm, 2 or inf (default: inf)")
     verb.add_argument("--steps", type=int, default=50, help="of W-PGD (default: 50)")
     verb.add_argument("--tight", action="store_true", help="longer search for minimal distances, with AutoAttack's FAB")
-    verb.add_argument("--certified", action="store_true", help="also certified radii: a lower bound")
+    verb.add_argument("--certified", type=int, default=0, metavar="N", help="certify N images too: a lower bound")
     verb.add_argument("--autoattack", action="store_true", help="also AutoAttack at the same radii, p = inf")
     verb.add_argument("--out", default="results", help="folder of the record and figures (default: results)")
 

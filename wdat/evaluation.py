@@ -69,7 +69,7 @@ def evaluate(
     search: dict | None = None,
     orders: Sequence[float] = (1.0, 2.0, float("inf")),
     curve: int = 0,
-    certified: bool = False,
+    certified: int = 0,
     use_autoattack: bool = False,
     autoattack_version: str = "standard",
     batch_size: int = 128,
@@ -87,7 +87,8 @@ def evaluate(
         exact: exact allocation over minimal distances, for every pixel norm among the threats: A_delta at the
             threats' radii and, with curve > 0, at that many radii from 0 to 1.5 times the largest, for all `orders`.
         search: settings of `wdat.radii.minimal_distances`.
-        certified: also certified radii, hence a lower bound on A_delta. Needs layers the certifier knows.
+        certified: certify this many images (drawn with seed 0; all if there are fewer): a lower bound on A_delta for
+            those images, beside the exact allocation on the same ones. Needs layers the certifier knows.
         use_autoattack: AutoAttack at every radius with p = inf among the threats.
         state: file that keeps finished parts; a killed evaluation continues from it. It belongs to this model, these
             data and settings: parts of others are not used.
@@ -155,8 +156,13 @@ def evaluate(
             bar.update()
         for r in sorted({t.r for t in threats}) if certified else []:
             own = [t for t in threats if t.r == r]
-            radii = kept.get(f"certified {r}", lambda: certified_radii(model, data.x, data.y, r, progress=progress))  # noqa: B023
-            result.setdefault("certified", []).append(_curves({"distance": radii}, data, own, orders, curve))
+            part = data.take(min(certified, len(data)), seed=0)
+            radii = _certified(kept, model, part, r)
+            result.setdefault("certified", []).append(_curves(radii, part, own, orders, curve))
+            if exact:  # the same images, so that the two can be compared
+                same = _distances(kept, model, part, r, search or {}, batch_size)["distance"]
+                for row, threat in zip(result["certified"][-1]["threats"], own, strict=True):
+                    row["exact"] = float(accuracy_curve(same, threat.delta, threat.p))
             bar.update()
         for threat in [t for t in threats if t.pointwise] if use_autoattack else []:
             key = f"autoattack {autoattack_version} {threat!r}"
@@ -167,11 +173,11 @@ def evaluate(
     return result
 
 
-def _parts(threats: tuple, losses: Sequence, budget: bool, exact: bool, certified: bool, auto: bool) -> int:
+def _parts(threats: tuple, losses: Sequence, budget: bool, exact: bool, certified: int, auto: bool) -> int:
     norms = len({t.r for t in threats})
     pointwise = sum(t.pointwise for t in threats)
     budgets = (len(threats) - pointwise) * budget
-    return 1 + len(threats) * len(losses) + budgets + norms * (exact + certified) + pointwise * auto
+    return 1 + len(threats) * len(losses) + budgets + norms * (exact + bool(certified)) + pointwise * auto
 
 
 def _levels(values: Tensor, correct: Tensor) -> dict[str, float | None]:
@@ -206,23 +212,27 @@ def _attack(run: Callable, model: nn.Module, data: Data, threat: Threat, setting
     }
 
 
-def _distances(kept: "_State", model: nn.Module, data: Data, r: float, search: dict, batch_size: int) -> dict:
-    """Minimal distances batch by batch, each batch kept as it is finished."""
+def _in_parts(kept: "_State", name: str, data: Data, size: int, compute: Callable[[Tensor, Tensor], dict]) -> dict:
+    """Numbers per image (tensors) and per part (floats, averaged over images), each part kept as it is finished."""
     rows = []
-    for index in torch.arange(len(data)).split(max(batch_size, 256)):
-        key = f"distances {r} {sorted(search.items())} {int(index[0])}:{int(index[-1]) + 1}"
+    for index in torch.arange(len(data)).split(size):
+        key = f"{name} {data.sha256} {int(index[0])}:{int(index[-1]) + 1}"
+        rows.append((len(index), kept.get(key, lambda: compute(*data.batch(index)))))  # noqa: B023
+    tensors = {key: torch.cat([row[key] for _, row in rows]) for key, v in rows[0][1].items() if isinstance(v, Tensor)}
+    means = {key: sum(n * row[key] for n, row in rows) / len(data) for key in rows[0][1] if key not in tensors}
+    return tensors | means
 
-        def run(index: Tensor = index) -> dict:
-            found = minimal_distances(model, *data.batch(index), r, batch_size=batch_size, **search)
-            return {"distance": found.distance.cpu(), "passes": float(found.passes), "gain": float(found.gain)}
 
-        rows.append((len(index), kept.get(key, run)))
-    weight = sum(n for n, _ in rows)
-    return {
-        "distance": torch.cat([row["distance"] for _, row in rows]),
-        "passes": sum(n * row["passes"] for n, row in rows) / weight,
-        "gain": sum(n * row["gain"] for n, row in rows) / weight,
-    }
+def _distances(kept: "_State", model: nn.Module, data: Data, r: float, search: dict, batch_size: int) -> dict:
+    def compute(x: Tensor, y: Tensor) -> dict:
+        found = minimal_distances(model, x, y, r, batch_size=batch_size, **search)
+        return {"distance": found.distance.cpu(), "passes": float(found.passes), "gain": float(found.gain)}
+
+    return _in_parts(kept, f"distances {r} {sorted(search.items())}", data, max(batch_size, 256), compute)
+
+
+def _certified(kept: "_State", model: nn.Module, data: Data, r: float) -> dict:
+    return _in_parts(kept, f"certified {r}", data, 64, lambda x, y: {"distance": certified_radii(model, x, y, r)})
 
 
 def _curves(found: dict, data: Data, threats: Sequence[Threat], orders: Sequence[float], curve: int) -> dict:
@@ -231,6 +241,7 @@ def _curves(found: dict, data: Data, threats: Sequence[Threat], orders: Sequence
     finite = d[d.isfinite()].double()
     result = {
         "r": plain_number(threats[0].r),
+        "n": len(d),
         "mean_distance": float(finite.mean()) if len(finite) else None,
         "threats": [],
         "curves": [],

@@ -381,8 +381,9 @@ def sandwich(path: str | Path, r: float | str = "inf") -> Figure:
         low = _percent([max(a["bounds"]["r_l"], 0) * clean for a in own])
         axis.plot([a["threat"]["delta"] for a in own], low, "k:", lw=1, label=r"first-order $R^l A$")
         if network.get("certified"):
-            curve = _curve(network["certified"], r, 2)
-            axis.plot(curve["delta"], _percent(curve["accuracy"]), color="#029e73", lw=1.8, label="certified")
+            curve, n = _curve(network["certified"], r, 2), _pick(network["certified"], r)["n"]
+            label = "certified" if n == found["n"] else f"certified ({n} of {found['n']} images)"
+            axis.plot(curve["delta"], _percent(curve["accuracy"]), color="#029e73", lw=1.8, label=label)
         axis.set(title=f"{_short(network['network'])}, {_norm(r)}, p = 2", xlabel=r"radius $\delta$")
         axis.set(ylabel="accuracy (%)", ylim=(0, 100))
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)

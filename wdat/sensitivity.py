@@ -139,4 +139,5 @@ class MovingAverage:
 
     @property
     def value(self) -> float:
+        """The current upsilon; 0 before the first batch."""
         return (self.total / self.mass) ** (1 / self.q) if self.mass else 0.0

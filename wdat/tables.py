@@ -26,12 +26,14 @@ class Table:
     caption: str
 
     def markdown(self) -> str:
+        """A Markdown table."""
         head = [str(c) for c in self.frame.columns]
         rule = ["---"] + ["---:"] * (len(head) - 1)
         rows = [head, rule, *([str(v) for v in row] for row in self.frame.itertuples(index=False))]
         return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
 
     def latex(self) -> str:
+        """A booktabs tabular."""
         columns = "l" + "r" * (len(self.frame.columns) - 1)
         lines = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule"]
         lines.append(" & ".join(_tex(str(c)) for c in self.frame.columns) + r" \\")

@@ -74,6 +74,7 @@ class Tracker:
         self.value = self.threat.upsilon(norms)
 
     def state(self) -> dict:
+        """What a checkpoint must hold."""
         return {
             "value": self.value.cpu(),
             "memory": self.memory.cpu(),
@@ -82,5 +83,6 @@ class Tracker:
         }
 
     def load(self, state: dict) -> None:
+        """Restore what `state` gave."""
         self.value, self.memory = state["value"], state["memory"].clone()
         self.average.total, self.average.mass = state["total"], state["mass"]
