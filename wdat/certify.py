@@ -429,7 +429,8 @@ def certified_radii(
 ) -> Tensor:
     """Radii (N,) float64 such that no x' in [0, 1] with ||x' - x_i||_r <= radius_i is predicted other than y_i.
 
-    x: float32 (N, C, H, W) in [0, 1]; y: int64 (N,); r: 2 or inf. 0 for misclassified images.
+    x: float32 (N, C, H, W) in [0, 1]; y: int64 (N,); r: 2 or inf. 0 for misclassified images and for
+    margins that are within `slack` already.
 
     Sound up to rounding: bounds are computed in float64, and each margin z_y - z_k is certified to stay >= `slack`
     logits, far above the rounding of these sums (below 1e-9 on the networks tried) and above that of a float32

@@ -30,7 +30,7 @@ THEME = {
 }  # fmt: skip
 
 
-def _canvas(rows: int, columns: int, width: float = 3.1, height: float = 2.6, **settings) -> tuple[Figure, np.ndarray]:
+def _canvas(rows: int, columns: int, width: float = 2.5, height: float = 2.2, **settings) -> tuple[Figure, np.ndarray]:
     sns.set_theme(style="ticks", palette="colorblind", rc=THEME)
     figure, axes = plt.subplots(
         rows, columns, figsize=(width * columns, height * rows), squeeze=False, layout="constrained", **settings
@@ -77,7 +77,7 @@ def theory(path: str | Path) -> Figure:
     path = Path(path)
     found = records.read(path, "attack-theory")["results"]
     rows = [row for row in found["theory"] if float(row["p"]) == 2]
-    figure, axes = _canvas(1, len(rows) + 1, height=2.7)
+    figure, axes = _canvas(1, len(rows) + 1, height=2.3)
     for axis, row in zip(axes[0], rows, strict=False):
         delta = np.array([point["delta"] for point in row["points"]])
         line = np.linspace(0, delta.max(), 50)
@@ -155,7 +155,7 @@ def sensitivity(path: str | Path) -> Figure:
     found = records.read(path, "sensitivity")["results"]
     names = list(dict.fromkeys(row["network"] for row in found["upsilon"]))
     kinds = list(dict.fromkeys(row["loss"] for row in found["upsilon"]))
-    figure, axes = _canvas(1, len(kinds) + 1, height=2.8)
+    figure, axes = _canvas(1, len(kinds) + 1, height=2.4)
     for axis, loss in zip(axes[0], kinds, strict=False):
         for name in names:
             own = [row for row in found["upsilon"] if row["network"] == name and row["loss"] == loss]
@@ -186,7 +186,7 @@ def rules(path: str | Path) -> Figure:
     found = records.read(path, "upsilon-rules")["results"]
     own = found["rules"]
     columns = min(3, len(own))
-    figure, axes = _canvas(-(-len(own) // columns), columns, width=3.5, height=2.2, sharex=True, sharey=True)
+    figure, axes = _canvas(-(-len(own) // columns), columns, width=2.9, height=1.9, sharex=True, sharey=True)
     for axis, row in zip(axes.ravel(), own, strict=False):
         epochs = [t["step"] / found["steps_per_epoch"] for t in row["trace"]]
         axis.plot(epochs, [t["true"] for t in row["trace"]], color=BEFORE, lw=2.4, alpha=0.6, label="full pass")
@@ -217,7 +217,7 @@ def tradeoff(path: str | Path) -> Figure:
     variants = [v for v in dict.fromkeys(run["variant"] for run in found["runs"]) if v != "before"]
     written = found["threats"][min(1, len(found["threats"]) - 1)]["written"]
     columns = min(3, len(networks))
-    figure, axes = _canvas(-(-len(networks) // columns), columns, height=2.7)
+    figure, axes = _canvas(-(-len(networks) // columns), columns, height=2.3)
     clean = _groups(found["runs"], lambda run: run["after"]["clean"])
     exact = _groups(found["runs"], lambda run: run["after"]["exact"][written])
     colours = dict(zip(variants, sns.color_palette("colorblind", max(len(variants), 1)), strict=False))
@@ -250,7 +250,7 @@ def variants(path: str | Path) -> Figure:
     for threat in found["threats"]:
         d = threat["written"]
         panels.append((rf"exact $A_\delta$, $\delta$ = {d}", lambda run, d=d: run["after"]["exact"][d]))
-    figure, axes = _canvas(1, len(panels), width=2.3, height=0.9 + 0.19 * len(names), sharey=True)
+    figure, axes = _canvas(1, len(panels), width=2.0, height=0.9 + 0.19 * len(names), sharey=True)
     for axis, (title, value) in zip(axes[0], panels, strict=True):
         groups = _groups(runs, value)
         axis.axvline(100 * groups[runs[0]["network"], "before"][0], color=BEFORE, lw=1.2)
@@ -307,7 +307,7 @@ def _per_network(path: Path, kind: str, columns: int = 3) -> tuple[dict, Figure,
     found = records.read(path, kind)["results"]
     count = len(found["networks"])
     columns = min(columns, count)
-    figure, axes = _canvas(-(-count // columns), columns, height=2.6)
+    figure, axes = _canvas(-(-count // columns), columns, height=2.25)
     for axis in axes.ravel()[count:]:
         axis.remove()
     return found, figure, list(axes.ravel()[:count])
@@ -396,7 +396,7 @@ def curves(path: str | Path, r: float | str = "inf") -> Figure:
     path = Path(path)
     found = records.read(path, "evaluation")["results"]
     orders = [float(c["p"]) for c in _pick(found["networks"][0]["exact"], r)["curves"]]
-    figure, axes = _canvas(1, len(orders), height=2.9, sharey=True)
+    figure, axes = _canvas(1, len(orders), height=2.5, sharey=True)
     for axis, p in zip(axes[0], orders, strict=True):
         for network in found["networks"]:
             curve = _curve(network["exact"], r, p)

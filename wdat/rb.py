@@ -81,6 +81,7 @@ def zoo() -> ModuleType:
 
 
 def resnet18(classes: int) -> nn.Module:
+    """RobustBench's CIFAR ResNet-18, freshly initialised."""
     zoo()
     from robustbench.model_zoo.architectures.resnet import BasicBlock, ResNet
 
@@ -88,6 +89,7 @@ def resnet18(classes: int) -> nn.Module:
 
 
 def wide_resnet(depth: int, width: int, classes: int) -> nn.Module:
+    """RobustBench's Wide ResNet, freshly initialised."""
     zoo()
     from robustbench.model_zoo.architectures.wide_resnet import WideResNet
 

@@ -290,7 +290,7 @@ def finetuning(
                     })  # fmt: skip
                     bar.update()
     return {"n_train": len(rest), "n_validation": len(held), "n_test": len(test), "runs": rows,
-            "threats": [t.describe() for t in threats]}  # fmt: skip
+            "threats": [t.describe() for t in threats], "measure": measure}  # fmt: skip
 
 
 def across_networks(

@@ -14,8 +14,10 @@ import pandas as pd
 from wdat import records
 from wdat.plots import _groups
 
-SYMBOLS = {"±": r"$\pm$", "δ": r"$\delta$", "Υ": r"$\Upsilon$", "∞": r"$\infty$", "ε": r"$\varepsilon$",
-           "A_": r"A\_", "%": r"\%", "_": r"\_", "–": "--", "≤": r"$\le$", "₂": r"$_2$"}  # fmt: skip
+SYMBOLS = {
+    r"W\_∞": r"$W_\infty$", "W₂": r"$W_2$", "±": r"$\pm$", "δ": r"$\delta$", "Υ": r"$\Upsilon$", "∞": r"$\infty$",
+    "ε": r"$\varepsilon$", "%": r"\%", "–": "--", "≤": r"$\le$", "−": r"$-$",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -33,12 +35,12 @@ class Table:
         return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
 
     def latex(self) -> str:
-        """A booktabs tabular."""
-        columns = "l" + "r" * (len(self.frame.columns) - 1)
-        lines = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule"]
-        lines.append(" & ".join(_tex(str(c)) for c in self.frame.columns) + r" \\")
-        lines.append(r"\midrule")
-        lines += [" & ".join(_tex(str(v)) for v in row) + r" \\" for row in self.frame.itertuples(index=False)]
+        """A booktabs tabular; text columns to the left, numbers to the right, a radius in a heading on its own line."""
+        rows = [[str(v) for v in row] for row in self.frame.itertuples(index=False)]
+        kinds = ["r" if all(re.match(r"[\d.−+-]", v) for v in column) else "l" for column in zip(*rows, strict=True)]
+        lines = [rf"\begin{{tabular}}{{{''.join(kinds)}}}", r"\toprule"]
+        lines += [" & ".join(_heading(str(c)) for c in self.frame.columns) + r" \\", r"\midrule"]
+        lines += [" & ".join(_tex(v) for v in row) + r" \\" for row in rows]
         return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
 
     def _repr_markdown_(self) -> str:
@@ -53,10 +55,16 @@ class Table:
 
 
 def _tex(text: str) -> str:
+    text = text.replace("_", r"\_")
     for plain, latex in SYMBOLS.items():
-        if plain != "A_":
-            text = text.replace(plain, latex)
+        text = text.replace(plain, latex)
     return text
+
+
+def _heading(text: str) -> str:
+    words, _, last = text.rpartition(" ")
+    two = words and re.fullmatch(r"[\d./]+", last)
+    return rf"\shortstack{{{_tex(words)}\\{_tex(last)}}}" if two else _tex(text)
 
 
 def percent(value: float, spread: float | None = None, n: int = 1) -> str:
@@ -160,8 +168,7 @@ def numbers(folder: str | Path) -> dict[str, str]:
     if bad := [key for key in found if not key.isascii() or set(key) & set("%#\\{}~^$&")]:
         raise ValueError(f"{bad[0]!r} can not be a LaTeX key; give the network or variant a name without %#\\{{}}~^$&")
     lines = [
-        rf"\expandafter\def\csname wdat@{folder.name}/{key}\endcsname{{{_tex(text).replace('−', '$-$')}}}"
-        for key, text in found.items()
+        rf"\expandafter\def\csname wdat@{folder.name}/{key}\endcsname{{{_tex(text)}}}" for key, text in found.items()
     ]
     head = "% generated from the records in this folder\n"
     records.write_file(folder / "numbers.tex", head + "\n".join(lines) + "\n")
