@@ -21,13 +21,12 @@ work = ".wdat/digits/work"
 
 # %%
 from wdat import records, studies, tables
-from wdat.data import load_data
 
 root, device = records.root(), records.pick_device()
 print(records.device_line())
 
 # %%
-train = load_data(data, "train", train_root or None, n_train or None)
+train = studies.load_images(data, "train", root, train_root, n_train)
 results = studies.pretrain(train, root / work / "zoo", recipes, architecture, arguments, device, seed)
 record = records.write(root / out / "00_pretrain.json", "pretraining", results, recipes, seeds=[seed])
 

@@ -25,14 +25,13 @@ work = ".wdat/digits/work"
 
 # %%
 from wdat import plots, records, studies
-from wdat.data import load_data
 from wdat.threat import parse_number
 
 root, device = records.root(), records.pick_device()
 print(records.device_line())
 
 # %%
-test = load_data(data, "test", test_root or None, n_test or None)
+test = studies.load_images(data, "test", root, test_root, n_test)
 models = studies.load_networks(networks[:1], root, weights, device, dataset=data, threat=threat)
 results = studies.attack_theory(
     *models.values(), test, r=parse_number(r), orders=[parse_number(p) for p in orders], losses=losses, deltas=deltas,

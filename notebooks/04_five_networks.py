@@ -27,15 +27,14 @@ work = ".wdat/digits/work"
 
 # %%
 from wdat import plots, records, studies, tables
-from wdat.data import load_data
 from wdat.threat import Threat
 
 root, device = records.root(), records.pick_device()
 print(records.device_line())
 
 # %%
-train = load_data(data, "train", train_root or None, n_train or None)
-test = load_data(data, "test", test_root or None, n_test or None)
+train = studies.load_images(data, "train", root, train_root, n_train)
+test = studies.load_images(data, "test", root, test_root, n_test)
 models = studies.load_networks(networks, root, weights, device, dataset=data, threat=threat)
 results = studies.finetuning(
     models, train, test, base=base, variants=variants, seeds=seeds, threats=[Threat(d, 2, r) for d in deltas],

@@ -23,14 +23,13 @@ work = ".wdat/digits/work"
 
 # %%
 from wdat import plots, records, studies
-from wdat.data import load_data
 from wdat.threat import Threat
 
 root, device = records.root(), records.pick_device()
 print(records.device_line())
 
 # %%
-test = load_data(data, "test", test_root or None, n_test or None)
+test = studies.load_images(data, "test", root, test_root, n_test)
 models = studies.load_networks(networks, root, weights, device, dataset=data, threat=threat)
 results = studies.across_networks(
     models, test, [Threat(d, 2, r) for d in deltas], root / work / "05", losses=losses, steps=steps, search=search,

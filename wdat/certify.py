@@ -190,9 +190,13 @@ def network_steps(model: nn.Module, image: Tensor) -> list[Step]:
     result = node.args[0]
     if result not in index or environment[result].dim() != 2:
         raise ValueError("the network must return logits (N, classes) computed from the images")
-    steps, point = steps[: index[result] + 1], []
+    steps, point, strides = steps[: index[result] + 1], [], []
     for step in steps:  # the steps must reproduce the network: an interval of width 0 is a forward pass
-        inputs = [point[parent] for parent in step.parents]
+        inputs, before = [point[parent] for parent in step.parents], {strides[parent] for parent in step.parents}
+        if len(before) > 1:
+            raise ValueError(f"no certificate for the sum of two branches of strides {' and '.join(map(str, before))}")
+        down, right = (0, 0) if step.kind == "flatten" else before.pop() if before else (1, 1)
+        strides.append((down * step.stride[0], right * step.stride[1]))
         point.append(_interval(step, inputs) if inputs else (image.double(), torch.zeros_like(image.double())))
     if not torch.allclose(point[-1][0].flatten(1), environment[result], rtol=1e-9, atol=1e-9):
         raise ValueError("the network's graph does not reproduce its logits; certificates need a fixed graph of layers")
@@ -234,8 +238,6 @@ def _sum(one: Rows, other: Rows | None) -> Rows:
     """Rows arriving at one layer along two branches, on the smallest common window."""
     if other is None:
         return one
-    if one.stride != other.stride:
-        raise ValueError(f"two branches of strides {one.stride} and {other.stride} are summed; no certificate for that")
     (t, l), (u, k) = one.padding, other.padding
     top, left = max(t, u), max(l, k)
     below = max(one.a.shape[2] - t, other.a.shape[2] - u)

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from wdat.allocation import accuracy_curve, class_accuracy, water_level
 from wdat.attacks import pgd, w_fgsm, w_pgd, w_pgd_budget
-from wdat.data import Data
+from wdat.data import Data, load_data
 from wdat.evaluation import autoattack_accuracy, clean_pass, evaluate
 from wdat.finetuning import finetune, make_recipe, step_seed
 from wdat.models import load_model, save_model
@@ -34,9 +34,14 @@ def load_networks(
     for source in sources:
         card = source.endswith(".yaml")
         found[Path(source).stem if card else source] = load_model(
-            folder / source if card else source, root=weights or None, device=device, **where
+            folder / source if card else source, root=folder / weights if weights else None, device=device, **where
         )
     return found
+
+
+def load_images(name: str, split: str, folder: Path, root: str = "", n: int = 0) -> Data:
+    """`wdat.data.load_data` with paths below `folder` (absolute ones stay) and 0 or "" for what is not given."""
+    return load_data(name, split, folder / root if root else None, n or None)
 
 
 def pretrain(
