@@ -145,6 +145,51 @@ def pretraining(path: str | Path) -> Table:
     return Table(pd.DataFrame(rows), "Networks trained by this run.").write(path)
 
 
+def five_lines(path: str | Path, network: str, delta: str) -> Path:
+    """What the README's five lines print: clean, W-PGD (ReDLR) and exact accuracy of one network under one W_2 ball."""
+    path = Path(path)
+    found = next(n for n in records.read(path, "evaluation")["results"]["networks"] if n["network"] == network)
+
+    def chosen(row: dict) -> bool:
+        ball = row["threat"]
+        return ball["written"] == delta and ball["p"] == 2 and ball["r"] == "inf"
+
+    attacked = next(a["accuracy"] for a in found["attacks"] if chosen(a) and a["loss"] == "redlr")
+    exact = next(row["accuracy"] for e in found["exact"] for row in e["threats"] if chosen(row))
+    text = f"```\nclean {found['clean']['accuracy']:.3f}, W-PGD {attacked:.3f}, exact {exact:.3f}\n```\n"
+    return records.write_file(path.with_name(path.stem + "-five-lines.md"), text)
+
+
+def publish(root: str | Path, profile: str) -> None:
+    """After a run: the numbers of the paper from the profile's records and, for the default profile, the README."""
+    root = Path(root)
+    folder = root / "figures" / profile
+    if folder.is_dir():
+        numbers(folder)
+    if profile == "digits" and (folder / "06_how_robust.json").is_file():
+        five_lines(folder / "06_how_robust.json", "trades", "2/16")
+        fill(root / "README.md")
+
+
+def fill(page: str | Path) -> bool:
+    """Put generated tables into a Markdown page, between `<!-- wdat: FILE -->` and `<!-- wdat: end -->`.
+
+    FILE is relative to the page; blocks whose file is missing stay as they are. True if the page changed.
+    """
+    page = Path(page)
+    text = page.read_text(encoding="utf-8")
+
+    def block(match: re.Match) -> str:
+        file = page.parent / match[1]
+        content = file.read_text(encoding="utf-8").strip() if file.is_file() else match[2].strip()
+        return f"<!-- wdat: {match[1]} -->\n{content}\n<!-- wdat: end -->"
+
+    filled = re.sub(r"<!-- wdat: (\S+) -->\n(.*?)<!-- wdat: end -->", block, text, flags=re.S)
+    if filled != text:
+        records.write_file(page, filled)
+    return filled != text
+
+
 def numbers(folder: str | Path) -> dict[str, str]:
     r"""Every number the paper's text quotes, from the records in a folder: numbers.tex there, keys for `\wdat{...}`.
 
