@@ -94,7 +94,7 @@ def theory(path: str | Path) -> Figure:
         axis.loglog(delta, np.abs(rest), "o-", ms=4, lw=1.2, label=LOSS_NAMES[row["loss"]])
     guide = np.array([delta.min(), delta.max()])
     axis.loglog(guide, np.abs(rest[-1]) * (guide / guide[-1]) ** 2, "k:", lw=1, label="slope 2")
-    axis.set(title="first-order remainder of W-FGSM", xlabel=r"radius $\delta$", ylabel="absolute remainder")
+    axis.set(title="remainder of W-FGSM", xlabel=r"radius $\delta$", ylabel="absolute remainder")
     axis.legend()
     _save(figure, path, "slope")
     return figure
