@@ -40,7 +40,8 @@ results = studies.attack_theory(
 record = records.write(root / out / "01_attack_derivation.json", "attack-theory", results, {"networks": networks[:1]})
 
 # %% [markdown]
-# **Slope.** Left: the mean loss under W-FGSM and W-PGD against V(0) + δΥ. Many pixels of real images sit exactly at 0
+# **Slope.** Left: the mean loss under W-FGSM, W-PGD and, for CE, the dual attack (budgets from the price at which the
+# set's W_p distance is δ, instead of clean gradients) against V(0) + δΥ. Many pixels of real images sit exactly at 0
 # or 1, and an attack that must return images cannot push them outward: the dashed line uses only the components of the
 # gradient that stay in the box. Right: what the first order leaves out. On a smooth network it shrinks like δ²; a ReLU
 # network is piecewise linear, so the remainder is smaller at small δ and grows in steps.

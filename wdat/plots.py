@@ -85,6 +85,8 @@ def theory(path: str | Path) -> Figure:
         axis.plot(line, row["v0"] + line * row["upsilon_box"], "k--", lw=1, label=r"same, $\Upsilon$ inside the box")
         for key, name, marker in (("w_fgsm", "W-FGSM", "o"), ("w_pgd", "W-PGD", "s")):
             axis.plot(delta, [p[key]["loss"] for p in row["points"]], marker + "-", ms=4, lw=1.2, label=name)
+        if all(p["dual"] for p in row["points"]):
+            axis.plot(delta, [p["dual"]["loss"] for p in row["points"]], "^-", ms=4, lw=1.2, label="dual")
         axis.set(title=f"{LOSS_NAMES[row['loss']]}, p = 2", xlabel=r"radius $\delta$", ylabel="mean loss")
     axes[0, 0].legend()
     axis = axes[0, -1]

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from wdat.allocation import accuracy_curve, class_accuracy, water_level
 from wdat.attacks import pgd, w_fgsm, w_pgd, w_pgd_budget
 from wdat.data import Data, load_data
+from wdat.dual import dual_attack
 from wdat.evaluation import autoattack_accuracy, clean_pass, evaluate
 from wdat.finetuning import finetune, make_recipe, step_seed
 from wdat.models import load_model, save_model
@@ -92,8 +93,8 @@ def attack_theory(
     """First-order theory against measurement: V(delta) by W-FGSM and W-PGD beside V(0) + delta upsilon.
 
     "theory": for each loss and order, upsilon, the same for directions that stay in the box, V(0) and the two
-    attacks' losses and accuracies. "images": clean and attacked images with their budgets, at the last but one
-    delta and p = 2. "pointwise": largest pixel difference between W-FGSM and FGSM, and between W-PGD and PGD, at
+    attacks' losses and accuracies (for CE and p < inf also the dual attack's). "images": clean and attacked images
+    with their budgets, at the last but one delta and p = 2. "pointwise": largest pixel difference between W-FGSM and FGSM, and between W-PGD and PGD, at
     p = inf (0 expected).
     """
     clean = clean_pass(model, data, losses, batch_size)
@@ -113,10 +114,14 @@ def attack_theory(
                 most = many if loss == "redlr" else w_pgd(
                     model, data.x, data.y, threat.at(delta), loss=loss, steps=steps, keep="loss", batch_size=batch_size
                 )  # fmt: skip
+                dual = dual_attack(
+                    model, data.x, data.y, threat.at(delta), loss=loss, steps=steps, batch_size=batch_size
+                ).adversarial if loss == "ce" and not threat.pointwise else None  # fmt: skip
                 row["points"].append({
                     "delta": threat.at(delta).delta, "written": delta,
                     "w_fgsm": {"loss": one.loss, "accuracy": one.accuracy, "distance": one.distance},
                     "w_pgd": {"loss": most.loss, "accuracy": many.accuracy, "distance": many.distance},
+                    "dual": {"loss": dual.loss, "accuracy": dual.accuracy, "distance": dual.distance} if dual else None,
                     "wasted": _wasted(many.norms, clean["correct"], p),
                 })  # fmt: skip
             rows.append(row)
