@@ -21,8 +21,8 @@ from wdat import reproduce as runner
 ROOT = Path(__file__).parents[1]
 # A module imports only modules named before it; a new module is put in its place here.
 ORDER = [
-    "threat", "losses", "checks", "sensitivity", "trackers", "allocation", "attacks", "dual", "radii", "certify", "bounds",
-    "objectives", "schedules", "records", "rb", "networks", "data", "models",
+    "threat", "losses", "checks", "sensitivity", "trackers", "allocation", "attacks", "dual", "radii", "certify",
+    "bounds", "objectives", "schedules", "records", "rb", "networks", "data", "models",
     "finetuning", "evaluation", "studies",
     "plots", "tables", "paper", "reproduce", "cli",
 ]  # fmt: skip

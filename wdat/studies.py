@@ -94,8 +94,8 @@ def attack_theory(
 
     "theory": for each loss and order, upsilon, the same for directions that stay in the box, V(0) and the two
     attacks' losses and accuracies (for CE and p < inf also the dual attack's). "images": clean and attacked images
-    with their budgets, at the last but one delta and p = 2. "pointwise": largest pixel difference between W-FGSM and FGSM, and between W-PGD and PGD, at
-    p = inf (0 expected).
+    with their budgets, at the last but one delta and p = 2. "pointwise": largest pixel difference between W-FGSM and
+    FGSM, and between W-PGD and PGD, at p = inf (0 expected).
     """
     clean = clean_pass(model, data, losses, batch_size)
     rows = []
