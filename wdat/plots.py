@@ -21,7 +21,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocat
 
 from wdat import records
 
-LOSS_NAMES = {"ce": "CE", "dlr": "DLR", "redlr": "ReDLR", "kl": "KL"}
+LOSS_NAMES = {"ce": "CE", "dlr": "DLR", "redlr": "ReDLR", "kl": "KL", "negative-margin": "margin"}
 BEFORE, AFTER = "#8c8c8c", "#0173b2"
 THEME = {
     "font.size": 9, "axes.titlesize": 9, "axes.labelsize": 9, "legend.fontsize": 8, "xtick.labelsize": 8,
@@ -324,16 +324,20 @@ def _pick(rows: list[dict], r: float | str) -> dict:
 
 
 def _curve(rows: list[dict], r: float | str, p: float) -> dict:
-    return next(c for c in _pick(rows, r)["curves"] if float(c["p"]) == p)
+    curves = _pick(rows, r)["curves"]
+    for curve in curves:
+        if float(curve["p"]) == p:
+            return curve
+    raise ValueError(f"the record has no curve of order p={p:g}; it has {', '.join(str(c['p']) for c in curves)}")
 
 
-def _attacks(network: dict, r: float | str, loss: str) -> list[dict]:
-    """W-PGD at p = 2 of one network, norm and loss, by radius."""
+def _attacks(network: dict, r: float | str, loss: str, p: float = 2) -> list[dict]:
+    """W-PGD (PGD for p = inf) of one network, norm, loss and order, by radius."""
     own = [
         a
         for a in network["attacks"]
-        if a["attack"] == "w-pgd" and a["loss"] == loss and float(a["threat"]["r"]) == float(r)
-        and float(a["threat"]["p"]) == 2
+        if a["attack"] in ("w-pgd", "pgd") and a["loss"] == loss and float(a["threat"]["r"]) == float(r)
+        and float(a["threat"]["p"]) == p
     ]  # fmt: skip
     return sorted(own, key=lambda a: a["threat"]["delta"])
 
@@ -362,31 +366,32 @@ def bounds(path: str | Path, r: float | str = "inf") -> Figure:
     return figure
 
 
-def sandwich(path: str | Path, r: float | str = "inf") -> Figure:
-    """Certified <= A_delta <= exact allocation <= W-PGD, with its confidence band and R^l, per network, at p = 2."""
+def sandwich(path: str | Path, r: float | str = "inf", p: float = 2) -> Figure:
+    """Certified <= A_delta <= exact allocation <= W-PGD, with its confidence band and R^l, per network, at one p."""
     path = Path(path)
     found, figure, axes = _per_network(path, "evaluation")
     for axis, network in zip(axes, found["networks"], strict=True):
-        curve = _curve(network["exact"], r, 2)
+        curve = _curve(network["exact"], r, p)
         axis.fill_between(
             curve["delta"], _percent(curve["low"]), _percent(curve["high"]), color=AFTER, alpha=0.15, lw=0
         )
         axis.plot(curve["delta"], _percent(curve["accuracy"]), color=AFTER, lw=1.8, label="exact allocation")
-        for loss, marker in (("redlr", "s"), ("ce", "x")):
-            own = _attacks(network, r, loss)
+        first = "redlr" if _attacks(network, r, "redlr", p) else "negative-margin"  # of two classes
+        for loss, marker in ((first, "s"), ("ce", "x")):
+            own = _attacks(network, r, loss, p)
             axis.plot(
                 [a["threat"]["delta"] for a in own], _percent([a["accuracy"] for a in own]), marker, ms=4.5,
-                color="#de8f05", label=f"W-PGD, {LOSS_NAMES[loss]}",
+                color="#de8f05", label=f"{'PGD' if p == float('inf') else 'W-PGD'}, {LOSS_NAMES[loss]}",
             )  # fmt: skip
-        own = [a for a in _attacks(network, r, "redlr") if a["bounds"]]
+        own = [a for a in _attacks(network, r, first, p) if a["bounds"]]
         clean = network["clean"]["accuracy"]
         low = _percent([max(a["bounds"]["r_l"], 0) * clean for a in own])
         axis.plot([a["threat"]["delta"] for a in own], low, "k:", lw=1, label=r"first-order $R^l A$")
         if network.get("certified"):
-            curve, n = _curve(network["certified"], r, 2), _pick(network["certified"], r)["n"]
+            curve, n = _curve(network["certified"], r, p), _pick(network["certified"], r)["n"]
             label = "certified" if n == found["n"] else f"certified ({n} of {found['n']} images)"
             axis.plot(curve["delta"], _percent(curve["accuracy"]), color="#029e73", lw=1.8, label=label)
-        axis.set(title=f"{_short(network['network'])}, {_norm(r)}, p = 2", xlabel=r"radius $\delta$")
+        axis.set(title=f"{_short(network['network'])}, {_norm(r)}, p = {_order(p)}", xlabel=r"radius $\delta$")
         axis.set(ylabel="accuracy (%)", ylim=(0, 100))
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     _save(figure, path, f"sandwich-{_suffix(r)}")

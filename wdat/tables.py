@@ -104,34 +104,49 @@ def _cost(run: dict) -> str:
 
 
 def evaluation(path: str | Path) -> Table:
-    """Exact allocation beside W-PGD for every network and threat, in percent."""
+    """Exact allocation beside W-PGD (PGD for p = inf) for every network and threat, in percent.
+
+    The attack's loss is ReDLR, or the first one of a network without it (two classes). The order p has a column
+    unless it is 2 throughout, AutoAttack where it was run.
+    """
     path = Path(path)
     found = records.read(path, "evaluation")["results"]
-    rows = []
+    rows, orders = [], set()
     for network in found["networks"]:
+        kinds = [a["loss"] for a in network["attacks"]]
+        loss = "redlr" if "redlr" in kinds else next(iter(kinds), None)
         attacks = {
-            (a["threat"]["written"], float(a["threat"]["r"])): a
-            for a in network["attacks"]
-            if a["attack"] == "w-pgd" and a["loss"] == "redlr"
+            _ball(a["threat"]): a for a in network["attacks"] if a["attack"] in ("w-pgd", "pgd") and a["loss"] == loss
         }
+        orders |= {p for _, _, p in attacks}
+        auto = {_ball(a["threat"]): a for a in network.get("autoattack", [])}
         for number, exact in enumerate(network["exact"]):
             certified = network.get("certified", [None] * len(network["exact"]))[number]
             for i, row in enumerate(exact["threats"]):
-                key = (row["threat"]["written"], float(exact["r"]))
+                key = _ball(row["threat"])
                 if key not in attacks:
                     continue
                 low, high = row["band"]
                 cells = {
                     "network": network["network"], "norm": "l∞" if key[1] == float("inf") else f"l{key[1]:g}",
-                    "δ": key[0], "clean": percent(network["clean"]["accuracy"]),
+                    "p": "∞" if key[2] == float("inf") else f"{key[2]:g}", "δ": key[0],
+                    "clean": percent(network["clean"]["accuracy"]),
                     "W-PGD": percent(attacks[key]["accuracy"]), "exact": percent(row["accuracy"]),
                     "95 %": f"{100 * low:.1f}–{100 * high:.1f}", "water level": f"{row['water_level']:.4f}",
                 }  # fmt: skip
                 if certified:
                     cells["certified"] = percent(certified["threats"][i]["accuracy"])
+                if auto:
+                    cells["AutoAttack"] = percent(auto[key]["accuracy"]) if key in auto else "–"
                 rows.append(cells)
-    caption = f"Percent correct under W₂ threats on {found['n']} test images."
-    return Table(pd.DataFrame(rows), caption).write(path)
+    frame, same = pd.DataFrame(rows), orders <= {2.0}
+    caption = f"Percent correct under {'W₂' if same else 'Wasserstein'} threats on {found['n']} test images."
+    return Table(frame.drop(columns="p") if same and rows else frame, caption).write(path)
+
+
+def _ball(threat: dict) -> tuple[str, float, float]:
+    """What tells one threat of a record from another: delta as written, r, p."""
+    return threat["written"], float(threat["r"]), float(threat["p"])
 
 
 def pretraining(path: str | Path) -> Table:
