@@ -4,6 +4,7 @@
 part (an attack, a batch of minimal distances) is kept in a state file and not computed twice.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -15,13 +16,13 @@ from wdat.allocation import accuracy_curve, class_accuracy, confidence_band, wat
 from wdat.attacks import attack, w_pgd_budget
 from wdat.bounds import ratio_bounds
 from wdat.certify import certified_radii
-from wdat.checks import check_logits, check_model, device_of, frozen, weights_digest
+from wdat.checks import check_labels, check_logits, check_model, device_of, frozen, weights_digest
 from wdat.data import Data
 from wdat.losses import get_loss, margin
 from wdat.radii import minimal_distances
 from wdat.rb import autoattack
 from wdat.records import write_tensors
-from wdat.threat import Threat, pixel_norm, plain_number
+from wdat.threat import Threat, plain_number
 
 
 def clean_pass(
@@ -31,23 +32,33 @@ def clean_pass(
 
     Returns tensors (N,) on the CPU: "correct" (bool; a tie is wrong), and for each loss "values.LOSS",
     "norms.LOSS.1" and "norms.LOSS.2", the dual norms ||grad_x J||_s for s = 1 (r = inf) and s = 2; "logits" (N, m).
+    ValueError for logits or gradients that are not finite, and for a model without gradients in the images.
     """
     device, parts = device_of(model), []
     functions = {name: get_loss(name) for name in losses}
+    norms = (Threat(1, r=float("inf")), Threat(1, r=2))
     with frozen(model):
         for index in torch.arange(len(data)).split(batch_size):
             x, y = (t.to(device) for t in data.batch(index))
             x.requires_grad_(True)
             logits = model(x)
+            if functions and not logits.requires_grad:
+                raise ValueError("the logits have no gradient in the images: the model must not detach or use no_grad")
             row = {"logits": logits.detach(), "correct": margin(logits.detach(), y) > 0}
             for number, (name, function) in enumerate(functions.items(), 1):
                 values = function(logits, y)
                 (gradient,) = torch.autograd.grad(values.sum(), x, retain_graph=number < len(functions))
                 row[f"values.{name}"] = values.detach()
-                row |= {f"norms.{name}.{s}": pixel_norm(gradient, s) for s in (1, 2)}
+                row |= {f"norms.{name}.{t.s:g}": t.dual_norm(gradient) for t in norms}
             parts.append(row)
     result = {key: torch.cat([p[key] for p in parts]).cpu() for key in parts[0]}
     check_logits(result["logits"])
+    for key in [key for key in result if key.startswith("norms.")]:
+        if bad := int((~torch.isfinite(result[key])).sum()):
+            raise ValueError(
+                f"gradients of {bad} of {len(data)} images are NaN or infinite ({key.split('.')[1]}): attacks would "
+                "find nothing, whatever the network; look at weights and layers"
+            )
     return result
 
 
@@ -62,7 +73,7 @@ def evaluate(
     data: Data,
     threats: Sequence[Threat] = (Threat("8/255"),),
     *,
-    losses: Sequence[str] = ("redlr", "ce", "dlr"),
+    losses: Sequence[str] | None = None,
     steps: int = 50,
     budget_attack: bool = False,
     exact: bool = True,
@@ -82,7 +93,8 @@ def evaluate(
         model: logits of float32 images in [0, 1] (normalisation inside); left as found, on its device.
         data: test images; `data.take(n)` or `wdat.data.from_tensors` for fewer or one's own.
         threats: W_p balls to attack; each by W-PGD with every loss (p = inf: PGD).
-        losses: attack losses; sensitivity, V(0), W(0) and bounds are given for each.
+        losses: attack losses; sensitivity, V(0), W(0) and bounds are given for each. Default: ReDLR, CE and DLR; for
+            two classes, where DLR is undefined, the negative margin and CE.
         steps: of W-PGD. budget_attack: also W-PGD-Budget.
         exact: exact allocation over minimal distances, for every pixel norm among the threats: A_delta at the
             threats' radii and, with curve > 0, at that many radii from 0 to 1.5 times the largest, for all `orders`.
@@ -95,12 +107,21 @@ def evaluate(
 
     Returns: a dict of plain numbers, ready for `wdat.records.write`: "clean", "sensitivity", "attacks", "exact",
         "certified", "autoattack". Accuracies are fractions.
-    Raises: ValueError with number and remedy for unusable images, labels, logits.
+    Raises: ValueError with number and remedy for unusable images, labels, logits, gradients or settings.
     """
-    check_model(model, *data.batch(torch.arange(min(len(data), 8))))
+    classes = check_model(model, *data.batch(torch.arange(min(len(data), 8))))
+    check_labels(data.y, len(data), classes)
     threats = tuple(threats)
     if not threats:
         raise ValueError("no threat given; pass for example [Threat('8/255', p=2)]")
+    losses = (("redlr", "ce", "dlr") if classes > 2 else ("negative-margin", "ce")) if losses is None else losses
+    if not losses:
+        raise ValueError('no loss given; pass for example losses=("redlr", "ce")')
+    if batch_size < 1 or curve < 0 or certified < 0:
+        raise ValueError(f"batch_size={batch_size} must be >= 1, curve={curve} and certified={certified} >= 0")
+    known = list(inspect.signature(minimal_distances).parameters)[4:]
+    if unknown := set(search or {}) - set(known):
+        raise ValueError(f"unknown setting {min(unknown)!r} of the search; known: {', '.join(known)}")
     kept = _State(state, model, data)
     with tqdm(total=_parts(threats, losses, budget_attack, exact, certified, use_autoattack), desc="evaluate",
               unit="part", disable=not progress) as bar:  # fmt: skip
