@@ -7,8 +7,9 @@ Source: arXiv 2502.09352; defaults of TRADES (arXiv 1901.08573).
 
 import copy
 import hashlib
+import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
@@ -23,11 +24,15 @@ from wdat.objectives import Objective, make_objective
 from wdat.records import write_tensors
 from wdat.schedules import get_schedule
 from wdat.sensitivity import dual_norms
-from wdat.threat import Threat, per_image
+from wdat.threat import Threat, parse_number, per_image
 from wdat.trackers import Rule, Tracker
 
 INITS = ("none", "perturb", "rerandomise")
 LAYERS = ("all", "last")
+EXAMPLE = {
+    "recipe": "{objective: {kind: plain}, epochs: 5}", "objective": "{kind: w-trades, delta: 8/255}",
+    "upsilon": "{kind: full, every: 10}",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -68,12 +73,27 @@ class Recipe:
             raise ValueError(f"init={self.init!r} must be one of {INITS}, layers={self.layers!r} one of {LAYERS}")
         if self.epochs < 0 or self.batch_size < 1 or not self.lr >= 0:
             raise ValueError(f"epochs={self.epochs}, lr={self.lr} must be >= 0, batch_size={self.batch_size} >= 1")
+        if self.augment < 0:
+            raise ValueError(f"augment={self.augment} is a shift in pixels; it must be >= 0")
         get_schedule(self.schedule)
 
 
 def make_recipe(settings: dict, seed: int) -> Recipe:
-    """A `Recipe` from plain values: "objective" as for `make_objective`, "upsilon" as for `Rule`."""
+    """A `Recipe` from plain values: "objective" as for `make_objective`, "upsilon" as for `Rule`.
+
+    Numbers may be text (YAML reads 1e-2 as text). ValueError names what is unknown or of the wrong kind.
+    """
+    parts = {"recipe": settings}
+    if isinstance(settings, dict):
+        parts |= {key: settings.get(key, {}) for key in ("objective", "upsilon")}
+    for name, part in parts.items():
+        if not isinstance(part, dict):
+            raise ValueError(f"{name} is {part!r}; expected a mapping, such as {EXAMPLE[name]}")
     settings = dict(settings)
+    kinds = {f.name: type(f.default) for f in fields(Recipe) if type(f.default) in (int, float)}
+    for key in settings.keys() & kinds.keys():
+        if isinstance(settings[key], str):
+            settings[key] = kinds[key](parse_number(settings[key]))
     objective = make_objective(settings.pop("objective", {}))
     try:
         rule = Rule(**settings.pop("upsilon", {}))
@@ -153,6 +173,7 @@ def finetune(
 
     History rows: epoch, lr, loss, train accuracy, tracked scalars, realised delta (mean eps^p)^(1/p), cap rate, idle
     rate (zero budgets), mean gradient norm and its ratio to the first epoch's (a masking alarm), validation.
+    Raises: ValueError for a network, images, labels or a checkpoint that do not fit, and when the loss diverges.
     """
     device, n = device_of(model), len(train)
     classes = check_model(model, *train.batch(torch.arange(min(n, 8))))
@@ -221,6 +242,11 @@ def finetune(
                 bar.update()
                 if done % steps_per_epoch == 0:
                     history.append(_summary(epoch, rate, sums, objective, trackers, n, history))
+                    if not math.isfinite(history[-1]["loss"]):
+                        raise ValueError(
+                            f"the mean loss of epoch {epoch + 1} is {history[-1]['loss']}: training diverged; lower "
+                            f"lr={recipe.lr:g}" + (f" and delete {path}" if path else "")
+                        )
                     if validation is not None:
                         history[-1] |= _validate(network, validation, validation_threat or _first_threat(objective))
                     bar.set_postfix(loss=f"{history[-1]['loss']:.3f}", accuracy=f"{history[-1]['accuracy']:.3f}")
