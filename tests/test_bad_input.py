@@ -1,0 +1,268 @@
+"""Bad input through the front door, `wdat.*` and the command: a sentence or the right limit, never a silent number.
+
+What single modules refuse is tested beside them; here are evaluations, fine-tuning and the command line as a whole.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import wdat
+from wdat import cli, records, tables
+from wdat.networks import build
+from wdat.objectives import plain
+
+BALL = [wdat.Threat("1/16")]
+QUICK = {"steps": 2, "progress": False}
+
+
+@pytest.fixture
+def data(tiny_data):
+    return wdat.from_tensors(*tiny_data)
+
+
+class Layer(nn.Module):
+    """A function of the logits, or of the images, as a module."""
+
+    def __init__(self, network: nn.Module, before=lambda x: x, after=lambda z: z) -> None:
+        super().__init__()
+        self.network, self.before, self.after = network, before, after
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(self.network(self.before(x)))
+
+
+# Evaluation
+
+
+def spoilt(z: Tensor) -> Tensor:
+    """NaN logits for one image of a whole batch."""
+    return torch.cat([z[:-1], z[-1:] * math.nan]) if len(z) > 40 else z
+
+
+BAD_MODELS = {
+    "probabilities": ({"after": lambda z: z.softmax(1)}, "remove its final softmax"),
+    "NaN logits of the last image only": ({"after": spoilt}, "logits of 1 of 48 images are NaN"),
+    "no gradient": ({"before": lambda x: x.detach()}, "no gradient in the images"),
+    # the derivative of sqrt at 0 is infinite, times 0: an attack would stay where it is and call that robustness
+    "NaN gradients": ({"before": lambda x: x + 0 * (x - x.detach()).sqrt()}, "gradients of 48 of 48 images are NaN"),
+    "one output": ({"after": lambda z: z[:, :1]}, "at least 2"),
+    "images returned": ({"after": lambda z: z[..., None]}, "expected logits"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_MODELS)
+def test_an_unusable_model_is_refused(name, tiny_model, data):
+    functions, sentence = BAD_MODELS[name]
+    with pytest.raises(ValueError, match=sentence):
+        wdat.evaluate(Layer(tiny_model, **functions), data, BALL, **QUICK)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"losses": ()}, "no loss given"), ({"losses": ("hinge",)}, "unknown loss 'hinge'"),
+        ({"batch_size": 0}, "batch_size=0 must be >= 1"), ({"curve": -1}, "curve=-1"),
+        ({"certified": -1}, "certified=-1"),
+        ({"search": {"colour": 1}}, "unknown setting 'colour' of the search; known: steps, rivals"),
+        ({"steps": 0}, "steps=0"), ({"orders": (0.5,), "curve": 3}, r"p=0.5 must be in \[1, inf\]"),
+    ],
+)  # fmt: skip
+def test_an_impossible_setting_is_refused(settings, sentence, tiny_model, data):
+    with pytest.raises(ValueError, match=sentence):
+        wdat.evaluate(tiny_model, data, BALL, **(QUICK | settings))
+
+
+def test_a_label_beyond_the_classes_is_found_wherever_it_is(tiny_model, tiny_data):
+    x, y = tiny_data
+    y[-1] = 7
+    with pytest.raises(ValueError, match=r"labels lie in \d..7, but 5 classes are 0..4"):
+        wdat.evaluate(tiny_model, wdat.from_tensors(x, y), BALL, **QUICK)
+
+
+def test_two_classes_are_attacked_without_dlr(tiny_data):
+    model, x = build("digits_cnn", width=2, classes=2, channels=3), tiny_data[0]
+    with torch.no_grad():
+        model[-1].bias.sub_(model(x).mean(0))
+        y = model(x).argmax(1)
+    found = wdat.evaluate(model, wdat.from_tensors(x, y, classes=("a", "b")), BALL, **QUICK)
+    assert {a["loss"] for a in found["attacks"]} == {"negative-margin", "ce"}
+    with pytest.raises(ValueError, match="at least 3 classes, got 2"):
+        wdat.evaluate(model, wdat.from_tensors(x, y, classes=("a", "b")), BALL, losses=("dlr",), **QUICK)
+
+
+def test_upsilon_of_tiny_gradients_is_the_same_in_both_places(tiny_model, data):
+    faint = Layer(tiny_model, after=lambda z: z * 1e-22)  # their squares underflow in float32
+    threat = wdat.Threat(0.1, r=2)
+    row = wdat.evaluate(faint, data, [threat], losses=("ce",), exact=False, **QUICK)["sensitivity"][0]
+    own = wdat.upsilon(faint, data.x, data.y, threat, "ce").value
+    assert own > 0 and row["value"] == pytest.approx(own, rel=1e-5)
+
+
+# Limits, where a number is right
+
+
+def test_limits_of_an_evaluation(tiny_model, data):
+    found = wdat.evaluate(tiny_model, data, [wdat.Threat(0), wdat.Threat(1e3)], losses=("ce",), curve=3, **QUICK)
+    clean = found["clean"]["accuracy"]
+    nothing, everything = found["attacks"]
+    assert nothing["accuracy"] == clean and nothing["distance"] == 0
+    assert found["exact"][0]["threats"][0]["accuracy"] == clean and everything["distance"] <= 1
+    exact = found["exact"][0]["threats"][1]
+    assert exact["accuracy"] == found["exact"][0]["never_flipped"] and math.isfinite(exact["water_level"])
+
+
+def test_all_images_wrong(tiny_model, tiny_data):
+    x = tiny_data[0]
+    y = (tiny_model(x).argmax(1) + 1) % 5
+    found = wdat.evaluate(tiny_model, wdat.from_tensors(x, y), BALL, certified=8, curve=3, **QUICK)
+    assert found["clean"]["accuracy"] == 0 and all(a["accuracy"] == 0 and not a["bounds"] for a in found["attacks"])
+    for kind in ("exact", "certified"):
+        assert found[kind][0]["threats"][0]["accuracy"] == 0 and found[kind][0]["mean_distance"] == 0
+    json.dumps(found, allow_nan=False)
+
+
+def test_images_that_nothing_flips(tiny_model, data):
+    """Every image is of class 1, whatever its pixels: those with that label are never flipped."""
+    sure = Layer(tiny_model, after=lambda z: 1e-3 * z + torch.tensor([0.0, 50, 0, 0, 0]))
+    share = float((data.y == 1).double().mean())
+    found = wdat.evaluate(sure, data, [wdat.Threat(10)], losses=("ce",), orders=(1, 2, math.inf), curve=3, **QUICK)
+    assert 0 < share < 1 and found["exact"][0]["never_flipped"] == share
+    assert found["exact"][0]["threats"][0]["accuracy"] == pytest.approx(share)
+    assert all(curve["accuracy"] == pytest.approx([share] * 3) for curve in found["exact"][0]["curves"])
+    json.dumps(found, allow_nan=False)
+
+
+# Fine-tuning
+
+
+def test_a_diverging_run_stops_instead_of_returning_nan(tiny_model, data, tmp_path):
+    recipe = wdat.Recipe(plain(), epochs=9, lr=1e20)
+    with pytest.raises(ValueError, match=r"epoch \d is (nan|inf): training diverged; lower lr=1e\+20 and delete .*run"):
+        wdat.finetune(tiny_model, data, recipe, checkpoint=tmp_path / "run", progress=False)
+    with pytest.raises(ValueError, match="augment=-1"):
+        wdat.Recipe(recipe.objective, augment=-1)
+
+
+# The command
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch) -> Path:
+    """A working folder with a card, modules and recipes."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        network = build("digits_cnn", width=2)
+    wdat.save_model(network, tmp_path / "net.yaml", architecture="digits_cnn", arguments={"width": 2})
+    (tmp_path / "mine.py").write_text(
+        "from wdat.networks import build\n"
+        "def make():\n    return build('digits_cnn', width=2)\n"
+        "def needs(width):\n    return build('digits_cnn', width=width)\n"
+        "def text():\n    return 'a network'\n"
+    )
+    for name, text in {
+        "ok": "{objective: {kind: plain}, epochs: 1, lr: 1e-2}", "empty": "", "list": "[plain]", "broken": "{objective",
+        "short": "{objective: plain}", "rule": "{objective: {kind: plain}, upsilon: full}",
+        "colour": "{objective: {kind: plain}, colour: 1}", "word": "{objective: {kind: plain}, epochs: many}",
+    }.items():  # fmt: skip
+        (tmp_path / f"{name}.recipe").write_text(text)
+    (tmp_path / "html.yaml").write_text((tmp_path / "net.yaml").read_text().replace("net.safet", "html.safet"))
+    (tmp_path / "html.safetensors").write_text("<!DOCTYPE html><title>Quota exceeded</title>")
+    whole = (tmp_path / "net.safetensors").read_bytes()
+    (tmp_path / "cut.yaml").write_text((tmp_path / "net.yaml").read_text().replace("net.safet", "cut.safet"))
+    (tmp_path / "cut.safetensors").write_bytes(whole[:-9])
+    return tmp_path
+
+
+EVALUATE = ["evaluate", "net.yaml", "--data", "digits", "--n", "12", "--steps", "1"]
+DIGITS = ["--data", "digits", "--n", "24"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["evaluate", "nope.yaml", *DIGITS], "no model card at"),
+        (["evaluate", "html.yaml", *DIGITS], "is an HTML page"),
+        (["evaluate", "cut.yaml", *DIGITS], "is truncated"),
+        (["evaluate", "Nobody2020Nothing", *DIGITS], "has no model 'Nobody2020Nothing' for cifar10, Linf; nearest"),
+        (["evaluate", "Zhang2019Theoretically", *DIGITS], "cifar10/Linf/Zhang2019Theoretically.pt; download"),
+        (["evaluate", "net.safetensors", *DIGITS], "is a weight file; write a card"),
+        (["evaluate", "mine:needs", *DIGITS], "missing 1 required positional argument"),
+        (["evaluate", "mine:text", *DIGITS], "mine:text returned a str; expected"),
+        (["evaluate", "mine:nothing", *DIGITS], "expected package.module:function that takes no argument"),
+        (["evaluate", "net.yaml", "--data", "stars"], "unknown data 'stars'; known: digits"),
+        (["evaluate", "net.yaml", "--data", "cifar10"], "pass root"),
+        (["evaluate", "net.yaml", "--data", "folder", "--root", "absent"], "absent for folder; create it"),
+        ([*EVALUATE, "--n", "1000"], "n=1000"),
+        ([*EVALUATE, "--delta", "tiny"], "'tiny' is not a number"),
+        ([*EVALUATE, "--delta", "-1/255"], None),
+        ([*EVALUATE, "--delta", "inf"], "delta=inf must be a finite radius"),
+        ([*EVALUATE, "--p", "0.5"], r"p=0.5 must be in (1, inf]"),
+        ([*EVALUATE, "--norm", "1"], "r=1 must be 2 or inf"),
+        ([*EVALUATE, "--batch-size", "0"], "--batch-size 0"),
+        ([*EVALUATE, "--certified", "-3"], "certified=-3"),
+        ([*EVALUATE, "--steps", "0"], "steps=0"),
+        ([*EVALUATE, "--device", "gpu"], "device 'gpu' is unknown"),
+        ([*EVALUATE, "--out", "mine.py/results"], "cannot write to mine.py/results"),
+        (["finetune", "net.yaml", "absent.recipe", "new.yaml", *DIGITS], "absent.recipe"),
+        (["finetune", "net.yaml", "broken.recipe", "new.yaml", *DIGITS], "is not YAML"),
+        (["finetune", "net.yaml", "empty.recipe", "new.yaml", *DIGITS], "recipe is None; expected a mapping"),
+        (["finetune", "net.yaml", "list.recipe", "new.yaml", *DIGITS], "recipe is ['plain']; expected a mapping"),
+        (["finetune", "net.yaml", "short.recipe", "new.yaml", *DIGITS], "objective is 'plain'; expected a mapping"),
+        (["finetune", "net.yaml", "rule.recipe", "new.yaml", *DIGITS], "upsilon is 'full'; expected a mapping"),
+        (["finetune", "net.yaml", "colour.recipe", "new.yaml", *DIGITS], "colour"),
+        (["finetune", "net.yaml", "word.recipe", "new.yaml", *DIGITS], "'many' is not a number"),
+        (["finetune", "net.yaml", "ok.recipe", "new", *DIGITS], "name it NAME.yaml"),
+        (["finetune", "net.yaml", "ok.recipe", "mine.py/new.yaml", *DIGITS], "cannot write to mine.py"),
+        (["finetune", "mine:make", "ok.recipe", "new.yaml", *DIGITS], "mine:make has no card"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)  # fmt: skip
+def test_the_command_refuses_in_words_and_leaves_nothing(arguments, sentence, place, capsys):
+    before = sorted(path.name for path in place.iterdir() if path.name != "__pycache__")
+    if sentence is None:  # an option's value that looks like an option
+        with pytest.raises(SystemExit):
+            cli.main(arguments)
+        assert "expected at least one argument" in capsys.readouterr().err
+        return
+    assert cli.main(arguments) == 2
+    said = capsys.readouterr().err
+    assert sentence in said and said.splitlines()[-1].startswith("wdat: ")
+    after = sorted(path.name for path in place.iterdir() if path.name != "__pycache__")
+    assert set(after) - set(before) <= {"results"} and not list(place.glob("results/*.json"))
+
+
+@pytest.mark.parametrize("p, norm", [("inf", "linf"), ("1.5", "l2")])
+def test_the_command_evaluates_any_order_and_norm(p, norm, place, capsys):
+    assert cli.main([*EVALUATE, "--delta", "0", "2/16", "--p", p, "--norm", norm]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len([line for line in lines if line.startswith("| net |")]) == 2
+    assert any(line.startswith("| network | norm | p |") for line in lines)
+    assert all((place / f"results/net-{kind}-{norm}.png").is_file() for kind in ("sandwich", "curves"))
+
+
+def test_a_table_does_not_mix_orders(tiny_model, data, tmp_path):
+    """The same radius with p = 2 and p = inf: each row holds its own attack's numbers."""
+    threats = [wdat.Threat("1/16"), wdat.Threat("1/16", math.inf)]
+    found = wdat.evaluate(tiny_model, data, threats, losses=("redlr",), steps=5, progress=False)
+    found["autoattack"] = [{"threat": threats[1].describe(), "accuracy": 0.125}]
+    path = records.write(tmp_path / "own.json", "evaluation", {"n": 48, "networks": [{"network": "tiny", **found}]})
+    rows = tables.evaluation(path).frame.to_dict("records")
+    own = [f"{100 * a['accuracy']:.1f}" for a in found["attacks"]]
+    assert own[0] != own[1] and [row["W-PGD"] for row in rows] == own
+    assert [row["p"] for row in rows] == ["2", "∞"] and [row["AutoAttack"] for row in rows] == ["–", "12.5"]
+
+
+def test_a_finished_record_survives_a_run_that_fails(place):
+    (place / "new.json").write_text("precious")
+    assert cli.main(["finetune", "net.yaml", "word.recipe", "new.yaml", *DIGITS]) == 2
+    assert cli.main(["finetune", "mine:make", "ok.recipe", "new.yaml", *DIGITS]) == 2
+    assert (place / "new.json").read_text() == "precious"
+    assert cli.main(["finetune", "net.yaml", "ok.recipe", "new.yaml", *DIGITS, "--validation", "0.2"]) == 0
+    assert json.loads((place / "new.json").read_text())["kind"] == "history"
