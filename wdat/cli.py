@@ -51,6 +51,7 @@ def _source(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--data", default="cifar10", help="cifar10, folder, digits, ...: see wdat.data.load_data")
     verb.add_argument("--root", help="folder of the data")
     verb.add_argument("--n", type=int, help="use this many images only")
+    verb.add_argument("--dataset", help="RobustBench's data set of the network (default: that of --data, or cifar10)")
     verb.add_argument("--threat", default="Linf", help="RobustBench's threat folder (default: Linf)")
     verb.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     verb.add_argument("--batch-size", type=int, default=128)
@@ -58,6 +59,8 @@ def _source(verb: argparse.ArgumentParser) -> None:
 
 def _load(args: argparse.Namespace, split: str) -> tuple[Any, Any, str]:
     """Model, data and the model's name."""
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size {args.batch_size} must be at least 1")
     import importlib
     from pathlib import Path
 
@@ -71,11 +74,15 @@ def _load(args: argparse.Namespace, split: str) -> tuple[Any, Any, str]:
     module, colon, function = args.model.partition(":")
     if colon:
         sys.path.insert(0, os.getcwd())
+        wanted = "expected package.module:function that takes no argument and returns an nn.Module"
         try:
             source, name = getattr(importlib.import_module(module), function)(), function
-        except (ImportError, AttributeError) as error:
-            raise ValueError(f"{args.model}: {error}; expected package.module:function that returns a model") from None
-    model = load_model(source, root=args.weights, dataset=args.data, threat=args.threat, device=device)
+        except (ImportError, AttributeError, TypeError) as error:
+            raise ValueError(f"{args.model}: {error}; {wanted}") from error
+        if not hasattr(source, "state_dict"):
+            raise ValueError(f"{args.model} returned a {type(source).__name__}; {wanted}")
+    dataset = args.dataset or (args.data if args.data in ("cifar100", "imagenet") else "cifar10")
+    model = load_model(source, root=args.weights, dataset=dataset, threat=args.threat, device=device)
     return model, load_data(args.data, split, args.root, args.n), name
 
 
@@ -96,29 +103,30 @@ def _evaluate(sub: Any) -> None:
 
         from wdat import plots, records, tables
         from wdat.evaluation import evaluate
-        from wdat.threat import Threat, parse_number
+        from wdat.threat import Threat
 
         out = Path(args.out)
-        records.write_file(out / ".writable", "")
-        (out / ".writable").unlink()
-        model, data, name = _load(args, "test")
+        records.check_writable(out)
         threats = [Threat(d, args.p, args.norm) for d in args.delta]
-        balls = [Threat(d, "inf", args.norm) for d in args.delta] if args.autoattack else []
+        p, r = threats[0].p, threats[0].r
+        model, data, name = _load(args, "test")
+        balls = [Threat(d, "inf", r) for d in args.delta] if args.autoattack and not threats[0].pointwise else []
         results = evaluate(
             model, data, [*threats, *balls], steps=args.steps, search={"tight": True} if args.tight else {},
-            orders=sorted({1.0, parse_number(args.p), float("inf")}), curve=121, certified=args.certified,
+            orders=sorted({1.0, p, float("inf")}), curve=121, certified=args.certified,
             use_autoattack=args.autoattack, batch_size=args.batch_size, state=out / f"{name}.state",
         )  # fmt: skip
         record = records.write(
             out / f"{name}.json", "evaluation", {"n": len(data), "networks": [{"network": name, **results}]},
             {key: value for key, value in vars(args).items() if key != "run"},
-            model={"name": name, **getattr(model, "card", {})}, data={"name": data.name, "sha256": data.sha256},
+            args.device, model={"name": name, **getattr(model, "card", {})},
+            data={"name": data.name, "sha256": data.sha256},
         )  # fmt: skip
         (out / f"{name}.state").unlink(missing_ok=True)
         table = tables.evaluation(record)
         print(table.markdown())
-        plots.sandwich(record, args.norm)
-        plots.curves(record, args.norm)
+        plots.sandwich(record, r, p)
+        plots.curves(record, r)
         print(f"record and figures: {out}/{name}.json, .pdf, .png")
 
     verb.set_defaults(run=run)
@@ -146,13 +154,20 @@ def _finetune(sub: Any) -> None:
         from wdat.models import save_model
 
         out = Path(args.out)
+        if out.suffix not in (".yaml", ".yml"):
+            raise ValueError(f"{out} is the card to write; name it NAME.yaml")
         try:
             settings = yaml.safe_load(Path(args.recipe).read_text(encoding="utf-8"))
         except yaml.YAMLError as error:
             raise ValueError(f"{args.recipe} is not YAML: {' '.join(str(error).split())}") from None
         recipe = make_recipe(settings, args.seed)
-        records.write_file(out.with_suffix(".json"), "")  # fails now rather than after hours
+        records.check_writable(out.parent)  # fails now rather than after hours
         model, data, name = _load(args, "train")
+        if "architecture" not in getattr(model, "card", {}):
+            raise ValueError(
+                f"{args.model} has no card, so its weights could not be read back; fine-tune it with wdat.finetune in "
+                "Python, or write a card (see wdat.models)"
+            )
         rest, held = data.split_off(args.validation, seed=0)
         done = finetune(model, rest, recipe, validation=held, checkpoint=out.with_suffix(".checkpoint"))
         card = {
@@ -160,7 +175,9 @@ def _finetune(sub: Any) -> None:
         }
         training = f"{recipe.objective.name}, {recipe.epochs} epochs, from {name}"
         save_model(done.model, out, **{**card, "name": out.stem, "training": training})
-        records.write(out.with_suffix(".json"), "history", {"history": done.history}, settings, seeds=[args.seed])
+        records.write(
+            out.with_suffix(".json"), "history", {"history": done.history}, settings, args.device, seeds=[args.seed]
+        )
         print(
             f"{out}: {100 * done.history[-1]['validation_accuracy']:.1f} % clean on validation" if done.history else out
         )

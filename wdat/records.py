@@ -15,6 +15,7 @@ import math
 import os
 import platform
 import subprocess
+import tempfile
 import time
 import warnings
 from datetime import UTC, datetime
@@ -65,6 +66,18 @@ def write_file(path: str | Path, content: bytes | str) -> Path:
         reason = error.strerror or error
         raise OSError(f"cannot write {path}: {reason}; free some space or name a folder you may write to") from error
     return path
+
+
+def check_writable(folder: str | Path) -> None:
+    """Make the folder if need be; OSError unless files can be written in it. Nothing is left there."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"cannot write to {folder}: {error.strerror}; make it writable or choose another folder"
+        ) from None
 
 
 def write_tensors(path: str | Path, state: dict) -> Path:

@@ -76,7 +76,7 @@ def reproduce(
     executed = {name: _executed_copy(root, profile, name) for name in sources}
     folders = {name: [root / (places | passed[name])[key] for key in places] for name in chosen}
     for folder in {scratch, *(f for pair in folders.values() for f in pair), *(executed[n].parent for n in chosen)}:
-        _check_writable(folder)
+        records.check_writable(folder)
 
     ran: list[str] = []
     started = time.perf_counter()
@@ -405,17 +405,6 @@ def _read_state(path: Path) -> dict[str, Any]:
 
 def _save_state(scratch: Path, state: dict[str, Any]) -> None:
     records.write_file(scratch / "state.json", json.dumps(state, indent=1, ensure_ascii=False) + "\n")
-
-
-def _check_writable(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise OSError(
-            f"cannot write to {folder}: {error.strerror}; make it writable or choose another folder"
-        ) from None
 
 
 @contextmanager
