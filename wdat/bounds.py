@@ -57,5 +57,7 @@ def out_of_sample(
     images the probability is vacuous unless epsilon is near 1; the returned value (clipped at 0) says so.
     """
     if n < 1 or dimension < 1 or epsilon < 0 or k <= 0:
-        raise ValueError(f"n={n}, dimension={dimension}, epsilon={epsilon}, k={k}: need n, dimension >= 1, k > 0")
+        raise ValueError(
+            f"n={n}, dimension={dimension}, epsilon={epsilon}, k={k}: need n, dimension >= 1, epsilon >= 0, k > 0"
+        )
     return v_hat + epsilon * upsilon, max(0.0, 1 - k * math.exp(-k * n * epsilon**dimension))

@@ -119,7 +119,7 @@ def evaluate(
         raise ValueError('no loss given; pass for example losses=("redlr", "ce")')
     if batch_size < 1 or curve < 0 or certified < 0:
         raise ValueError(f"batch_size={batch_size} must be >= 1, curve={curve} and certified={certified} >= 0")
-    known = list(inspect.signature(minimal_distances).parameters)[4:]
+    known = [name for name in list(inspect.signature(minimal_distances).parameters)[4:] if name != "batch_size"]
     if unknown := set(search or {}) - set(known):
         raise ValueError(f"unknown setting {min(unknown)!r} of the search; known: {', '.join(known)}")
     kept = _State(state, model, data)
