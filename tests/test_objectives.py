@@ -382,6 +382,18 @@ def test_passes_are_the_least_possible(make, objective, gradients, forwards, ful
     assert objective.cost == {"gradients": gradients, "forwards": forwards, "full": full}
 
 
+def test_the_search_of_the_water_level_costs_what_it_says():
+    model, x, y = case(relu)  # 4 classes: no more than 3 rivals
+    with torch.no_grad():
+        y = model.eval()(x).argmax(1)  # misclassified images would cost less
+    objective = water_level(Threat(0.1, 2), steps=5, rivals=3)
+    with counting(model) as passes:
+        loss, _ = objective(model, x, y, torch.arange(N), trackers(objective))
+        loss.backward()
+    cost = objective.cost
+    assert passes["backward"] == N * (cost["gradients"] + cost["full"]) and passes["no_grad"] == N * cost["forwards"]
+
+
 # What is left behind
 
 

@@ -141,6 +141,7 @@ class WaterLevel:
     threat: Threat
     weight: float = 4.0
     steps: int = 8
+    rivals: int = 4
     level: float | None = None
     outer: str = "ce"
     tracked: str = field(default="distance", init=False)
@@ -150,18 +151,24 @@ class WaterLevel:
             raise ValueError("water-level training needs p < inf; use trades or at for the pointwise threat")
         if self.outer not in OUTER:
             raise ValueError(f"outer loss {self.outer!r} must be one of {', '.join(OUTER)}")
-        if self.steps < 1 or self.weight < 0 or (self.level is not None and self.level <= 0):
-            raise ValueError(f"steps={self.steps} must be >= 1, weight={self.weight} >= 0 and level={self.level} > 0")
+        if self.steps < 1 or self.rivals < 1 or self.weight < 0 or (self.level is not None and self.level <= 0):
+            raise ValueError(
+                f"steps={self.steps}, rivals={self.rivals} must be >= 1, weight={self.weight} >= 0 and "
+                f"level={self.level} > 0"
+            )
 
     @property
     def cost(self) -> dict[str, int]:
-        """Passes per image and step of the inner search: input gradients, and the forward that re-checks the result."""
-        return {"gradients": self.steps, "forwards": 1}
+        """Backward passes to the images, and the forward that judges the result, of the inner search; at most.
+
+        One for each move and, before the first, one for each rival class compared beyond the first.
+        """
+        return {"gradients": self.steps + self.rivals - 1, "forwards": 1}
 
     def perturb(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor, tracker: Tracker | None) -> Perturbed:
         """Nearest flipping points of a batch; call inside `frozen(model)`."""
         threat = self.threat
-        found = minimal_distances(model, x, y, threat.r, steps=self.steps, batch_size=len(x))
+        found = minimal_distances(model, x, y, threat.r, steps=self.steps, rivals=self.rivals, batch_size=len(x))
         distance = found.distance.to(x.device)
         if self.level is None:
 
