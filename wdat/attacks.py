@@ -13,6 +13,7 @@ loss, accuracy and gradient come from the same forward. Images stay on the devic
 at a time visits the model's. Source: arXiv 2306.09844, section 5; the budget variant is our reading of 2502.09352.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -35,7 +36,7 @@ class Adversarial:
 
     `logits` (N, m), `values` (N,) the attack loss, `correct` (N,) bool (a tie counts as wrong), `norms` (N,) the
     displacements' r-norms, `distance` their p-mean (<= delta), `history` one row per iterate of
-    (accuracy, mean loss), clean images first. Logits, values and history are empty when not judged.
+    (accuracy, mean loss), clean images first. When not judged, only `x` is there: the rest is empty, `distance` NaN.
     """
 
     x: Tensor
@@ -122,10 +123,11 @@ def projected_gradient(
                     found.append((None, None, loss(logits, targets), logits))
             else:
                 gradient, values, logits = input_gradient(model, x, targets, loss)
-                direction = threat.direction(gradient)
+                norms = threat.dual_norm(gradient) if joint or threat.s == 2 else None
+                direction = threat.direction(gradient, norms)
                 # of many batches, keep one byte per sign until the set's sensitivity is known
                 direction = direction.to(home, torch.int8 if len(batches) > 1 and threat.s == 1 else None)
-                found.append((direction, threat.dual_norm(gradient) if joint else None, values, logits))
+                found.append((direction, norms, values, logits))
             if bar is not None:
                 bar.update(len(x))
         if judged:
@@ -144,8 +146,8 @@ def projected_gradient(
                 best_key = torch.where(better, key, best_key)
                 better = better.expand(len(labels))
                 best_logits = torch.where(better[:, None], logits, best_logits)
-                best = [
-                    torch.where(per_image(chosen, x).bool(), x, b)
+                best = [  # in place once the memory is its own: first it is the clean images', then a fresh copy
+                    torch.where(per_image(chosen, x).bool(), x, b, out=b if step > 1 else None)
                     for chosen, x, b in zip(better.to(home).split(sizes), current, best, strict=True)
                 ]
         if final:
@@ -153,8 +155,8 @@ def projected_gradient(
 
         lengths = threat.budgets(torch.cat([f[1] for f in found])) if joint else radii
         lengths = (lengths * (step_ratio / steps)).to(home).split(sizes)
-        moves = [
-            x + per_image(length, x) * f[0].to(x.dtype) - x0
+        moves = [  # in the directions' memory: on a CPU, fresh memory costs more than this arithmetic
+            f[0].to(x.dtype).mul_(per_image(length, x)).add_(x).sub_(x0)
             for x, length, f, x0 in zip(current, lengths, found, clean, strict=True)
         ]
         if joint:
@@ -166,16 +168,16 @@ def projected_gradient(
         else:
             bounds = radii.to(home)
         current = [
-            (x0 + project(m, bound, threat.r)).clamp_(0, 1)
+            project(m, bound, threat.r).add_(x0).clamp_(0, 1)
             for x0, m, bound in zip(clean, moves, bounds.split(sizes), strict=True)
         ]
 
     x = torch.cat(best)
-    norms = threat.norm(x - torch.cat(clean))
-    distance = float(threat.distance(norms))
     if not judged:
         nothing = x.new_empty(0)
-        return Adversarial(x, nothing.view(0, 0), nothing, nothing.bool(), norms, distance, nothing.view(0, 2))
+        return Adversarial(x, nothing.view(0, 0), nothing, nothing.bool(), nothing, math.nan, nothing.view(0, 2))
+    norms = torch.cat([threat.norm(b - x0) for b, x0 in zip(best, clean, strict=True)])
+    distance = float(threat.distance(norms))
     targets = torch.cat([t for _, t in batches]).to(device)
     values, correct = loss(best_logits, targets), margin(best_logits, labels) > 0
     wrong, mean_loss = torch.stack(history).unbind(1)

@@ -59,7 +59,9 @@ def project(displacement: Tensor, radii: Tensor, r: float) -> Tensor:
     """
     bound = per_image(radii, displacement)
     if math.isinf(r):
-        return displacement.clamp(-bound, bound)
+        # the same as clamp, which with bounds per image is several times slower on a CPU
+        inside = torch.maximum(displacement, -bound)
+        return torch.minimum(inside, bound, out=None if inside.requires_grad else inside)
     norms = per_image(pixel_norm(displacement, r), displacement)
     return displacement * torch.where(norms > bound, bound / norms, 1)
 
@@ -146,11 +148,11 @@ class Threat:
         norms = torch.linalg.vector_norm(gradient.flatten(1), 2, 1, dtype=torch.float64)
         return norms.to(torch.promote_types(gradient.dtype, torch.float32))
 
-    def direction(self, gradient: Tensor) -> Tensor:
-        """h(g) with <h, g> = ||g||_s and ||h||_r = 1; 0 where g = 0."""
+    def direction(self, gradient: Tensor, norms: Tensor | None = None) -> Tensor:
+        """h(g) with <h, g> = ||g||_s and ||h||_r = 1; 0 where g = 0. `norms`: the dual norms, if they are known."""
         if math.isinf(self.r):
             return gradient.sign()
-        norms = per_image(self.dual_norm(gradient), gradient)
+        norms = per_image(self.dual_norm(gradient) if norms is None else norms, gradient)
         return torch.where(norms > 0, gradient / norms, 0)
 
     def upsilon(self, dual_norms: Tensor) -> Tensor:
