@@ -63,6 +63,13 @@ def dual_norms(
     """
     check_images(x)
     check_labels(y, len(x))
+    return _dual_norms(model, x, y, threat, loss, batch_size, box)
+
+
+def _dual_norms(
+    model: nn.Module, x: Tensor, y: Tensor, threat: Threat, loss: str | Loss, batch_size: int, box: bool = False
+) -> Tensor:
+    """The same, of images and labels that have been checked."""
     loss, device = checking(get_loss(loss), y), device_of(model)
     norms = []
     with frozen(model):
@@ -115,14 +122,16 @@ def upsilon(
             raise ValueError(f"subset={subset}: the sensitivity needs at least one image")
         index = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:subset]
         x, y = x[index], y[index]
-    return estimate(dual_norms(model, x, y, threat, loss, batch_size), threat.q, total)
+    return estimate(_dual_norms(model, x, y, threat, loss, batch_size), threat.q, total)
 
 
 class MovingAverage:
     """Exponential moving average of mean ||g||^q; the root is taken last, since averaging upsilon itself is biased.
 
     weight in (0, 1] is that of the newest batch; the average is normalised by the sum of its weights, so the first
-    batch counts in full. weight = 1 on the full set is the full pass. State: `total`, `mass` (two floats).
+    batch counts in full. weight = 1 on the full set is the full pass. State: `total`, `mass` (two numbers).
+
+    Norms on the CPU make floats; norms elsewhere make scalar tensors there, so that no step waits for a number.
     """
 
     def __init__(self, q: float, weight: float = 0.1, total: float = 0.0, mass: float = 0.0) -> None:
@@ -130,14 +139,15 @@ class MovingAverage:
             raise ValueError(f"moving-average weight {weight} must be in (0, 1]")
         self.q, self.weight, self.total, self.mass = q, weight, total, mass
 
-    def update(self, norms: Tensor) -> float:
+    def update(self, norms: Tensor) -> float | Tensor:
         """Take in the dual norms (n,) of a batch; returns the new upsilon."""
-        power = float(power_mean(norms, self.q)) ** self.q
+        mean = power_mean(norms, self.q)
+        power = (float(mean) if norms.device.type == "cpu" else mean) ** self.q
         self.total += self.weight * (power - self.total)
         self.mass += self.weight * (1 - self.mass)
         return self.value
 
     @property
-    def value(self) -> float:
+    def value(self) -> float | Tensor:
         """The current upsilon; 0 before the first batch."""
         return (self.total / self.mass) ** (1 / self.q) if self.mass else 0.0

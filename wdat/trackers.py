@@ -55,7 +55,8 @@ class Tracker:
         self.rule, self.threat = rule, threat
         self.value = torch.zeros((), dtype=torch.float64)
         self.average = MovingAverage(threat.q, rule.weight)
-        self.memory = torch.full((n,), torch.nan) if rule.kind == "memory" else torch.empty(0)
+        self.memory = torch.full((n if rule.kind == "memory" else 0,), torch.nan)
+        self.seen = torch.zeros(len(self.memory), dtype=torch.bool)  # on the host, so that no GPU is asked
 
     def observe(self, index: Tensor, norms: Tensor, statistic: Callable[[Tensor], Tensor] | None = None) -> None:
         """Take in the numbers of a batch (B,) of training images `index` (B,)."""
@@ -63,11 +64,13 @@ class Tracker:
         if self.rule.kind == "batch":
             self.value = statistic(norms)
         elif self.rule.kind == "ema":
-            self.value = torch.tensor(self.average.update(norms), dtype=torch.float64)
+            self.value = torch.as_tensor(self.average.update(norms), dtype=torch.float64)
         elif self.rule.kind == "memory":
             self.memory = self.memory.to(norms.device)
             self.memory[index.to(norms.device)] = norms.float()
-            self.value = statistic(self.memory[~self.memory.isnan()])
+            self.seen[index.cpu()] = True
+            known = self.memory if self.seen.all() else self.memory[self.seen.nonzero()[:, 0].to(norms.device)]
+            self.value = statistic(known)
 
     def refresh(self, norms: Tensor) -> None:
         """Take in the numbers of a whole pass (or of the fixed subset)."""
@@ -78,11 +81,12 @@ class Tracker:
         return {
             "value": self.value.cpu(),
             "memory": self.memory.cpu(),
-            "total": self.average.total,
+            "total": float(self.average.total),
             "mass": self.average.mass,
         }
 
     def load(self, state: dict) -> None:
         """Restore what `state` gave."""
         self.value, self.memory = state["value"], state["memory"].clone()
+        self.seen = ~self.memory.isnan()
         self.average.total, self.average.mass = state["total"], state["mass"]
