@@ -14,7 +14,8 @@ at a time visits the model's. Source: arXiv 2306.09844, section 5; the budget va
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -28,6 +29,7 @@ from wdat.sensitivity import dual_norms, input_gradient
 from wdat.threat import Threat, per_image, pixel_norm, project
 
 STEP_RATIO = 1.875  # the authors' step is 1.875 * delta / n
+PRECISIONS = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,29 @@ def random_start(x: Tensor, radii: Tensor, r: float, generator: torch.Generator 
     return (2 * noise - 1) * per_image(radii, x)
 
 
+@contextmanager
+def autocast(model: nn.Module, precision: str) -> Iterator[None]:
+    """Inside, layers run in bfloat16, all but the first; with "float32" nothing changes.
+
+    The first layer stays in float32 because bfloat16 has eight bits: it would round the displacements away.
+    """
+    if precision == "float32":
+        yield
+        return
+    kind = device_of(model).type
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)), model)
+    handles = [
+        first.register_forward_pre_hook(lambda *_: torch.set_autocast_enabled(kind, False)),
+        first.register_forward_hook(lambda *_: torch.set_autocast_enabled(kind, True)),
+    ]
+    try:
+        with torch.autocast(kind, torch.bfloat16):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def projected_gradient(
     model: nn.Module,
     batches: Sequence[tuple[Tensor, Tensor]],
@@ -81,6 +106,7 @@ def projected_gradient(
     keep: str = "accuracy",
     labels: Tensor | None = None,
     reference: bool = False,
+    precision: str = "float32",
     bar: tqdm | None = None,
 ) -> Adversarial:
     """The loop itself, without checks; call it inside `frozen(model)`.
@@ -96,6 +122,9 @@ def projected_gradient(
         labels: (N,) for the accuracy; default the targets.
         reference: the 2023 authors' choices: p = inf, r = 2 rescales every displacement to exactly delta, and one
             iterate is chosen for the whole set whatever the threat.
+        precision: "bfloat16" runs the network in it during the search, see `autocast`; losses, budgets and projections
+            stay in float32, and so does, in one more forward pass, the judgement of what is returned. The choice
+            among iterates, and `history`, then rest on bfloat16 logits.
     """
     device, home = device_of(model), batches[0][0].device
     clean = [x for x, _ in batches]
@@ -108,6 +137,10 @@ def projected_gradient(
     current = [x if d is None else (x + d).clamp_(0, 1) for x, d in zip(clean, start, strict=True)]
     best, best_logits, best_key = current, None, None
     history = []
+    half = precision != "float32"
+
+    def in_float32(logits: Tensor, targets: Tensor) -> Tensor:
+        return loss(logits.float(), targets)
 
     for step in range(steps + 1):
         final = step == steps
@@ -118,11 +151,12 @@ def projected_gradient(
         for x, (_, targets) in zip(current, batches, strict=True):
             x, targets = x.to(device), targets.to(device)
             if final:
-                with torch.no_grad():
-                    logits = model(x)
-                    found.append((None, None, loss(logits, targets), logits))
+                with torch.no_grad(), autocast(model, precision):
+                    logits = model(x).float() if half else model(x)
+                found.append((None, None, loss(logits, targets), logits))
             else:
-                gradient, values, logits = input_gradient(model, x, targets, loss)
+                with autocast(model, precision):
+                    gradient, values, logits = input_gradient(model, x, targets, in_float32 if half else loss)
                 norms = threat.dual_norm(gradient) if joint or threat.s == 2 else None
                 direction = threat.direction(gradient, norms)
                 # of many batches, keep one byte per sign until the set's sensitivity is known
@@ -132,7 +166,9 @@ def projected_gradient(
                 bar.update(len(x))
         if judged:
             values, logits = torch.cat([f[2] for f in found]).float(), torch.cat([f[3] for f in found])
-            correct = margin(logits, labels) > 0
+            # bfloat16 is trusted with a flip only beyond its rounding
+            unsure = logits.abs().amax(1) * 2**-8 if half else 0
+            correct = margin(logits, labels) > -unsure
             key = torch.stack([(~correct).double(), values.double()])  # higher is better for the adversary
             history.append(key.mean(1))
             key = key.mean(1, keepdim=True) if whole else key
@@ -178,6 +214,9 @@ def projected_gradient(
         return Adversarial(x, nothing.view(0, 0), nothing, nothing.bool(), nothing, math.nan, nothing.view(0, 2))
     norms = torch.cat([threat.norm(b - x0) for b, x0 in zip(best, clean, strict=True)])
     distance = float(threat.distance(norms))
+    if half:
+        with torch.no_grad():
+            best_logits = torch.cat([model(b.to(device)) for b in best])
     targets = torch.cat([t for _, t in batches]).to(device)
     values, correct = loss(best_logits, targets), margin(best_logits, labels) > 0
     wrong, mean_loss = torch.stack(history).unbind(1)
@@ -198,6 +237,7 @@ def attack(
     keep: str = "accuracy",
     batch_size: int = 128,
     reference: bool = False,
+    precision: str = "float32",
     generator: torch.Generator | None = None,
     progress: bool = False,
 ) -> Adversarial:
@@ -214,7 +254,7 @@ def attack(
             and needs start="random".
         steps, step_ratio: n steps of step_ratio * radius / n.
         start: "clean", or "random" for a uniform draw from each image's ball.
-        keep, reference: see `projected_gradient`.
+        keep, reference, precision: see `projected_gradient`.
 
     Returns: `Adversarial`, whose `distance` is <= delta (to float32 rounding) or whose norms are <= radii.
     Raises: ValueError with the number and the remedy for images, labels, logits or settings that make no sense.
@@ -225,6 +265,8 @@ def attack(
         raise ValueError(f"steps={steps}, step_ratio={step_ratio}, batch_size={batch_size} must all be positive")
     if keep not in ("accuracy", "loss", "last") or start not in ("clean", "random"):
         raise ValueError(f'keep={keep!r} must be "accuracy", "loss" or "last", start={start!r} "clean" or "random"')
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision={precision!r} must be one of {', '.join(PRECISIONS)}")
     if radii is not None and (radii.shape != y.shape or not bool((radii >= 0).all())):
         raise ValueError(f"radii of shape {tuple(radii.shape)} must be {len(y)} numbers >= 0")
     function, device = get_loss(loss), device_of(model)
@@ -245,7 +287,7 @@ def attack(
             targets = torch.cat([model(b.to(device)) for b in x.split(batch_size)])
         batches = list(zip(x.split(batch_size), targets.split(batch_size), strict=True))
         run = partial(projected_gradient, model, threat=threat, loss=checking(function, y), steps=steps,
-                      step_ratio=step_ratio, keep=keep, reference=reference, bar=bar)  # fmt: skip
+                      step_ratio=step_ratio, keep=keep, reference=reference, precision=precision, bar=bar)  # fmt: skip
         if radii is None:
             result = run(batches, displacement=displacement, labels=y)
         else:
