@@ -436,3 +436,23 @@ def ranks(path: str | Path, r: float | str = "inf") -> Figure:
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     _save(figure, path, f"ranks-{_suffix(r)}")
     return figure
+
+
+def benchmark(path: str | Path) -> Figure:
+    """Ratio of every piece of work to the bare passes it makes, with the range over rounds, one panel per network."""
+    path = Path(path)
+    found = records.read(path, "benchmark")["results"]["networks"]
+    kinds = list(dict.fromkeys(row["work"] for network in found for row in network["work"]))
+    figure, axes = _canvas(1, len(found), width=3.2, height=0.9 + 0.19 * len(kinds), sharey=True)
+    for axis, network in zip(axes[0], found, strict=True):
+        axis.axvline(1, color=BEFORE, lw=1.2)
+        for row in network["work"]:
+            ends = [[max(row["ratio"] - row["lowest"], 0)], [max(row["highest"] - row["ratio"], 0)]]
+            place = kinds.index(row["work"])
+            axis.errorbar(row["ratio"], place, xerr=ends, fmt="o", ms=4, lw=1, color=AFTER)
+        axis.set(title=_short(network["network"]), xlabel="time / time of its passes alone (1 = floor)")
+        axis.set(yticks=range(len(kinds)), yticklabels=kinds)
+        axis.grid(axis="y", lw=0.4, alpha=0.5)
+    axes[0, 0].invert_yaxis()
+    _save(figure, path)
+    return figure

@@ -1,0 +1,304 @@
+"""What things cost: passes counted exactly by hooks, nothing read back from the device, memory flat as data grow.
+
+Times are never tested; `benchmarks/` measures them.
+"""
+
+import copy
+import math
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from nets import batch_norm, counting, images, labels, relu, smooth
+from torch import nn
+
+from benchmarks import benchmark
+from wdat.attacks import attack, autocast, pgd, projected_gradient, w_fgsm, w_pgd, w_pgd_budget
+from wdat.checks import frozen
+from wdat.data import from_tensors
+from wdat.evaluation import evaluate
+from wdat.losses import ce, margin
+from wdat.objectives import at, combined, plain, trades, w_trades, water_level
+from wdat.radii import minimal_distances
+from wdat.sensitivity import MovingAverage, dual_norms, upsilon
+from wdat.threat import Threat
+from wdat.trackers import Rule, Tracker
+
+INF = math.inf
+N = 12
+
+
+def case(make=relu, n=N, wrong=5):
+    model = make()
+    x = images(n)
+    return model, x, labels(model, x, wrong)
+
+
+def passes(model, run):
+    """(gradients, forwards alone) of one call, per N images; every forward with a graph has its backward."""
+    with counting(model) as counts:
+        run()
+    assert counts["grad"] == counts["backward"]
+    return counts["grad"] / N, counts["no_grad"] / N
+
+
+# Passes
+
+
+@pytest.mark.parametrize("r", ["2", "inf"])
+@pytest.mark.parametrize("batch", [5, 64])
+def test_attacks_make_one_gradient_a_step_and_one_forward(batch, r):
+    model, x, y = case()
+    threat, s = Threat(0.1, 2, r), {"batch_size": batch, "loss": "ce"}
+    assert passes(model, lambda: w_fgsm(model, x, y, threat, **s)) == (1, 1)
+    assert passes(model, lambda: w_pgd(model, x, y, threat, steps=7, **s)) == (7, 1)
+    assert passes(model, lambda: pgd(model, x, y, 0.1, r=threat.r, steps=7, **s)) == (7, 1)
+    assert passes(model, lambda: w_pgd_budget(model, x, y, threat, steps=7, **s)) == (8, 1)
+    assert passes(model, lambda: w_pgd_budget(model, x, y, Threat(0.1, "inf", r), steps=7, **s)) == (7, 1)
+    # lower precision is judged once more, in float32
+    assert passes(model, lambda: w_pgd(model, x, y, threat, steps=7, precision="bfloat16", **s)) == (7, 2)
+
+
+def test_upsilon_is_one_gradient_an_image_of_the_subset():
+    model, x, y = case()
+    assert passes(model, lambda: upsilon(model, x, y, Threat(1), batch_size=5)) == (1, 0)
+    assert passes(model, lambda: upsilon(model, x, y, Threat(1), subset=3, batch_size=2)) == (3 / N, 0)
+
+
+@pytest.mark.parametrize("restarts", [0, 2])
+@pytest.mark.parametrize("rivals", [1, 2])
+def test_minimal_distances_report_the_passes_they_made(rivals, restarts):
+    model, x, y = case(smooth)
+    with counting(model) as counts:
+        found = minimal_distances(model, x, y, INF, steps=6, rivals=rivals, restarts=restarts, batch_size=5)
+    assert found.passes == pytest.approx(sum(counts.values()) / N, rel=1e-12)
+    searched, first = int(found.correct.sum()), counts["grad"] - N
+    if not restarts:  # every image once with its rivals; then, of the correct ones, five moves and a last look
+        assert counts == {"grad": N + 5 * searched, "backward": rivals * N + 5 * searched, "no_grad": searched}
+    else:
+        assert 5 * searched < first <= (5 + 6 * restarts) * searched
+
+
+@pytest.mark.parametrize("make", [relu, batch_norm])
+@pytest.mark.parametrize(
+    "objective",
+    [plain(), at(0.1, steps=3), trades(0.1, steps=3), w_trades(Threat(0.1), steps=3),
+     combined(Threat(0.1), 0.1, steps=3), w_trades(Threat(0.1), steps=3, inner="ce", outer="ce"),
+     water_level(Threat(0.1), steps=4)],
+    ids=lambda o: o.name,
+)  # fmt: skip
+def test_a_training_step_costs_what_its_objective_says(objective, make):
+    """Input gradients, forwards alone and full passes, told apart by what the backward pass reaches.
+
+    The rivals of the water level's search share one forward, and there are no more of them than wrong classes.
+    """
+    model, x, y = case(make, wrong=0)
+    trackers = [None if t.tracked is None else Tracker(Rule("memory"), t.threat, N) for t in objective.terms]
+    with benchmark.counted(model) as counts:
+        objective(model, x, y, torch.arange(N), trackers)[0].backward()
+    cost = objective.cost
+    shared = sum(t.rivals - 1 for t in objective.terms if t.tracked == "distance")
+    missing = sum(max(t.rivals - 3, 0) for t in objective.terms if t.tracked == "distance")
+    forwards = cost["gradients"] + cost["forwards"] + cost["full"] - shared
+    assert counts == {
+        "forward": forwards * N,
+        "gradient": (cost["gradients"] - missing) * N,
+        "full": cost["full"] * N,
+    }
+
+
+def test_an_evaluation_makes_no_other_passes_than_its_parts():
+    """Clean pass: one forward, a backward for each loss; then each attack, and the search for both of its orders."""
+    model, x, y = case(smooth, n=N)
+    data = from_tensors(x, y, classes=list("abcd"))
+    losses, threats = ("redlr", "ce"), (Threat(0.1, 2), Threat(0.2, 2), Threat(0.1, INF))
+    with counting(model) as counts:
+        found = evaluate(model, data, threats, losses=losses, steps=3, search={"steps": 4}, progress=False)
+    checks = 2 * min(N, 8)  # twice the first few images, to see that the model answers the same
+    attacks = len(losses) * len(threats)
+    (exact,) = found["exact"]
+    total = N * (1 + len(losses)) + attacks * N * (2 * 3 + 1) + round(exact["passes"] * N) + checks
+    assert sum(counts.values()) == total
+    assert counts["no_grad"] == attacks * N + checks + round(N * found["clean"]["accuracy"])
+
+
+def test_the_benchmark_counts_as_the_tests_do():
+    model, x, y = case()
+    runs = {
+        "w-pgd": lambda: w_pgd(model, x, y, Threat(0.1), steps=3),
+        "distances": lambda: minimal_distances(model, x, y, 2, steps=3),
+        "step": lambda: trades(0.1, steps=2)(model, x, y, torch.arange(N), [None])[0].backward(),
+    }
+    for run in runs.values():
+        with torch.random.fork_rng([]), counting(model) as theirs, benchmark.counted(model) as ours:
+            torch.manual_seed(0)
+            run()
+        assert ours["forward"] == theirs["grad"] + theirs["no_grad"]
+        assert ours["gradient"] + ours["full"] == theirs["backward"]
+
+
+# Nothing is read back from the device inside a step
+
+
+@pytest.mark.parametrize("kind", ["ema", "memory", "batch"])
+@pytest.mark.parametrize("r", ["2", "inf"])
+def test_a_training_step_reads_no_number_from_the_device(kind, r):
+    """On the device "meta" tensors have shapes and no numbers: whatever would wait for one raises."""
+    model, x, y = (t.to("meta") for t in case())
+    threat = Threat(0.1, 2, r)
+    for objective in (trades(0.1, r=threat.r, steps=2), w_trades(threat, steps=2), at(0.1, steps=2)):
+        tracker = Tracker(Rule(kind), threat, N) if objective.name == "w-trades" else None
+        loss, log = objective(model, x, y, torch.arange(N), [tracker])
+        loss.backward()
+        assert loss.device.type == "meta" and all(value.device.type == "meta" for value in log.values())
+    with pytest.raises(RuntimeError, match="meta"):
+        float(loss)
+
+
+def test_the_average_is_the_same_wherever_it_is_kept(monkeypatch):
+    """Off the CPU it is kept as tensors; played here by a tensor that says it is elsewhere."""
+
+    class Elsewhere(torch.Tensor):
+        device = torch.device("meta")
+
+    ours, theirs = MovingAverage(2.0, 0.3), MovingAverage(2.0, 0.3)
+    for seed in range(5):
+        norms = images(7, seed=seed).flatten()
+        value = ours.update(norms)
+        other = theirs.update(norms.as_subclass(Elsewhere))
+        assert isinstance(value, float) and isinstance(other, torch.Tensor)
+        assert float(other) == pytest.approx(value, rel=1e-14)
+
+
+def test_the_memory_holds_those_seen_in_the_order_of_the_images():
+    tracker, seen = Tracker(Rule("memory"), Threat(1), 6), []
+    for index, norms in (([4, 1], [4.0, 1.0]), ([0, 4], [0.5, 7.0]), ([2, 3, 5], [2.0, 3.0, 5.0])):
+        tracker.observe(torch.tensor(index), torch.tensor(norms), lambda v: seen.append(v.tolist()) or v.sum())
+        again = Tracker(Rule("memory"), Threat(1), 6)
+        again.load(copy.deepcopy(tracker.state()))
+        assert torch.equal(again.seen, tracker.seen)
+    assert seen == [[1, 4], [0.5, 1, 7], [0.5, 1, 2, 3, 7, 5]]
+
+
+def test_an_inner_attack_judges_and_measures_nothing():
+    model, x, y = case()
+    radii = torch.full((N,), 0.1)
+    with frozen(model):
+        found = projected_gradient(
+            model, [(x, y)], Threat(0.1), ce, steps=2, step_ratio=1, radii=radii, keep="unjudged"
+        )
+    assert math.isnan(found.distance) and found.norms.numel() == found.logits.numel() == 0
+
+
+# Memory
+
+
+def peaks(run, sizes, batch):
+    """Most bytes alive at once, made by `run`, over sets of these sizes."""
+    found = []
+    for n in sizes:
+        model, x, y = case(n=n)
+        with benchmark.Live() as live:
+            run(model, x, y, batch)
+        found.append(live.peak)
+    return found
+
+
+def test_live_bytes_are_those_of_tensors_alive():
+    outside = torch.zeros(1000)
+    with benchmark.Live() as live:
+        a = torch.zeros(256) + outside[:256]
+        assert live.now == 4 * 256
+        b = a.view(16, 16).t()  # shares its memory
+        del a
+        assert live.now == 4 * 256
+        b = b.sum()
+        assert live.now == 4
+        torch.randn(512)
+    assert live.now == 4 and live.peak == 4 * 513 and float(b) == 0
+
+
+def test_upsilon_streams():
+    """Past the first batch an image adds its norm and what the estimate does with it, not its pixels or activations."""
+    small, middle, large = peaks(lambda m, x, y, b: dual_norms(m, x, y, Threat(1), "ce", b), (64, 256, 1024), 32)
+    assert large - middle <= 16 * (1024 - 256) and small > 16 * 64  # 16 bytes of at least 72 an image has
+
+
+@pytest.mark.parametrize(("p", "r"), [(2, "inf"), (2, "2"), (INF, "inf")])
+def test_w_pgd_keeps_a_few_copies_of_the_images_and_one_batch_of_activations(p, r):
+    """What grows with the set: the iterate, the best one, moves and directions of one step, never the graph."""
+    image = 4 * images(1).numel()
+    run = lambda m, x, y, b: attack(m, x, y, Threat(0.1, p, r), steps=2, batch_size=b)  # noqa: E731
+    (small, large), (whole,) = peaks(run, (128, 1024), 16), peaks(run, (1024,), 1024)
+    slope = (large - small) / (1024 - 128)
+    assert slope <= 4 * image + 40 * 4  # and a few numbers an image: logits, values, norms
+    assert large < 0.6 * whole  # in one batch the activations of all images are alive at once
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU to measure")
+def test_the_gpu_holds_one_batch_however_many_images_there_are():
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 900, 10)).cuda()
+    tops = []
+    for n in (256, 1024):
+        torch.cuda.reset_peak_memory_stats()
+        attack(model, torch.rand(n, 3, 32, 32), torch.arange(n) % 10, Threat(0.1), steps=2, batch_size=128)
+        tops.append(torch.cuda.max_memory_allocated())
+    assert tops[1] - tops[0] <= 1024 * 1000
+
+
+# Lower precision
+
+
+def test_in_bfloat16_all_layers_but_the_first_run_in_it_and_the_model_is_left_alone():
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.Flatten(), nn.Linear(4, 3))
+    x = images(N)
+    kinds = []
+    for layer in model:
+        layer.register_forward_hook(lambda m, a, out: kinds.append(out.dtype))
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model]
+    with autocast(model, "bfloat16"):
+        model(x)
+    assert kinds == [torch.float32] * 2 + [torch.bfloat16] * 3
+    assert hooks == [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model]
+    kinds.clear()
+    with autocast(model, "float32"):
+        model(x)
+    assert set(kinds) == {torch.float32} and not torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize("p", [2, INF])
+def test_what_bfloat16_finds_is_judged_in_float32_and_nearly_as_strong(p):
+    model, x, y = case(smooth, n=200)
+    threat = Threat(0.1, p)
+    half, full = (attack(model, x, y, threat, steps=10, precision=k) for k in ("bfloat16", "float32"))
+    with torch.no_grad():
+        logits = model.eval()(half.x)
+    assert half.x.dtype == half.logits.dtype == torch.float32
+    torch.testing.assert_close(half.logits, logits)
+    assert torch.equal(half.correct, margin(logits, y) > 0)
+    assert half.distance <= threat.delta * (1 + 1e-6) + 1.2e-7
+    assert abs(half.accuracy - full.accuracy) <= 0.05
+    assert not torch.equal(half.x, full.x)
+    with pytest.raises(ValueError, match="precision='half' must be one of float32, bfloat16"):
+        attack(model, x, y, threat, precision="half")
+
+
+# The command
+
+
+def test_the_command_writes_a_record_a_table_and_a_figure(tmp_path: Path):
+    """On the smallest sizes: what is measured here is that it runs."""
+    threads = torch.get_num_threads()
+    benchmark.main(
+        ["--device", "cpu", "--networks", "cnn_a", "--images", "8", "--batch", "4", "--evaluate", "8", "--rounds", "1",
+         "--out", str(tmp_path / "costs.json"), "--memory", "4", "8"]
+    )  # fmt: skip
+    torch.set_num_threads(threads)
+    assert {path.name for path in tmp_path.iterdir()} == {f"costs.{e}" for e in ("json", "md", "tex", "pdf", "png")}
+    (network,) = benchmark.records.read(tmp_path / "costs.json", "benchmark")["results"]["networks"]
+    rows = {row["work"]: row for row in network["work"]}
+    assert rows["W-PGD"]["passes"] == {"forward": 11, "gradient": 10, "full": 0}
+    assert rows["W-TRADES step"]["passes"] == {"forward": 13, "gradient": 11, "full": 2}
+    assert all(row["seconds"] > 0 and row["ratio"] > 0 for row in rows.values())
+    assert Counter(row["work"] for row in network["work"]).most_common(1)[0][1] == 1
