@@ -196,7 +196,7 @@ def finetune(
         weights = [w for w in network.parameters() if w.requires_grad]
         optimiser = torch.optim.SGD(weights, recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay)
         trackers = [_tracker(term, recipe.upsilon, n) for term in objective.terms]
-        history, sums, done = [], {}, 0
+        history, sums, done, order = [], {}, 0, None
         if saved:
             network.load_state_dict(saved["model"])
             optimiser.load_state_dict(saved["optimiser"])
@@ -220,7 +220,9 @@ def finetune(
         with tqdm(total=total, initial=done, desc=objective.name, unit="step", disable=not progress) as bar:
             while done < total:
                 epoch, position = divmod(done, steps_per_epoch)
-                order = torch.randperm(n, generator=torch.Generator().manual_seed(step_seed(recipe.seed, -2 - epoch)))
+                if order is None or position == 0:
+                    drawn = torch.Generator().manual_seed(step_seed(recipe.seed, -2 - epoch))
+                    order = torch.randperm(n, generator=drawn)
                 index = order[position * recipe.batch_size : (position + 1) * recipe.batch_size]
                 for term, tracker in zip(objective.terms, trackers, strict=True):
                     if tracker and term.tracked == "upsilon" and recipe.upsilon.due(done, steps_per_epoch):
