@@ -14,7 +14,8 @@ test_root = ""  # folder of the test images; not used by digits
 n_test = 0  # images; 0 means all
 networks = [".wdat/digits/work/zoo/trades.yaml"]  # the first is studied
 weights = ""  # folder of the weights, if they do not lie beside the cards
-threat = "Linf"  # of RobustBench names
+dataset = "cifar10"  # of RobustBench names, with their threat
+threat = "Linf"
 r = "inf"  # pixel norm
 orders = [2, 4, "inf"]  # Wasserstein orders p
 losses = ["ce", "dlr", "redlr"]
@@ -32,7 +33,7 @@ print(records.device_line())
 
 # %%
 test = studies.load_images(data, "test", root, test_root, n_test)
-models = studies.load_networks(networks[:1], root, weights, device, dataset=data, threat=threat)
+models = studies.load_networks(networks[:1], root, weights, device, dataset=dataset, threat=threat)
 results = studies.attack_theory(
     *models.values(), test, r=parse_number(r), orders=[parse_number(p) for p in orders], losses=losses, deltas=deltas,
     steps=steps,

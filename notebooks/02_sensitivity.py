@@ -15,6 +15,7 @@ n_train = 0  # images; 0 means all
 n_test = 0
 networks = [".wdat/digits/work/zoo/standard.yaml", ".wdat/digits/work/zoo/trades.yaml"]
 weights = ""
+dataset = "cifar10"  # of RobustBench names, with their threat
 threat = "Linf"
 r = "inf"
 orders = [1.5, 2, 4, "inf"]
@@ -38,7 +39,7 @@ print(records.device_line())
 # %%
 train = studies.load_images(data, "train", root, train_root, n_train)
 test = studies.load_images(data, "test", root, test_root, n_test)
-models = studies.load_networks(networks, root, weights, device, dataset=data, threat=threat)
+models = studies.load_networks(networks, root, weights, device, dataset=dataset, threat=threat)
 results = studies.sensitivity(
     models, test, r=parse_number(r), orders=[parse_number(p) for p in orders], losses=losses, sizes=sizes,
     repeats=repeats, seed=seed,

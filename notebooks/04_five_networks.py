@@ -15,6 +15,7 @@ n_train = 0  # images; 0 means all
 n_test = 0
 networks = [".wdat/digits/work/zoo/trades.yaml"]
 weights = ""
+dataset = "cifar10"  # of RobustBench names, with their threat
 threat = "Linf"
 r = "inf"
 deltas = ["1/16", "2/16", "3/16"]  # W_2 radii of the evaluation
@@ -35,7 +36,7 @@ print(records.device_line())
 # %%
 train = studies.load_images(data, "train", root, train_root, n_train)
 test = studies.load_images(data, "test", root, test_root, n_test)
-models = studies.load_networks(networks, root, weights, device, dataset=data, threat=threat)
+models = studies.load_networks(networks, root, weights, device, dataset=dataset, threat=threat)
 results = studies.finetuning(
     models, train, test, base=base, variants=variants, seeds=seeds, threats=[Threat(d, 2, r) for d in deltas],
     work=root / work / "04", measure=measure,

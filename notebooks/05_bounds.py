@@ -12,6 +12,7 @@ test_root = ""
 n_test = 0  # images; 0 means all
 networks = [".wdat/digits/work/zoo/trades.yaml"]
 weights = ""
+dataset = "cifar10"  # of RobustBench names, with their threat
 threat = "Linf"
 r = "inf"
 deltas = ["1/64", "1/32", "1/16", "2/16", "3/16"]
@@ -30,7 +31,7 @@ print(records.device_line())
 
 # %%
 test = studies.load_images(data, "test", root, test_root, n_test)
-models = studies.load_networks(networks, root, weights, device, dataset=data, threat=threat)
+models = studies.load_networks(networks, root, weights, device, dataset=dataset, threat=threat)
 results = studies.across_networks(
     models, test, [Threat(d, 2, r) for d in deltas], root / work / "05", losses=losses, steps=steps, search=search,
     orders=[2], curve=61,

@@ -266,3 +266,30 @@ def test_a_finished_record_survives_a_run_that_fails(place):
     assert (place / "new.json").read_text() == "precious"
     assert cli.main(["finetune", "net.yaml", "ok.recipe", "new.yaml", *DIGITS, "--validation", "0.2"]) == 0
     assert json.loads((place / "new.json").read_text())["kind"] == "history"
+
+
+class BrokenGradient(torch.nn.Module):
+    """Finite logits whose gradient in the images is NaN: 0 * sqrt'(0)."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng([]):
+            torch.manual_seed(0)
+            self.linear = torch.nn.Linear(192, 5)
+
+    def forward(self, x):
+        return self.linear((x + 0 * (x - x.detach()).sqrt()).flatten(1))
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        lambda m, x, y: wdat.w_pgd(m, x, y, wdat.Threat("8/255")),
+        lambda m, x, y: wdat.pgd(m, x, y, "8/255", r=2),
+        lambda m, x, y: wdat.minimal_distances(m, x, y, "linf"),
+    ],
+)
+def test_nan_gradients_never_pass_for_robustness(attack):
+    model, x = BrokenGradient(), torch.rand(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match="gradient in the images is NaN"):
+        attack(model, x, model(x).argmax(1))

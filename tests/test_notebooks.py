@@ -49,11 +49,13 @@ def test_every_figure_is_drawn_in_both_forms(smoke, figure):
         assert path.stat().st_size > 3000
 
 
-@pytest.mark.parametrize("table", ["00_pretrain", "03_finetuning", "04_five_networks", "06_how_robust"])
+@pytest.mark.parametrize(
+    "table", ["00_pretrain", "03_finetuning", "04_five_networks", "06_how_robust", "06_verification-convergence"]
+)
 def test_markdown_and_latex_hold_the_same_numbers(smoke, table):
     markdown, latex = ((smoke / "figures/smoke" / (table + ending)).read_text() for ending in (".md", ".tex"))
     rows = [line for line in markdown.splitlines()[2:] if line.startswith("|")]
-    assert len(rows) == latex.count(r"\\") - 1 > 0
+    assert len(rows) == latex.count("\\\\\n") - 1 > 0
     first = [cell.strip() for cell in rows[0].strip("|").split("|")]
     assert all(cell.replace("%", r"\%") in latex for cell in first if cell.replace(".", "").isdigit())
 
@@ -81,3 +83,16 @@ def test_the_published_attack_is_never_below_the_exact_allocation_by_more_than_t
                 ]
                 assert attacks and max(attacks) <= network["clean"]["accuracy"]
                 assert row["accuracy"] <= min(attacks) + 1 / 48
+
+
+def test_the_exact_adversary_hands_out_what_it_claims(smoke):
+    for row in records.read(smoke / "figures/smoke/06_verification.json")["results"]["sets"]:
+        assert row["measured"] == pytest.approx(row["claimed"], abs=1e-9) and row["in_box"]
+        assert row["measured_cost"] <= row["threat"]["delta"] * (1 + 1e-5)
+
+
+def test_no_certificate_is_refuted(smoke):
+    for network in records.read(smoke / "figures/smoke/06_how_robust.json")["results"]["networks"]:
+        for certified in network["certified"]:
+            assert certified["violations"] == 0 and certified["n"] == 8
+            assert all(row["accuracy"] <= row["exact"] + 1e-9 for row in certified["threats"])

@@ -19,6 +19,7 @@ _HOME = {
     "w_fgsm": "attacks",
     "w_pgd": "attacks",
     "w_pgd_budget": "attacks",
+    "dual_attack": "dual",
     "upsilon": "sensitivity",
     "minimal_distances": "radii",
     "certified_radii": "certify",

@@ -95,7 +95,7 @@ def _evaluate(sub: Any) -> None:
     verb.add_argument("--steps", type=int, default=50, help="of W-PGD (default: 50)")
     verb.add_argument("--tight", action="store_true", help="longer search for minimal distances, with AutoAttack's FAB")
     verb.add_argument("--certified", type=int, default=0, metavar="N", help="certify N images too: a lower bound")
-    verb.add_argument("--autoattack", action="store_true", help="also AutoAttack at the same radii, p = inf")
+    verb.add_argument("--autoattack", type=int, default=0, metavar="N", help="AutoAttack on N images, p = inf")
     verb.add_argument("--out", default="results", help="folder of the record and figures (default: results)")
 
     def run(args: argparse.Namespace) -> None:
@@ -114,7 +114,7 @@ def _evaluate(sub: Any) -> None:
         results = evaluate(
             model, data, [*threats, *balls], steps=args.steps, search={"tight": True} if args.tight else {},
             orders=sorted({1.0, p, float("inf")}), curve=121, certified=args.certified,
-            use_autoattack=args.autoattack, batch_size=args.batch_size, state=out / f"{name}.state",
+            autoattacked=args.autoattack, batch_size=args.batch_size, state=out / f"{name}.state",
         )  # fmt: skip
         record = records.write(
             out / f"{name}.json", "evaluation", {"n": len(data), "networks": [{"network": name, **results}]},

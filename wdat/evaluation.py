@@ -12,7 +12,14 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from wdat.allocation import accuracy_curve, class_accuracy, confidence_band, water_level
+from wdat.allocation import (
+    accuracy_curve,
+    class_accuracy,
+    confidence_band,
+    mixture_bound,
+    pointwise_curve,
+    water_level,
+)
 from wdat.attacks import attack, w_pgd_budget
 from wdat.bounds import ratio_bounds
 from wdat.certify import certified_radii
@@ -81,7 +88,7 @@ def evaluate(
     orders: Sequence[float] = (1.0, 2.0, float("inf")),
     curve: int = 0,
     certified: int = 0,
-    use_autoattack: bool = False,
+    autoattacked: int = 0,
     autoattack_version: str = "standard",
     batch_size: int = 128,
     state: str | Path | None = None,
@@ -101,7 +108,7 @@ def evaluate(
         search: settings of `wdat.radii.minimal_distances`.
         certified: certify this many images (drawn with seed 0; all if there are fewer): a lower bound on A_delta for
             those images, beside the exact allocation on the same ones. Needs layers the certifier knows.
-        use_autoattack: AutoAttack at every radius with p = inf among the threats.
+        autoattacked: run AutoAttack on this many images (likewise) at every radius with p = inf among the threats.
         state: file that keeps finished parts; a killed evaluation continues from it. It belongs to this model, these
             data and settings: parts of others are not used.
 
@@ -117,13 +124,16 @@ def evaluate(
     losses = (("redlr", "ce", "dlr") if classes > 2 else ("negative-margin", "ce")) if losses is None else losses
     if not losses:
         raise ValueError('no loss given; pass for example losses=("redlr", "ce")')
-    if batch_size < 1 or curve < 0 or certified < 0:
-        raise ValueError(f"batch_size={batch_size} must be >= 1, curve={curve} and certified={certified} >= 0")
+    if batch_size < 1 or min(curve, certified, autoattacked) < 0:
+        raise ValueError(
+            f"batch_size={batch_size} must be >= 1, curve={curve}, certified={certified} "
+            f"and autoattacked={autoattacked} >= 0"
+        )
     known = [name for name in list(inspect.signature(minimal_distances).parameters)[4:] if name != "batch_size"]
     if unknown := set(search or {}) - set(known):
         raise ValueError(f"unknown setting {min(unknown)!r} of the search; known: {', '.join(known)}")
     kept = _State(state, model, data)
-    with tqdm(total=_parts(threats, losses, budget_attack, exact, certified, use_autoattack), desc="evaluate",
+    with tqdm(total=_parts(threats, losses, budget_attack, exact, certified, autoattacked), desc="evaluate",
               unit="part", disable=not progress) as bar:  # fmt: skip
         clean = kept.get(f"clean {sorted(losses)}", lambda: clean_pass(model, data, losses, batch_size))
         bar.update()
@@ -184,21 +194,26 @@ def evaluate(
                 same = _distances(kept, model, part, r, search or {}, batch_size)["distance"]
                 for row, threat in zip(result["certified"][-1]["threats"], own, strict=True):
                     row["exact"] = float(accuracy_curve(same, threat.delta, threat.p))
+                # an image with a flipping point inside its certified ball would refute the certificate
+                result["certified"][-1]["violations"] = int((radii["distance"] > same.double()).sum())
             bar.update()
-        for threat in [t for t in threats if t.pointwise] if use_autoattack else []:
-            key = f"autoattack {autoattack_version} {threat!r}"
-            result.setdefault("autoattack", []).append(
-                kept.get(key, lambda: autoattack_accuracy(model, data, threat, autoattack_version, batch_size))  # noqa: B023
-            )
+        for threat in [t for t in threats if t.pointwise] if autoattacked else []:
+            part = data.take(min(autoattacked, len(data)), seed=0)
+            key = f"autoattack {autoattack_version} {threat!r} {len(part)}"
+            row = kept.get(key, lambda: autoattack_accuracy(model, part, threat, autoattack_version, batch_size))  # noqa: B023
+            if exact:
+                same = _distances(kept, model, part, threat.r, search or {}, batch_size)["distance"]
+                row = {**row, "exact": float(accuracy_curve(same, threat.delta, threat.p))}
+            result.setdefault("autoattack", []).append({"n": len(part), **row})
             bar.update()
     return result
 
 
-def _parts(threats: tuple, losses: Sequence, budget: bool, exact: bool, certified: int, auto: bool) -> int:
+def _parts(threats: tuple, losses: Sequence, budget: bool, exact: bool, certified: int, auto: int) -> int:
     norms = len({t.r for t in threats})
     pointwise = sum(t.pointwise for t in threats)
     budgets = (len(threats) - pointwise) * budget
-    return 1 + len(threats) * len(losses) + budgets + norms * (exact + bool(certified)) + pointwise * auto
+    return 1 + len(threats) * len(losses) + budgets + norms * (exact + bool(certified)) + pointwise * bool(auto)
 
 
 def _levels(values: Tensor, correct: Tensor) -> dict[str, float | None]:
@@ -286,7 +301,9 @@ def _curves(found: dict, data: Data, threats: Sequence[Threat], orders: Sequence
             low, high = confidence_band(d, grid, p)
             result["curves"].append({
                 "p": plain_number(p), "delta": grid.tolist(), "accuracy": accuracy_curve(d, grid, p).tolist(),
-                "low": low.tolist(), "high": high.tolist(), "water_level": water_level(d, grid, p).tolist(),
+                "low": low.tolist(), "high": high.tolist(),
+                "mixture": mixture_bound(*pointwise_curve(d), grid, p).tolist(),
+                "water_level": water_level(d, grid, p).tolist(),
             })  # fmt: skip
     return result
 

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from wdat.checks import check_images, check_labels, check_logits, device_of, frozen
 from wdat.losses import margin
 from wdat.sensitivity import input_gradient
-from wdat.threat import per_image, pixel_norm
+from wdat.threat import parse_number, per_image, pixel_norm
 
 MEMORY = 0.4  # weight of the past in the running mean of gradients
 MIXTURE = 0.6  # weight of the step from the clean image at the start; it falls to 0
@@ -111,8 +111,9 @@ def minimal_distances(
     """
     check_images(x)
     check_labels(y, len(x))
+    r = parse_number(str(r).lower().removeprefix("l"))
     if r not in (2, math.inf):
-        raise ValueError(f"pixel norm r={r} must be 2 or inf")
+        raise ValueError(f"pixel norm r={r:g} must be 2 or inf")
     if steps < 1 or rivals < 1 or restarts < 0 or batch_size < 1:
         raise ValueError(
             f"steps={steps}, rivals={rivals}, batch_size={batch_size} must be >= 1, restarts={restarts} >= 0"
@@ -155,6 +156,10 @@ class _Search:
         with torch.enable_grad():
             logits = model(leaf)
         z = logits.detach()
+        if not logits.requires_grad:
+            raise ValueError(
+                "the logits have no gradient in the images: the model must not detach them or run in no_grad"
+            )
         check_logits(z, len(x))
         check_labels(y, len(x), z.shape[1])
         self.correct = margin(z, y) > 0
@@ -175,6 +180,8 @@ class _Search:
                 nearest, value = torch.where(nearer, ratio, nearest), torch.where(nearer, gap, value)
                 first = torch.where(per_image(nearer, gradient).bool(), gradient, first)
             ratios.append(ratio)
+        if not first.isfinite().all():
+            raise ValueError("the margin's gradient in the images is NaN or infinite; look at weights and layers")
         self.passes += len(x) * (1 + count)
         self.classes = z.shape[1]
         keep = self.correct.nonzero()[:, 0]

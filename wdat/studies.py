@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from wdat.allocation import accuracy_curve, class_accuracy, water_level
+from wdat.allocation import accuracy_curve, adversarial_set, class_accuracy, water_level
 from wdat.attacks import pgd, w_fgsm, w_pgd, w_pgd_budget
+from wdat.checks import device_of, frozen
 from wdat.data import Data, load_data
 from wdat.dual import dual_attack
 from wdat.evaluation import autoattack_accuracy, clean_pass, evaluate
 from wdat.finetuning import finetune, make_recipe, step_seed
+from wdat.losses import margin
 from wdat.models import load_model, save_model
 from wdat.networks import Normalised, build
 from wdat.radii import minimal_distances
@@ -301,6 +303,62 @@ def finetuning(
                     bar.update()
     return {"n_train": len(rest), "n_validation": len(held), "n_test": len(test), "runs": rows,
             "threats": [t.describe() for t in threats], "measure": measure}  # fmt: skip
+
+
+def verified_sets(
+    models: dict[str, nn.Module], data: Data, threat: Threat, search: dict | None = None, batch_size: int = 128
+) -> list[dict]:
+    """The exact adversary's distribution at one radius, handed out and checked: claimed against re-measured.
+
+    For each network: accuracy and W_p cost that the allocation claims, and those of its points (the images moved, and
+    the one image whose mass is split) by a fresh forward pass and their displacements.
+    """
+    rows, x, y = [], data.x, data.y
+    for name, model in models.items():
+        found = minimal_distances(model, x, y, threat.r, batch_size=batch_size, **(search or {}))
+        adversary = adversarial_set(x, found.x, found.distance, threat.delta, threat.p)
+        points, index, mass = adversary.measure()
+        with frozen(model), torch.no_grad():
+            logits = torch.cat([model(b.to(device_of(model))).cpu() for b in points.split(batch_size)])
+        correct = margin(logits, y[index]) > 0
+        norms = threat.norm(points - x[index]).double()
+        cost = norms.max() if threat.pointwise else ((mass * norms**threat.p).sum()) ** (1 / threat.p)
+        rows.append({
+            "network": name, "threat": threat.describe(), "claimed": adversary.accuracy,
+            "measured": float(mass[correct].sum()), "claimed_cost": adversary.distance, "measured_cost": float(cost),
+            "in_box": bool((points >= 0).all() and (points <= 1).all()),
+        })  # fmt: skip
+    return rows
+
+
+def convergence(
+    models: dict[str, nn.Module], data: Data, threats: Sequence[Threat], search: dict | None = None,
+    longer: int = 10, batch_size: int = 128,
+) -> list[dict]:  # fmt: skip
+    """How much a search of about `longer` times the passes still lowers the exact allocation, network by network.
+
+    The long search has twice the steps, all rivals and enough restarts. Differences are in accuracy, at each threat.
+    """
+    rows, settings = [], dict(search or {})
+    for name, model in models.items():
+        for r in sorted({t.r for t in threats}):
+            own = [t for t in threats if t.r == r]
+            short = minimal_distances(model, data.x, data.y, r, batch_size=batch_size, **settings)
+            steps = settings.get("steps", 16)
+            more = {**settings, "steps": 2 * steps, "rivals": 9, "restarts": longer // 2 - 1, "tolerance": 0.0}
+            long = minimal_distances(model, data.x, data.y, r, batch_size=batch_size, **more)
+            best = torch.minimum(short.distance, long.distance)
+            rows.append({
+                "network": name, "r": plain_number(r), "passes": short.passes, "longer_passes": long.passes,
+                "threats": [
+                    {
+                        "threat": t.describe(), "accuracy": float(accuracy_curve(short.distance, t.delta, t.p)),
+                        "longer": float(accuracy_curve(best, t.delta, t.p)),
+                    }
+                    for t in own
+                ],
+            })  # fmt: skip
+    return rows
 
 
 def across_networks(

@@ -149,6 +149,38 @@ def _ball(threat: dict) -> tuple[str, float, float]:
     return threat["written"], float(threat["r"]), float(threat["p"])
 
 
+def verified(path: str | Path) -> Table:
+    """The handed-out adversarial sets: claimed against re-measured accuracy and W_p cost."""
+    path = Path(path)
+    found = records.read(path, "verification")["results"]
+    rows = [
+        {
+            "network": row["network"], "claimed %": percent(row["claimed"]), "measured %": percent(row["measured"]),
+            "W_p / δ": f"{row['measured_cost'] / row['threat']['delta']:.6f}", "in the box": str(row["in_box"]),
+        }
+        for row in found["sets"]
+    ]  # fmt: skip
+    return Table(pd.DataFrame(rows), "The exact adversary's own set, measured again.").write(path, "sets")
+
+
+def converged(path: str | Path) -> Table:
+    """What a longer search still gains, in points of accuracy, at the radius where it gains most."""
+    path = Path(path)
+    found = records.read(path, "verification")["results"]
+    rows = []
+    for row in found["convergence"]:
+        gains = {t["threat"]["written"]: t["accuracy"] - t["longer"] for t in row["threats"]}
+        worst = max(gains, key=gains.get)
+        rows.append({
+            "network": row["network"], "norm": f"l{'∞' if row['r'] == 'inf' else format(float(row['r']), 'g')}",
+            "passes": f"{row['passes']:.0f}", "longer": f"{row['longer_passes']:.0f}",
+            "largest gain (points)": f"{100 * gains[worst]:.2f}", "at δ": worst,
+        })  # fmt: skip
+    return Table(pd.DataFrame(rows), "Forward equivalents per image, and what the longer search gains.").write(
+        path, "convergence"
+    )
+
+
 def pretraining(path: str | Path) -> Table:
     """The networks a run trained for itself."""
     path = Path(path)
