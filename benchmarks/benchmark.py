@@ -28,11 +28,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from wdat import plots, records, tables
-from wdat.attacks import attack, w_fgsm, w_pgd_budget
+from wdat.attacks import PRECISIONS, attack, w_fgsm, w_pgd_budget
 from wdat.checks import device_of, frozen
-from wdat.data import from_tensors
+from wdat.data import from_tensors, load_data
 from wdat.evaluation import evaluate
 from wdat.losses import ce
+from wdat.models import load_model
 from wdat.networks import build
 from wdat.objectives import Objective, trades, w_trades, water_level
 from wdat.radii import minimal_distances
@@ -348,6 +349,22 @@ def memory(device: torch.device, sizes: Sequence[int], batch: int) -> list[dict]
     return rows
 
 
+def precision(cards: Sequence[Path], weights: str, images: str, n: int = 512) -> list[dict]:
+    """Adversarial accuracy of trained networks by the same attack, searched in float32 and in bfloat16."""
+    rows = []
+    data = load_data("folder", "test", root=images, n=n)
+    for card in cards:
+        model = load_model(str(card), root=weights)
+        pairs = ((Threat("4/255", 2), "redlr"), (Threat("2/255", "inf"), "redlr"), (Threat("4/255", 2), "ce"))
+        for threat, loss in pairs:
+            found = {
+                kind: attack(model, data.x, data.y, threat, loss=loss, steps=20, precision=kind).accuracy
+                for kind in PRECISIONS
+            }
+            rows.append({"network": card.stem, "threat": threat.describe(), "loss": loss, "n": len(data), **found})
+    return rows
+
+
 def table(path: Path) -> tables.Table:
     """Ratio of every piece of work to its own floor, and its cost in input gradients, one column a network."""
     found = records.read(path, "benchmark")["results"]["networks"]
@@ -384,6 +401,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=7, help="at most; the median is reported")
     parser.add_argument("--seconds", type=float, default=100, help="per network: no further round starts after that")
     parser.add_argument("--memory", type=int, nargs="+", default=[256, 512, 1024], help="sizes of the growing set")
+    parser.add_argument("--cards", type=Path, nargs="+", default=[], help="trained networks for the effect of bfloat16")
+    parser.add_argument("--weights", default="data/networks", help="folder of the cards' weights")
+    parser.add_argument("--data", default="data/cifar10_png", help="folder of test images for the cards")
     parser.add_argument("--out", type=Path, default=HERE / "costs.json")
     chosen = parser.parse_args(arguments)
     print(records.device_line(chosen.device), flush=True)
@@ -404,6 +424,8 @@ def main(arguments: list[str] | None = None) -> None:
                 f"{row['ratio']:.3f} ({row['lowest']:.3f}–{row['highest']:.3f}) of its floor", flush=True,
             )  # fmt: skip
     results = {"networks": found, "memory": memory(device, chosen.memory, min(64, chosen.memory[0]))}
+    if chosen.cards:
+        results["precision"] = precision(chosen.cards, chosen.weights, chosen.data)
     load = {"before": before, "after": os.getloadavg(), "cores": os.cpu_count()}
     config = {key: value for key, value in vars(chosen).items() if key != "out"} | {"steps": STEPS}
     path = records.write(chosen.out, "benchmark", results, config, device, load=load)

@@ -14,11 +14,11 @@ from nets import batch_norm, counting, images, labels, relu, smooth
 from torch import nn
 
 from benchmarks import benchmark
-from wdat.attacks import attack, autocast, pgd, projected_gradient, w_fgsm, w_pgd, w_pgd_budget
+from wdat.attacks import _handicapped, attack, autocast, pgd, projected_gradient, w_fgsm, w_pgd, w_pgd_budget
 from wdat.checks import frozen
 from wdat.data import from_tensors
 from wdat.evaluation import evaluate
-from wdat.losses import ce, margin
+from wdat.losses import ce, margin, redlr
 from wdat.objectives import at, combined, plain, trades, w_trades, water_level
 from wdat.radii import minimal_distances
 from wdat.sensitivity import MovingAverage, dual_norms, upsilon
@@ -277,13 +277,21 @@ def test_what_bfloat16_finds_is_judged_in_float32_and_nearly_as_strong(p):
     assert half.x.dtype == half.logits.dtype == torch.float32
     torch.testing.assert_close(half.logits, logits)
     assert torch.equal(half.correct, margin(logits, y) > 0)
-    # what is only rounding does not count as a flip: the iterate seems no worse to the attack than it is
-    assert half.history[:, 0].min() >= half.accuracy - 1e-9
     assert half.distance <= threat.delta * (1 + 1e-6) + 1.2e-7
     assert abs(half.accuracy - full.accuracy) <= 0.05
     assert not torch.equal(half.x, full.x)
     with pytest.raises(ValueError, match="precision='half' must be one of float32, bfloat16"):
         attack(model, x, y, threat, precision="half")
+
+
+def test_a_flip_within_the_rounding_of_bfloat16_is_pushed_further():
+    """ReDLR and its gradient are 0 on a flipped image; 1.001 against 1 is no flip in eight bits, 1.1 is."""
+    for rival, pushed in ((1.001, True), (1.1, False)):
+        z = torch.tensor([[1.0, rival, 0.0, -2.0]], requires_grad=True)
+        y = torch.tensor([0])
+        assert not torch.autograd.grad(redlr(z, y).sum(), z)[0].any()
+        assert bool(torch.autograd.grad(redlr(_handicapped(z, y), y).sum(), z)[0].any()) == pushed
+    assert torch.equal(_handicapped(z, z.detach()), z)  # targets that are logits, for "kl"
 
 
 # The command
