@@ -193,13 +193,17 @@ def projected_gradient(
                 better = key[0] > best_key[0]
                 if not reference:
                     better = better | ((key[0] == best_key[0]) & (key[1] > best_key[1]))
-                best_key = torch.where(better, key, best_key)
-                better = better.expand(len(labels))
-                best_logits = torch.where(better[:, None], logits, best_logits)
-                best = [  # in place once the memory is its own: first it is the clean images', then a fresh copy
-                    torch.where(per_image(chosen, x).bool(), x, b, out=b if step > 1 else None)
-                    for chosen, x, b in zip(better.to(home).split(sizes), current, best, strict=True)
-                ]
+                if whole and device.type == "cpu":  # where reading a flag stops nothing, no image need be copied
+                    if better:
+                        best, best_logits, best_key = current, logits, key
+                else:
+                    best_key = torch.where(better, key, best_key)
+                    better = better.expand(len(labels))
+                    best_logits = torch.where(better[:, None], logits, best_logits)
+                    best = [  # in place once the memory is its own: first it is the clean images', then a fresh copy
+                        torch.where(per_image(chosen, x).bool(), x, b, out=b if step > 1 else None)
+                        for chosen, x, b in zip(better.to(home).split(sizes), current, best, strict=True)
+                    ]
         if final:
             break
 

@@ -141,6 +141,10 @@ def evaluation(path: str | Path) -> Table:
                 rows.append(cells)
     frame, same = pd.DataFrame(rows), orders <= {2.0}
     caption = f"Percent correct under {'W₂' if same else 'Wasserstein'} threats on {found['n']} test images."
+    numbers = {c["n"] for n in found["networks"] for c in n.get("certified", []) if "n" in c} - {found["n"]}
+    caption += f" Certified: of {min(numbers)} of them." if numbers else ""
+    numbers = {a["n"] for n in found["networks"] for a in n.get("autoattack", []) if "n" in a} - {found["n"]}
+    caption += f" AutoAttack: on {min(numbers)} of them." if numbers else ""
     return Table(frame.drop(columns="p") if same and rows else frame, caption).write(path)
 
 
@@ -320,6 +324,9 @@ def _theory_numbers(results: dict) -> dict[str, str]:
                 found[f"{place}.delta"] = point["written"]
                 found[f"{name}.{place}.w-fgsm"] = percent(point["w_fgsm"]["accuracy"])
                 found[f"{name}.{place}.w-pgd"] = percent(point["w_pgd"]["accuracy"])
+                if point.get("dual"):
+                    found[f"{name}.{place}.loss-dual"] = _three(point["dual"]["loss"])
+                    found[f"{name}.{place}.loss-w-pgd"] = _three(point["w_pgd"]["loss"])
                 found[f"{name}.{place}.wasted"] = percent(point["wasted"])
                 found[f"{name}.{place}.gained"] = percent(gained / promised) if promised else "0.0"
         rest = [(delta, value) for delta, value in rest if delta > 0 and value > 0]
@@ -473,6 +480,7 @@ def _evaluation_rows(results: dict, r: float) -> list[dict]:
                 "network": network["network"], "written": written, "exact": row["accuracy"],
                 "w-pgd": attacks["redlr", written]["accuracy"],
                 "certified": certified["threats"][i]["accuracy"] if certified else None,
+                "same": certified["threats"][i].get("exact", row["accuracy"]) if certified else None,
                 "ratio": row["accuracy"] / network["clean"]["accuracy"] if network["clean"]["accuracy"] else 0.0,
                 "bounds": {loss: a["bounds"] for (loss, w), a in attacks.items() if w == written and a["bounds"]},
                 "band": (row["band"][1] - row["band"][0]) / 2,
@@ -494,7 +502,7 @@ def _norm_numbers(rows: list[dict]) -> dict[str, str]:
     found["band"] = percent(max(row["band"] for row in rows))
     proved = [row for row in rows if row["certified"] is not None]
     if proved:
-        found |= _spread("open", {f"{r['network']} at {r['written']}": r["exact"] - r["certified"] for r in proved})
+        found |= _spread("open", {f"{r['network']} at {r['written']}": r["same"] - r["certified"] for r in proved})
     for loss in sorted({loss for row in rows for loss in row["bounds"]}):
         bounded = [row for row in rows if loss in row["bounds"]]
         for bound in ("r_tilde_l", "r_bar_l", "r_l"):
@@ -503,6 +511,23 @@ def _norm_numbers(rows: list[dict]) -> dict[str, str]:
             vacuous = [row for row in bounded if row["bounds"][loss][bound] <= 0]
             found[f"{loss}.{bound}.vacuous"] = f"{len(vacuous)} of {len(bounded)}"
     return found
+
+
+def _verification_numbers(results: dict) -> dict[str, str]:
+    """What a longer search gains at most, in how many cases more than half a point; errors of the sets handed out."""
+    gains = {
+        f"{row['network']} at {t['threat']['written']}": t["accuracy"] - t["longer"]
+        for row in results["convergence"]
+        for t in row["threats"]
+    }
+    wrong = [abs(row["claimed"] - row["measured"]) for row in results["sets"]]
+    return {
+        **_spread("longer", gains),
+        "longer.within": f"{sum(g <= 0.005 for g in gains.values())} of {len(gains)}",
+        "passes": f"{np.mean([row['passes'] for row in results['convergence']]):.0f}",
+        "longer-passes": f"{np.mean([row['longer_passes'] for row in results['convergence']]):.0f}",
+        "sets.agree": f"{sum(w < 1e-9 for w in wrong)} of {len(wrong)}",
+    }
 
 
 def _discordant(exact: list[dict]) -> float | None:
@@ -525,4 +550,5 @@ NUMBERS = {
     "upsilon-rules": _rule_numbers,
     "finetuning": _finetuning_numbers,
     "evaluation": _evaluation_numbers,
+    "verification": _verification_numbers,
 }
