@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from wdat import records
-from wdat.plots import _groups
+from wdat.plots import _groups, _suffix
 
 SYMBOLS = {
     r"W\_∞": r"$W_\infty$", "W₂": r"$W_2$", "±": r"$\pm$", "δ": r"$\delta$", "Υ": r"$\Upsilon$", "∞": r"$\infty$",
@@ -148,6 +148,18 @@ def evaluation(path: str | Path) -> Table:
     return Table(frame.drop(columns="p") if same and rows else frame, caption).write(path)
 
 
+def overview(path: str | Path, r: float | str = "inf") -> Table:
+    """One row a network at p = 2 in one norm: clean accuracy, then W-PGD / exact allocation at every radius."""
+    path = Path(path)
+    results = records.read(path, "evaluation")["results"]
+    frame: dict[str, dict[str, str]] = {}
+    for row in _evaluation_rows(results, float(r)):
+        cells = frame.setdefault(row["network"], {"network": row["network"], "clean": percent(row["clean"])})
+        cells[f"δ = {row['written']}"] = f"{percent(row['w-pgd'])} / {percent(row['exact'])}"
+    caption = f"W-PGD / exact allocation, percent correct on {results['n']} test images, W₂, {_suffix(r)}."
+    return Table(pd.DataFrame(frame.values()), caption).write(path, f"overview-{_suffix(r)}")
+
+
 def _ball(threat: dict) -> tuple[str, float, float]:
     """What tells one threat of a record from another: delta as written, r, p."""
     return threat["written"], float(threat["r"]), float(threat["p"])
@@ -217,6 +229,8 @@ def publish(root: str | Path, profile: str) -> None:
     folder = root / "figures" / profile
     if folder.is_dir():
         numbers(folder)
+    if (folder / "06_how_robust.json").is_file():
+        overview(folder / "06_how_robust.json")
     if profile == "digits" and (folder / "06_how_robust.json").is_file():
         five_lines(folder / "06_how_robust.json", "trades", "2/16")
         fill(root / "README.md")
@@ -478,6 +492,7 @@ def _evaluation_rows(results: dict, r: float) -> list[dict]:
                 continue
             rows.append({
                 "network": network["network"], "written": written, "exact": row["accuracy"],
+                "clean": network["clean"]["accuracy"],
                 "w-pgd": attacks["redlr", written]["accuracy"],
                 "certified": certified["threats"][i]["accuracy"] if certified else None,
                 "same": certified["threats"][i].get("exact", row["accuracy"]) if certified else None,
