@@ -6,7 +6,7 @@ piece of work once, so that whatever else the machine does hits both; the ratio 
 and its median over the rounds is what is reported. On a CPU the time is that of the process, not of the clock: with
 one thread it does not count what other programs take.
 
-Writes costs.json, costs.md, costs.pdf and costs.png beside this file, and the table into README.md.
+Writes costs.json with its tables and figure beside this file, and the tables into README.md.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 import pandas as pd
@@ -166,8 +167,8 @@ def repeats(kind: str) -> int:
 
 
 def training_step(model: nn.Module, x: Tensor, y: Tensor, objective: Objective) -> Callable[[], None]:
-    """One SGD step of an objective on a batch, with the tracked scalars it needs."""
-    optimiser = torch.optim.SGD(model.parameters(), 1e-6, 0.9, weight_decay=5e-4)
+    """One SGD step of an objective on a batch, at learning rate 0, with the tracked scalars it needs."""
+    optimiser = torch.optim.SGD(model.parameters(), 0.0, 0.9, weight_decay=5e-4)
     index = torch.arange(len(x))
     kept = [
         None if t.tracked is None else Tracker(Rule("ema" if t.tracked == "upsilon" else "memory"), t.threat, len(x))
@@ -262,6 +263,9 @@ def measure(name: str, n: int, batch: int, images: int, rounds: int, seconds: fl
         words = (word.split("=") for word in arguments.split(",") if word)
         model = build(architecture, **{key: int(value) for key, value in words}).to(device).eval()
         x = torch.rand(n, 3, 32, 32).to(device)
+    for module in model.modules():  # training steps must leave the network, and so the work counted, as it was
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.momentum = 0.0
     with torch.no_grad():
         y = torch.cat([model(b).argmax(1) for b in x.split(batch)])
     floor = bare(model, x, y, batch)
@@ -381,6 +385,30 @@ def table(path: Path) -> tables.Table:
     return tables.Table(pd.DataFrame(frame), "Cost per image, in input gradients and as a ratio to the bare passes.")
 
 
+def memory_table(path: Path) -> tables.Table:
+    """Peak memory of sets of growing size, and what each further image adds, in float32 copies of the image."""
+    rows = records.read(path, "benchmark")["results"]["memory"]
+    frame = {"work": [row["work"] for row in rows]}
+    for number, n in enumerate(rows[0]["sizes"]):
+        frame[f"{n} images, MB"] = [f"{row['peak_bytes'][number] / 1e6:.1f}" for row in rows]
+    frame["each further image, copies"] = [f"{row['bytes_per_image'] / row['image_bytes']:.2f}" for row in rows]
+    return tables.Table(pd.DataFrame(frame), "Most bytes alive at once in tensors made during the call.")
+
+
+def precision_table(path: Path) -> tables.Table:
+    """Adversarial accuracy by a search in float32 and in bfloat16, both judged in float32, in per cent."""
+    rows = records.read(path, "benchmark")["results"].get("precision", [])
+    threats = ["W_{p} {written}".format(**row["threat"]).replace("inf", "∞").replace("W_2.0", "W₂") for row in rows]
+    frame = {
+        "network": [row["network"] for row in rows],
+        "threat": threats,
+        "loss": [plots.LOSS_NAMES[row["loss"]] for row in rows],
+        "float32": [tables.percent(row["float32"]) for row in rows],
+        "bfloat16": [tables.percent(row["bfloat16"]) for row in rows],
+    }
+    return tables.Table(pd.DataFrame(frame), "Adversarial accuracy, %; lower is the stronger attack.")
+
+
 def _passes(counts: dict[str, float]) -> str:
     alone = counts["forward"] - counts["gradient"] - counts["full"]
     words = [f"{counts['gradient']:.3g} gradient"] * (counts["gradient"] > 0)
@@ -428,8 +456,12 @@ def main(arguments: list[str] | None = None) -> None:
         results["precision"] = precision(chosen.cards, chosen.weights, chosen.data)
     load = {"before": before, "after": os.getloadavg(), "cores": os.cpu_count()}
     config = {key: value for key, value in vars(chosen).items() if key != "out"} | {"steps": STEPS}
-    path = records.write(chosen.out, "benchmark", results, config, device, load=load)
+    others = {name: metadata.version(name) for name in ("pyautoattack", "foolbox") if importlib.util.find_spec(name)}
+    path = records.write(chosen.out, "benchmark", results, config, device, load=load, peers=others)
     table(path).write(path)
+    memory_table(path).write(path, "memory")
+    if chosen.cards:
+        precision_table(path).write(path, "precision")
     plots.benchmark(path)
     if path.parent == HERE:
         tables.fill(HERE / "README.md")

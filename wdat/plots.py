@@ -443,14 +443,14 @@ def benchmark(path: str | Path) -> Figure:
     path = Path(path)
     found = records.read(path, "benchmark")["results"]["networks"]
     kinds = list(dict.fromkeys(row["work"] for network in found for row in network["work"]))
-    figure, axes = _canvas(1, len(found), width=3.2, height=0.9 + 0.19 * len(kinds), sharey=True)
+    figure, axes = _canvas(1, len(found), width=3.2, height=0.9 + 0.17 * len(kinds), sharey=True)
     for axis, network in zip(axes[0], found, strict=True):
         axis.axvline(1, color=BEFORE, lw=1.2)
         for row in network["work"]:
             ends = [[max(row["ratio"] - row["lowest"], 0)], [max(row["highest"] - row["ratio"], 0)]]
             place = kinds.index(row["work"])
             axis.errorbar(row["ratio"], place, xerr=ends, fmt="o", ms=4, lw=1, color=AFTER)
-        axis.set(title=_short(network["network"]), xlabel="time / time of its passes alone (1 = floor)")
+        axis.set(title=_short(network["network"]), xlabel="time / bare passes")
         axis.set(yticks=range(len(kinds)), yticklabels=kinds)
         axis.grid(axis="y", lw=0.4, alpha=0.5)
     axes[0, 0].invert_yaxis()
