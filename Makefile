@@ -3,7 +3,7 @@ PYTHON  ?= python3.11
 PROFILE ?= digits
 BIN     := .venv/bin
 
-.PHONY: test reproduce paper lint lock clean
+.PHONY: test reproduce paper benchmark lint lock clean
 .DELETE_ON_ERROR:
 
 .venv/.ready: pyproject.toml requirements.lock.txt
@@ -21,6 +21,9 @@ reproduce: .venv/.ready
 
 paper: .venv/.ready
 	$(BIN)/wdat paper $(ARGS)
+
+benchmark: .venv/.ready
+	$(BIN)/python -m benchmarks.benchmark $(ARGS)
 
 lint: .venv/.ready
 	$(BIN)/ruff check .
