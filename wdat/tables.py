@@ -227,7 +227,7 @@ def publish(root: str | Path, profile: str) -> None:
     """After a run: the numbers of the paper from the profile's records and, for the default profile, the README."""
     root = Path(root)
     folder = root / "figures" / profile
-    if folder.is_dir():
+    if any(folder.glob("[0-9][0-9]_*.json")):
         numbers(folder)
     if (folder / "06_how_robust.json").is_file():
         overview(folder / "06_how_robust.json")
