@@ -391,6 +391,11 @@ def sandwich(path: str | Path, r: float | str = "inf", p: float = 2) -> Figure:
             curve, n = _curve(network["certified"], r, p), _pick(network["certified"], r)["n"]
             label = "certified" if n == found["n"] else f"certified ({n} of {found['n']} images)"
             axis.plot(curve["delta"], _percent(curve["accuracy"]), color="#029e73", lw=1.8, label=label)
+            if n < found["n"]:  # other images than the blue curve's: mark where that one is on these
+                own = [row for row in _pick(network["certified"], r)["threats"] if float(row["threat"]["p"]) == 2]
+                values = _percent([row.get("exact", np.nan) for row in own])
+                axis.plot([row["threat"]["delta"] for row in own], values, "o", mfc="none", ms=5, color=AFTER,
+                          label="exact allocation, the same images")  # fmt: skip
         axis.set(title=f"{_short(network['network'])}, {_norm(r)}, p = {_order(p)}", xlabel=r"radius $\delta$")
         axis.set(ylabel="accuracy (%)", ylim=(0, 100))
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)

@@ -63,13 +63,15 @@ def box_step(x: Tensor, gradient: Tensor, amount: Tensor, r: float, rounds: int 
     room = torch.where(gradient > 0, 1 - x, x)
     rate = slope.square() if r == 2 else slope
     level = amount / rate.sum(1).clamp_min(1e-30)
+    # in the same memory every round: on a CPU, fresh memory costs more than this arithmetic
+    step, move, free = (torch.empty_like(room) for _ in range(3))
     for _ in range(rounds - 1):
-        step = (slope * level[:, None] if r == 2 else level[:, None]).expand_as(room)
-        left = amount - (slope * torch.minimum(step, room)).sum(1)
-        free = (rate * (step < room)).sum(1)
-        level = level + torch.where(free > 0, left.clamp_min(0) / free.clamp_min(1e-30), 0)
-    step = slope * level[:, None] if r == 2 else level[:, None]
-    return torch.minimum(step, room) * gradient.sign()
+        step = torch.mul(slope, level[:, None], out=step) if r == 2 else level[:, None]
+        left = amount - torch.minimum(step, room, out=move).mul_(slope).sum(1)
+        rates = torch.lt(step, room, out=free).mul_(rate).sum(1)
+        level = level + torch.where(rates > 0, left.clamp_min(0) / rates.clamp_min(1e-30), 0)
+    step = torch.mul(slope, level[:, None], out=step) if r == 2 else level[:, None]
+    return torch.minimum(step, room, out=move).mul_(gradient.sign())
 
 
 def minimal_distances(
