@@ -166,7 +166,7 @@ def sensitivity(path: str | Path) -> Figure:
             axis.set_xticks(range(len(own)), [_order(row["p"]) for row in own])
         axis.set(title=LOSS_NAMES[loss], xlabel="Wasserstein order p", ylabel=r"sensitivity $\Upsilon$", yscale="log")
         _plain_log(axis.yaxis)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     axis = axes[0, -1]
     for name, colour in zip(names, sns.color_palette("colorblind"), strict=False):
         own = [row for row in found["subset"] if row["network"] == name]
@@ -398,7 +398,7 @@ def sandwich(path: str | Path, r: float | str = "inf", p: float = 2) -> Figure:
                           label="exact allocation, the same images")  # fmt: skip
         axis.set(title=f"{_short(network['network'])}, {_norm(r)}, p = {_order(p)}", xlabel=r"radius $\delta$")
         axis.set(ylabel="accuracy (%)", ylim=(0, 100))
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     _save(figure, path, f"sandwich-{_suffix(r)}")
     return figure
 
