@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 from tqdm.auto import tqdm
 
 from wdat.checks import check_model, device_of, frozen
-from wdat.threat import parse_number
+from wdat.threat import parse_norm
 
 SUPPORTED = (
     "Conv2d, Linear after flattening, ReLU, AvgPool2d, AdaptiveAvgPool2d to a divisor of the size, BatchNorm, "
@@ -448,9 +448,7 @@ def certified_radii(
     thousand neurons. Layers that are not supported raise ValueError. The model is copied and left as it was.
     """
     classes = check_model(model, x, y)
-    r = parse_number(str(r).lower().removeprefix("l"))
-    if r not in (2, math.inf):
-        raise ValueError(f"pixel norm r={r:g} must be 2 or inf")
+    r = parse_norm(r)
     if method not in ("crown", "interval"):
         raise ValueError(f"unknown method {method!r}; known: crown, interval")
     if not (slack > 0 and 0 < tolerance < 1):

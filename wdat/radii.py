@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from wdat.checks import check_images, check_labels, check_logits, device_of, frozen
 from wdat.losses import margin
 from wdat.sensitivity import input_gradient
-from wdat.threat import parse_number, per_image, pixel_norm
+from wdat.threat import parse_norm, per_image, pixel_norm
 
 MEMORY = 0.4  # weight of the past in the running mean of gradients
 MIXTURE = 0.6  # weight of the step from the clean image at the start; it falls to 0
@@ -113,9 +113,7 @@ def minimal_distances(
     """
     check_images(x)
     check_labels(y, len(x))
-    r = parse_number(str(r).lower().removeprefix("l"))
-    if r not in (2, math.inf):
-        raise ValueError(f"pixel norm r={r:g} must be 2 or inf")
+    r = parse_norm(r)
     if steps < 1 or rivals < 1 or restarts < 0 or batch_size < 1:
         raise ValueError(
             f"steps={steps}, rivals={rivals}, batch_size={batch_size} must be >= 1, restarts={restarts} >= 0"

@@ -89,7 +89,7 @@ def reproduce(
                 continue
             label = f"[{number}/{len(sources)}] {name}"
             key = _key(root, sources, name, passed[name], state)
-            reasons = ["forced"] * force or _reasons(root, key, state.get(name, {}), executed[name])
+            reasons = ["forced"] * force or _reasons(root, key, state.get(name, {}))
             if not reasons:
                 print(f"{label}: up to date", flush=True)
                 continue
@@ -289,7 +289,7 @@ def _bare(tree: ast.AST) -> ast.AST:
     return tree
 
 
-def _reasons(root: Path, key: dict[str, Any], entry: dict[str, Any], executed: Path) -> list[str]:
+def _reasons(root: Path, key: dict[str, Any], entry: dict[str, Any]) -> list[str]:
     """Why a notebook must run, in words; empty if it is up to date."""
     if not entry:
         return ["not run yet"]

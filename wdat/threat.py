@@ -75,6 +75,14 @@ def parse_number(value: float | str) -> float:
         raise ValueError(f'{value!r} is not a number; write for example 0.03, "8/255" or "inf"') from None
 
 
+def parse_norm(r: float | str) -> float:
+    """A pixel norm, 2 or inf, from a number or from text such as "l2", "linf". ValueError for any other."""
+    norm = parse_number(str(r).lower().removeprefix("l"))
+    if norm not in (2, math.inf):
+        raise ValueError(f"pixel norm r={norm:g} must be 2 or inf")
+    return norm
+
+
 def plain_number(value: float) -> float | str:
     """A number as JSON can hold it: infinity becomes "inf", which `parse_number` reads back."""
     return "inf" if math.isinf(value) else value
@@ -102,13 +110,11 @@ class Threat:
         set_(self, "written", self.written or str(self.delta))
         set_(self, "delta", parse_number(self.delta))
         set_(self, "p", parse_number(self.p))
-        set_(self, "r", parse_number(str(self.r).lower().removeprefix("l")))
+        set_(self, "r", parse_norm(self.r))
         if not (self.delta >= 0 and math.isfinite(self.delta)):
             raise ValueError(f"delta={self.written} must be a finite radius >= 0 in pixel units of [0, 1]")
         if not self.p > 1:
             raise ValueError(f"Wasserstein order p={self.p:g} must be in (1, inf]; first-order budgets need p > 1")
-        if self.r not in (2, math.inf):
-            raise ValueError(f"pixel norm r={self.r:g} must be 2 or inf")
 
     @property
     def q(self) -> float:
