@@ -4,6 +4,7 @@ import copy
 import itertools
 import math
 import os
+import pickle
 import random
 
 import pytest
@@ -13,7 +14,7 @@ from nets import batch_norm, counting, images, labels, linear, relu, smooth
 from torch import nn
 
 from wdat.data import Data, from_tensors
-from wdat.finetuning import Recipe, finetune, initialise, last_layer, make_recipe, shift_and_flip, step_seed
+from wdat.finetuning import Diverged, Recipe, finetune, initialise, last_layer, make_recipe, shift_and_flip, step_seed
 from wdat.losses import ce, kl
 from wdat.objectives import Objective, at, combined, plain, trades, w_trades, water_level
 from wdat.schedules import SCHEDULES
@@ -403,6 +404,46 @@ def test_a_path_that_can_not_be_written_is_known_before_the_first_step(tmp_path)
     assert steps == []
     run(model, data(model), Recipe(plain(), **QUICK), checkpoint=tmp_path / "new" / "folder" / "run.pt")
     assert [f.name for f in (tmp_path / "new" / "folder").iterdir()] == ["run.pt"]  # and nothing half-written
+
+
+# Divergence
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [plain(), trades(0.05, steps=2), w_trades(THREAT, steps=2), water_level(THREAT, steps=2),
+     w_trades(Threat(0.2, 2, 2), steps=2, budget_loss="ce")],
+    ids=lambda o: o.name,
+)  # fmt: skip
+@pytest.mark.parametrize("lr", [1e4, 1e20, 1e38])
+def test_a_run_that_diverges_says_in_which_epoch(objective, lr, tmp_path):
+    """Whether the loss, a weight or an inner search is the first to notice."""
+    model, path = relu(), tmp_path / "run.pt"
+    recipe = Recipe(objective, **QUICK | {"lr": lr, "epochs": 40, "schedule": "constant"})
+    validation = data(model, 10, seed=3) if lr > 1e4 else None
+    with pytest.raises(Diverged, match=r"training diverged; lower lr=[1e+\d]+ and delete .*run\.pt") as caught:
+        run(model, data(model), recipe, checkpoint=path, validation=validation)
+    found = caught.value
+    assert [row["epoch"] for row in found.history] == list(range(1, found.epoch)) and found.epoch <= 40
+    assert all(math.isfinite(row["loss"]) for row in found.history)
+    again = pickle.loads(pickle.dumps(found))
+    assert (again.epoch, again.history, str(again)) == (found.epoch, found.history, str(found))
+    with pytest.raises(Diverged) as resumed:  # from the last sound epoch, to the same end
+        run(model, data(model), recipe, checkpoint=path, validation=validation)
+    assert (resumed.value.epoch, resumed.value.history) == (found.epoch, found.history)
+
+
+def test_other_errors_of_a_step_stay_what_they_are(monkeypatch):
+    """A sound network whose objective refuses something has not diverged."""
+    model = relu()
+
+    def refuse(*_):
+        raise ValueError("something else")
+
+    monkeypatch.setattr("wdat.finetuning._norms", refuse)
+    with pytest.raises(ValueError, match="something else") as caught:
+        run(model, data(model), Recipe(w_trades(THREAT, steps=2), **QUICK))
+    assert not isinstance(caught.value, Diverged)
 
 
 # Augmentation, validation, bad input

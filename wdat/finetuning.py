@@ -8,7 +8,8 @@ Source: arXiv 2502.09352; defaults of TRADES (arXiv 1901.08573).
 import copy
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -19,11 +20,11 @@ from tqdm.auto import tqdm
 from wdat.attacks import w_pgd
 from wdat.checks import check_labels, check_model, device_of, frozen, weights_digest
 from wdat.data import Data
-from wdat.losses import margin
+from wdat.losses import ce, margin
 from wdat.objectives import Objective, make_objective
 from wdat.records import write_tensors
 from wdat.schedules import get_schedule
-from wdat.sensitivity import dual_norms
+from wdat.sensitivity import dual_norms, input_gradient
 from wdat.threat import Threat, parse_number, per_image
 from wdat.trackers import Rule, Tracker
 
@@ -102,6 +103,14 @@ def make_recipe(settings: dict, seed: int) -> Recipe:
         raise ValueError(f"recipe {settings}: {error}") from None
 
 
+class Diverged(ValueError):
+    """Training diverged in `epoch` (from 1); `history` holds the rows of the epochs before it."""
+
+    def __init__(self, message: str, epoch: int = 0, history: Sequence[dict] = ()) -> None:
+        super().__init__(message)
+        self.epoch, self.history = epoch, list(history)
+
+
 @dataclass(frozen=True)
 class Finetuned:
     """The network (in eval mode) and one row of plain numbers per epoch."""
@@ -173,7 +182,8 @@ def finetune(
 
     History rows: epoch, lr, loss, train accuracy, tracked scalars, realised delta (mean eps^p)^(1/p), cap rate, idle
     rate (zero budgets), mean gradient norm and its ratio to the first epoch's (a masking alarm), validation.
-    Raises: ValueError for a network, images, labels or a checkpoint that do not fit, and when the loss diverges.
+    Raises: ValueError for a network, images, labels or a checkpoint that do not fit; `Diverged`, which is one, when an
+    epoch's mean loss or a weight is no longer finite (looked at when an epoch ends, and when a step fails).
     """
     device, n = device_of(model), len(train)
     classes = check_model(model, *train.batch(torch.arange(min(n, 8))))
@@ -216,6 +226,20 @@ def finetune(
 
         if not saved:
             save()  # a path that can not be written to is known now, not after an epoch
+
+        def diverged(what: str, now: str) -> Diverged:
+            remedy = f"lower lr={recipe.lr:g}" + (f" and delete {path}" if path else "")
+            return Diverged(f"{what} of epoch {epoch + 1} is {now}: training diverged; {remedy}", epoch + 1, history)
+
+        @contextmanager
+        def watched() -> Iterator[None]:
+            try:
+                yield
+            except ValueError as error:  # a search or an attack refuses what a diverged network answers
+                if _finite(network, x, y):
+                    raise
+                raise diverged(f"what the network answers around step {done}", "no longer finite") from error
+
         total = recipe.epochs * steps_per_epoch
         with tqdm(total=total, initial=done, desc=objective.name, unit="step", disable=not progress) as bar:
             while done < total:
@@ -224,34 +248,36 @@ def finetune(
                     drawn = torch.Generator().manual_seed(step_seed(recipe.seed, -2 - epoch))
                     order = torch.randperm(n, generator=drawn)
                 index = order[position * recipe.batch_size : (position + 1) * recipe.batch_size]
-                for term, tracker in zip(objective.terms, trackers, strict=True):
-                    if tracker and term.tracked == "upsilon" and recipe.upsilon.due(done, steps_per_epoch):
-                        tracker.refresh(_norms(network, train, term, recipe))
-                torch.manual_seed(step_seed(recipe.seed, done))
-                x, y = (t.to(device, non_blocking=True) for t in train.batch(index))
-                x = shift_and_flip(x, recipe.augment, recipe.flip)
                 rate = schedule(done / steps_per_epoch, recipe.epochs, recipe.lr)
                 for group in optimiser.param_groups:
                     group["lr"] = rate
-                mode = network.train if recipe.layers == "all" else network.eval
-                loss, log = objective(network, x, y, index, trackers, teacher, mode)
-                optimiser.zero_grad(set_to_none=True)
-                loss.backward()
-                optimiser.step()
+                x, y = (t.to(device, non_blocking=True) for t in train.batch(index))
+                with watched():
+                    for term, tracker in zip(objective.terms, trackers, strict=True):
+                        if tracker and term.tracked == "upsilon" and recipe.upsilon.due(done, steps_per_epoch):
+                            tracker.refresh(_norms(network, train, term, recipe))
+                    torch.manual_seed(step_seed(recipe.seed, done))
+                    x = shift_and_flip(x, recipe.augment, recipe.flip)
+                    mode = network.train if recipe.layers == "all" else network.eval
+                    loss, log = objective(network, x, y, index, trackers, teacher, mode)
+                    optimiser.zero_grad(set_to_none=True)
+                    loss.backward()
+                    optimiser.step()
                 for key, value in log.items():
                     sums[key] = sums.get(key, 0) + value
                 done += 1
                 bar.update()
                 if done % steps_per_epoch == 0:
-                    history.append(_summary(epoch, rate, sums, objective, trackers, n, history))
-                    if not math.isfinite(history[-1]["loss"]):
-                        raise ValueError(
-                            f"the mean loss of epoch {epoch + 1} is {history[-1]['loss']}: training diverged; lower "
-                            f"lr={recipe.lr:g}" + (f" and delete {path}" if path else "")
-                        )
+                    row = _summary(epoch, rate, sums, objective, trackers, n, history)
+                    if not math.isfinite(row["loss"]):
+                        raise diverged("the mean loss", f"{row['loss']}")
+                    if not all(torch.isfinite(t).all() for t in network.state_dict().values()):
+                        raise diverged("a weight at the end", "no longer finite")
                     if validation is not None:
-                        history[-1] |= _validate(network, validation, validation_threat or _first_threat(objective))
-                    bar.set_postfix(loss=f"{history[-1]['loss']:.3f}", accuracy=f"{history[-1]['accuracy']:.3f}")
+                        with watched():
+                            row |= _validate(network, validation, validation_threat or _first_threat(objective))
+                    history.append(row)
+                    bar.set_postfix(loss=f"{row['loss']:.3f}", accuracy=f"{row['accuracy']:.3f}")
                     sums = {}
                     save()
                 elif checkpoint_every and done % checkpoint_every == 0:
@@ -262,6 +288,13 @@ def finetune(
         own.requires_grad_(found.requires_grad)
         own.grad = None
     return Finetuned(network.eval(), history)
+
+
+def _finite(network: nn.Module, x: Tensor, y: Tensor) -> bool:
+    """Whether logits and their gradients in the images are finite."""
+    with frozen(network):
+        gradient, _, logits = input_gradient(network, x, y, ce)
+    return bool(gradient.isfinite().all() & logits.isfinite().all())
 
 
 def _tracker(term: object, rule: Rule, n: int) -> Tracker | None:
