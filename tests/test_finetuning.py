@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from nets import batch_norm, counting, images, labels, linear, relu, smooth
 from torch import nn
 
+from wdat.attacks import PRECISIONS
 from wdat.data import Data, from_tensors
 from wdat.finetuning import Diverged, Recipe, finetune, initialise, last_layer, make_recipe, shift_and_flip, step_seed
 from wdat.losses import ce, kl
@@ -20,7 +21,7 @@ from wdat.objectives import Objective, at, combined, plain, trades, w_trades, wa
 from wdat.schedules import SCHEDULES
 from wdat.sensitivity import upsilon
 from wdat.threat import Threat
-from wdat.trackers import Rule
+from wdat.trackers import Rule, Tracker
 
 N = 30
 THREAT = Threat(0.05, 2)
@@ -211,6 +212,63 @@ def test_the_subset_for_upsilon_is_drawn_once():
     assert len(values) == 12 and len(set(values)) == 1 and values[0] > 0
 
 
+def test_micro_batches_make_the_step_of_the_whole_batch():
+    """Without batch norm in training mode and random starts: the same weights and history up to rounding."""
+    terms = {"steps": 2, "inner": "ce", "start": 0.0}
+    for objective in (plain(distil=0.5), at(0.05, steps=2, start=0.0), w_trades(THREAT, **terms)):
+        for model, layers in ((smooth(), "all"), (batch_norm(), "last")):
+            whole, split = (run(model, data(model), Recipe(objective, layers=layers, accumulate=k, **QUICK))
+                            for k in (1, 3))  # fmt: skip
+            for a, b in zip(whole.model.parameters(), split.model.parameters(), strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+            assert [row["loss"] for row in split.history] == pytest.approx([row["loss"] for row in whole.history], 1e-4)
+            assert changed(weights(whole.model), split.model) != []  # it was another sum
+    model = batch_norm()
+    seen = []
+    handle = model.register_forward_pre_hook(lambda m, args: seen.append(len(args[0])) if m.training else None)
+    run(model, data(model), Recipe(plain(), accumulate=3, **QUICK | {"epochs": 1}))
+    handle.remove()
+    assert seen == [3, 3, 2] * 3 + [3, 3]
+
+
+def test_a_tracker_observes_every_micro_batch_once():
+    model = smooth()
+    for rule in (Rule("memory"), Rule("full")):
+        recipe = Recipe(w_trades(THREAT, steps=1), upsilon=rule, accumulate=4, **QUICK | {"lr": 0.0})
+        kept = []
+        run(model, data(model), recipe, on_step=lambda done, network, trackers: kept.append(trackers[0]))  # noqa: B023
+        exact = upsilon(model, data(model).x, data(model).y, THREAT).value
+        assert float(kept[-1].value) == pytest.approx(exact, rel=1e-5)
+
+
+def test_mixed_precision_keeps_weights_and_budgets_in_float32():
+    """Same budgets bit for bit; the loss and the step of float32 within the eight bits of bfloat16."""
+    model = relu()
+    train = data(model)
+    logs, kinds = [], []
+    hook = model[4].register_forward_hook(lambda m, args, output: kinds.append(output.dtype))
+    for precision in PRECISIONS:
+        model.zero_grad()
+        torch.manual_seed(0)
+        objective = w_trades(THREAT, steps=3, precision=precision)
+        tracker = Tracker(Rule("batch"), THREAT, N)
+        loss, log = objective(model, train.x, train.y, torch.arange(N), [tracker], precision=precision)
+        loss.backward()
+        logs.append(log | {"gradient": torch.cat([p.grad.flatten() for p in model.parameters()])})
+    hook.remove()
+    full, half = logs
+    assert kinds[:5] == [torch.float32] * 5 and kinds[5:] == [torch.float32] + [torch.bfloat16] * 4
+    assert all(value.dtype in (torch.float32, torch.float64) for value in half.values())
+    for key in ("0.epsilon^p", "0.norm", "0.idle"):
+        assert torch.equal(full[key], half[key])
+    assert 0 < float((half["loss"] / full["loss"] - 1).abs()) < 0.02
+    assert float(F.cosine_similarity(full["gradient"], half["gradient"], 0)) > 0.999
+    for objective in (plain(), trades(0.05, steps=2, precision="bfloat16", distil=1.0)):
+        found = run(model, train, Recipe(objective, precision="bfloat16", **QUICK))
+        assert all(p.dtype == torch.float32 for p in found.model.parameters())
+        assert found.history[-1]["loss"] < found.history[0]["loss"]
+
+
 # Same seed, same weights; nothing else changes
 
 
@@ -277,6 +335,10 @@ RECIPES = {
     "combined": Recipe(combined(THREAT, 0.02, steps=2), upsilon=Rule("ema"), **QUICK),
     "water-level": Recipe(water_level(THREAT, distil=1.0, steps=2), **QUICK),
     "level": Recipe(water_level(THREAT, level=0.08, steps=2), momentum=0.0, **QUICK),
+    "accumulated": Recipe(w_trades(THREAT, steps=2, distil=1.0), upsilon=Rule("ema"), accumulate=3, **QUICK),
+    "bfloat16": Recipe(
+        combined(THREAT, 0.02, steps=2, precision="bfloat16"), accumulate=2, precision="bfloat16", augment=1, **QUICK
+    ),
 }
 
 
@@ -479,6 +541,8 @@ def test_validation_is_reported_also_with_two_classes():
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
+        ({"accumulate": 0}, "accumulate=0 must be from 1"), ({"accumulate": 129}, "the batch size, 128"),
+        ({"precision": "half"}, "precision='half' one of float32, bfloat16"),
         ({"init": "zero"}, "init='zero' must be one of"), ({"layers": "first"}, "layers='first'"),
         ({"epochs": -1}, "epochs=-1"), ({"batch_size": 0}, "batch_size=0"), ({"lr": -0.1}, "lr=-0.1"),
         ({"lr": math.nan}, "lr=nan"), ({"schedule": "linear"}, "unknown learning-rate schedule"),

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from wdat.attacks import w_pgd
+from wdat.attacks import PRECISIONS, w_pgd
 from wdat.checks import check_labels, check_model, device_of, frozen, weights_digest
 from wdat.data import Data
 from wdat.losses import ce, margin
@@ -44,6 +44,12 @@ class Recipe:
         objective: see `wdat.objectives`.
         epochs, batch_size: as usual; the last, smaller batch is kept.
         lr, schedule: base learning rate and a name from `wdat.schedules.SCHEDULES`.
+        accumulate: micro-batches a step is split into, for networks that do not fit at once; the step is that of the
+            whole batch but for rounding and the inner attacks' random starts. Two things see micro-batches only: batch
+            norm in training mode, and the upsilon rules "batch", "ema" and "memory", which observe each in turn.
+        precision: "bfloat16" runs the layers of the outer forward and backward pass in it (all but the first, see
+            `wdat.attacks.autocast`); weights, their gradients and the losses stay in float32. That of the inner
+            attacks is a setting of their terms.
         momentum, weight_decay: of SGD (decay 0 switches it off).
         init: "none", "perturb" (all weights, Gaussian noise of `init_scale` times each tensor's root mean square) or
             "rerandomise" (the last layer's own initialisation). A trained network sits at a stationary point.
@@ -57,6 +63,8 @@ class Recipe:
     objective: Objective
     epochs: int = 20
     batch_size: int = 128
+    accumulate: int = 1
+    precision: str = "float32"
     lr: float = 0.01
     schedule: str = "cosine"
     momentum: float = 0.9
@@ -74,6 +82,11 @@ class Recipe:
             raise ValueError(f"init={self.init!r} must be one of {INITS}, layers={self.layers!r} one of {LAYERS}")
         if self.epochs < 0 or self.batch_size < 1 or not self.lr >= 0:
             raise ValueError(f"epochs={self.epochs}, lr={self.lr} must be >= 0, batch_size={self.batch_size} >= 1")
+        if not 1 <= self.accumulate <= self.batch_size or self.precision not in PRECISIONS:
+            raise ValueError(
+                f"accumulate={self.accumulate} must be from 1 to the batch size, {self.batch_size}, and precision="
+                f"{self.precision!r} one of {', '.join(PRECISIONS)}"
+            )
         if self.augment < 0:
             raise ValueError(f"augment={self.augment} is a shift in pixels; it must be >= 0")
         get_schedule(self.schedule)
@@ -259,12 +272,14 @@ def finetune(
                     torch.manual_seed(step_seed(recipe.seed, done))
                     x = shift_and_flip(x, recipe.augment, recipe.flip)
                     mode = network.train if recipe.layers == "all" else network.eval
-                    loss, log = objective(network, x, y, index, trackers, teacher, mode)
                     optimiser.zero_grad(set_to_none=True)
-                    loss.backward()
+                    micro = -(-recipe.batch_size // recipe.accumulate)
+                    for a, b, i in zip(x.split(micro), y.split(micro), index.split(micro), strict=True):
+                        loss, log = objective(network, a, b, i, trackers, teacher, mode, recipe.precision)
+                        (loss * (len(a) / len(x))).backward()
+                        for key, value in log.items():
+                            sums[key] = sums.get(key, 0) + value
                     optimiser.step()
-                for key, value in log.items():
-                    sums[key] = sums.get(key, 0) + value
                 done += 1
                 bar.update()
                 if done % steps_per_epoch == 0:

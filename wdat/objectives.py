@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wdat.allocation import water_level as allocated_level
-from wdat.attacks import STEP_RATIO, projected_gradient, random_start
+from wdat.attacks import PRECISIONS, STEP_RATIO, autocast, projected_gradient, random_start
 from wdat.checks import frozen
 from wdat.losses import ce, get_loss, kl
 from wdat.radii import minimal_distances
@@ -56,6 +56,8 @@ class Term:
         steps, step_ratio: K inner steps of step_ratio * eps_i / K.
         start: standard deviation of Gaussian noise, or "random" for a uniform draw; kept inside the eps_i-ball.
         cap: largest eps_i, or None.
+        precision: "bfloat16" runs the inner attack's network in it, see `wdat.attacks.autocast`; gradients for
+            budgets, losses, projections and every sum stay in float32.
     """
 
     threat: Threat
@@ -67,6 +69,7 @@ class Term:
     step_ratio: float = STEP_RATIO
     start: float | str = 1e-3
     cap: float | None = None
+    precision: str = "float32"
 
     def __post_init__(self) -> None:
         if self.outer not in OUTER:
@@ -79,6 +82,8 @@ class Term:
             raise ValueError(f'start={self.start!r} must be "random" or a standard deviation >= 0')
         if self.steps < 1 or self.weight < 0 or (self.cap is not None and self.cap <= 0):
             raise ValueError(f"steps={self.steps} must be >= 1, weight={self.weight} >= 0 and cap={self.cap} > 0")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision={self.precision!r} must be one of {', '.join(PRECISIONS)}")
 
     @property
     def tracked(self) -> str | None:
@@ -108,8 +113,8 @@ class Term:
         targets = y
         if self.inner == "kl":
             if logits is None:
-                with torch.no_grad():
-                    logits = model(x)
+                with torch.no_grad(), autocast(model, self.precision):
+                    logits = model(x).float()
             targets = logits
         moved = None
         if self.start == "random":
@@ -118,7 +123,7 @@ class Term:
             moved = project(self.start * torch.randn_like(x), radii, self.threat.r)
         found = projected_gradient(
             model, [(x, targets)], self.threat, get_loss(self.inner), steps=self.steps, step_ratio=self.step_ratio,
-            radii=radii, displacement=moved, keep="unjudged", labels=y,
+            radii=radii, displacement=moved, keep="unjudged", labels=y, precision=self.precision,
         )  # fmt: skip
         order = self.threat.p if not self.threat.pointwise else 1.0
         log["epsilon^p"] = radii.double().pow(order).sum()
@@ -230,28 +235,30 @@ class Objective:
         trackers: list[Tracker | None],
         teacher: nn.Module | None = None,
         train_mode: Callable[[], object] | None = None,
+        precision: str = "float32",
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of a batch, differentiable in the parameters, and the sums to log.
 
         The inner attacks see the network in eval mode; `train_mode` (default `model.train`) sets the mode of the
-        outer forward. Clean and adversarial images share one forward unless batch norm would mix them.
+        outer forward. Clean and adversarial images share one forward unless batch norm would mix them. `precision`
+        is that of the outer forward's layers and the teacher's; losses and parameter gradients stay in float32.
         """
         with frozen(model):
             found = [t.perturb(model, x, y, index, k) for t, k in zip(self.terms, trackers, strict=True)]
         (train_mode or model.train)()
         stacks = ([x] if self.needs_clean else []) + [f.x for f in found]
-        if any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in model.modules()):
-            outputs = [model(s) for s in stacks]
-        else:
-            outputs = list(model(torch.cat(stacks)).split(len(x))) if len(stacks) > 1 else [model(stacks[0])]
+        if not any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in model.modules()):
+            stacks = [torch.cat(stacks)] if len(stacks) > 1 else stacks
+        with autocast(model, precision):
+            outputs = [part for stack in stacks for part in model(stack).float().split(len(x))]
         clean_logits = outputs.pop(0) if self.needs_clean else None
         loss = x.new_zeros(())
         log = {}
         if self.clean:
             loss = loss + self.clean * F.cross_entropy(clean_logits, y)
         if self.distil:
-            with torch.no_grad():
-                reference = teacher(x)
+            with torch.no_grad(), autocast(teacher, precision):
+                reference = teacher(x).float()
             loss = loss + self.distil * kl(clean_logits, reference).mean()
         for number, (term, f, logits) in enumerate(zip(self.terms, found, outputs, strict=True)):
             values = kl(logits, clean_logits) if term.outer == "kl" else ce(logits, y)
