@@ -15,9 +15,10 @@ from torch import nn
 
 from wdat.attacks import PRECISIONS
 from wdat.data import Data, from_tensors
-from wdat.finetuning import Diverged, Recipe, finetune, initialise, last_layer, make_recipe, shift_and_flip, step_seed
+from wdat.finetuning import Diverged, Recipe, finetune, make_recipe, shift_and_flip, step_seed
 from wdat.losses import ce, kl
 from wdat.objectives import Objective, at, combined, plain, trades, w_trades, water_level
+from wdat.recipes import initialise, last_layer
 from wdat.schedules import SCHEDULES
 from wdat.sensitivity import upsilon
 from wdat.threat import Threat

@@ -1,4 +1,4 @@
-"""Fine-tuning: initialisation, layers, learning-rate schedule, tracked scalars, checkpoints.
+"""Fine-tuning: the loop, its checkpoints, its history.
 
 A run is a pure function of (network, data, recipe, seed): every step reseeds from (seed, step), so a run killed at
 any moment and resumed ends with the same weights, bit for bit on a CPU, as an undisturbed one.
@@ -10,110 +10,27 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from wdat.attacks import PRECISIONS, w_pgd
+from wdat.attacks import w_pgd
 from wdat.checks import check_labels, check_model, device_of, frozen, weights_digest
 from wdat.data import Data
+from wdat.estimates import check_memory, estimate, free_memory
 from wdat.losses import ce, margin
-from wdat.objectives import Objective, make_objective
+from wdat.objectives import Objective
+from wdat.recipes import Recipe, initialise, make_recipe
 from wdat.records import write_tensors
 from wdat.schedules import get_schedule
 from wdat.sensitivity import dual_norms, input_gradient
-from wdat.threat import Threat, parse_number, per_image
-from wdat.trackers import Rule, Tracker
+from wdat.threat import Threat, per_image
+from wdat.trackers import Tracker
 
-INITS = ("none", "perturb", "rerandomise")
-LAYERS = ("all", "last")
-EXAMPLE = {
-    "recipe": "{objective: {kind: plain}, epochs: 5}", "objective": "{kind: w-trades, delta: 8/255}",
-    "upsilon": "{kind: full, every: 10}",
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Everything a fine-tuning run depends on besides the network and the data.
-
-    Args:
-        objective: see `wdat.objectives`.
-        epochs, batch_size: as usual; the last, smaller batch is kept.
-        lr, schedule: base learning rate and a name from `wdat.schedules.SCHEDULES`.
-        accumulate: micro-batches a step is split into, for networks that do not fit at once; the step is that of the
-            whole batch but for rounding and the inner attacks' random starts. Two things see micro-batches only: batch
-            norm in training mode, and the upsilon rules "batch", "ema" and "memory", which observe each in turn.
-        precision: "bfloat16" runs the layers of the outer forward and backward pass in it (all but the first, see
-            `wdat.attacks.autocast`); weights, their gradients and the losses stay in float32. That of the inner
-            attacks is a setting of their terms.
-        momentum, weight_decay: of SGD (decay 0 switches it off).
-        init: "none", "perturb" (all weights, Gaussian noise of `init_scale` times each tensor's root mean square) or
-            "rerandomise" (the last layer's own initialisation). A trained network sits at a stationary point.
-        layers: "all", or "last" for the last linear layer, the rest (batch norm too) held.
-        upsilon: how upsilon is kept, see `wdat.trackers.Rule`.
-        augment: largest shift in pixels of a random crop (zero padding), together with `flip`.
-        flip: mirror half of the images.
-        seed: of order, augmentation, noise, initialisation.
-    """
-
-    objective: Objective
-    epochs: int = 20
-    batch_size: int = 128
-    accumulate: int = 1
-    precision: str = "float32"
-    lr: float = 0.01
-    schedule: str = "cosine"
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    init: str = "none"
-    init_scale: float = 0.05
-    layers: str = "all"
-    upsilon: Rule = field(default_factory=Rule)
-    augment: int = 0
-    flip: bool = False
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.init not in INITS or self.layers not in LAYERS:
-            raise ValueError(f"init={self.init!r} must be one of {INITS}, layers={self.layers!r} one of {LAYERS}")
-        if self.epochs < 0 or self.batch_size < 1 or not self.lr >= 0:
-            raise ValueError(f"epochs={self.epochs}, lr={self.lr} must be >= 0, batch_size={self.batch_size} >= 1")
-        if not 1 <= self.accumulate <= self.batch_size or self.precision not in PRECISIONS:
-            raise ValueError(
-                f"accumulate={self.accumulate} must be from 1 to the batch size, {self.batch_size}, and precision="
-                f"{self.precision!r} one of {', '.join(PRECISIONS)}"
-            )
-        if self.augment < 0:
-            raise ValueError(f"augment={self.augment} is a shift in pixels; it must be >= 0")
-        get_schedule(self.schedule)
-
-
-def make_recipe(settings: dict, seed: int) -> Recipe:
-    """A `Recipe` from plain values: "objective" as for `make_objective`, "upsilon" as for `Rule`.
-
-    Numbers may be text (YAML reads 1e-2 as text). ValueError names what is unknown or of the wrong kind.
-    """
-    parts = {"recipe": settings}
-    if isinstance(settings, dict):
-        parts |= {key: settings.get(key, {}) for key in ("objective", "upsilon")}
-    for name, part in parts.items():
-        if not isinstance(part, dict):
-            raise ValueError(f"{name} is {part!r}; expected a mapping, such as {EXAMPLE[name]}")
-    settings = dict(settings)
-    kinds = {f.name: type(f.default) for f in fields(Recipe) if type(f.default) in (int, float)}
-    for key in settings.keys() & kinds.keys():
-        if isinstance(settings[key], str):
-            settings[key] = kinds[key](parse_number(settings[key]))
-    objective = make_objective(settings.pop("objective", {}))
-    try:
-        rule = Rule(**settings.pop("upsilon", {}))
-        return Recipe(objective, upsilon=rule, seed=seed, **settings)
-    except TypeError as error:
-        raise ValueError(f"recipe {settings}: {error}") from None
+__all__ = ["Diverged", "Finetuned", "Recipe", "estimate", "finetune", "make_recipe"]
 
 
 class Diverged(ValueError):
@@ -130,24 +47,6 @@ class Finetuned:
 
     model: nn.Module
     history: list[dict]
-
-
-def last_layer(model: nn.Module) -> nn.Linear:
-    """The last `nn.Linear` in definition order. ValueError if there is none."""
-    linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
-    if not linear:
-        raise ValueError('no nn.Linear in the model: layers="last" and init="rerandomise" need one')
-    return linear[-1]
-
-
-@torch.no_grad()
-def initialise(model: nn.Module, init: str, scale: float) -> None:
-    """Perturb or re-randomise in place, from torch's global generator; see `Recipe`."""
-    if init == "rerandomise":
-        last_layer(model).reset_parameters()
-    elif init == "perturb":
-        for weight in model.parameters():
-            weight.add_(torch.randn_like(weight) * weight.square().mean().sqrt() * scale)
 
 
 def shift_and_flip(x: Tensor, shift: int, flip: bool) -> Tensor:
@@ -207,18 +106,19 @@ def finetune(
     identity = _identity(model, train, recipe)
     path = Path(checkpoint) if checkpoint else None
     saved = _load(path, identity) if path and path.exists() else None
+    if device.type == "cuda" and not saved:
+        found = estimate(model, recipe, train.pixels.shape[1:], n)
+        check_memory(found, free_memory(device) + found["bytes"]["parameters"] // 2)  # the network itself is there
 
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         teacher = copy.deepcopy(model).eval().requires_grad_(False) if objective.distil else None
         network = copy.deepcopy(model)
         torch.manual_seed(step_seed(recipe.seed, -1))
         initialise(network, recipe.init, recipe.init_scale)
-        network.requires_grad_(recipe.layers == "all")
-        if recipe.layers == "last":
-            last_layer(network).requires_grad_(True)
+        recipe.select(network)
         weights = [w for w in network.parameters() if w.requires_grad]
         optimiser = torch.optim.SGD(weights, recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay)
-        trackers = [_tracker(term, recipe.upsilon, n) for term in objective.terms]
+        trackers = recipe.trackers(n)
         history, sums, done, order = [], {}, 0, None
         if saved:
             network.load_state_dict(saved["model"])
@@ -273,7 +173,7 @@ def finetune(
                     x = shift_and_flip(x, recipe.augment, recipe.flip)
                     mode = network.train if recipe.layers == "all" else network.eval
                     optimiser.zero_grad(set_to_none=True)
-                    micro = -(-recipe.batch_size // recipe.accumulate)
+                    micro = recipe.micro_batch
                     for a, b, i in zip(x.split(micro), y.split(micro), index.split(micro), strict=True):
                         loss, log = objective(network, a, b, i, trackers, teacher, mode, recipe.precision)
                         (loss * (len(a) / len(x))).backward()
@@ -290,7 +190,8 @@ def finetune(
                         raise diverged("a weight at the end", "no longer finite")
                     if validation is not None:
                         with watched():
-                            row |= _validate(network, validation, validation_threat or _first_threat(objective))
+                            threat = validation_threat or _first_threat(objective)
+                            row |= _validate(network, validation, threat, recipe.micro_batch)
                     history.append(row)
                     bar.set_postfix(loss=f"{row['loss']:.3f}", accuracy=f"{row['accuracy']:.3f}")
                     sums = {}
@@ -312,12 +213,6 @@ def _finite(network: nn.Module, x: Tensor, y: Tensor) -> bool:
     return bool(gradient.isfinite().all() & logits.isfinite().all())
 
 
-def _tracker(term: object, rule: Rule, n: int) -> Tracker | None:
-    if term.tracked is None:
-        return None
-    return Tracker(rule if term.tracked == "upsilon" else Rule("memory"), term.threat, n)
-
-
 def _norms(network: nn.Module, train: Data, term: object, recipe: Recipe) -> Tensor:
     """Dual norms on the training set, or on the rule's random subset of it, the same at every refresh."""
     n = len(train)
@@ -325,7 +220,7 @@ def _norms(network: nn.Module, train: Data, term: object, recipe: Recipe) -> Ten
     count = min(recipe.upsilon.subset or n, n)
     index = torch.randperm(n, generator=generator)[:count] if count < n else torch.arange(n)
     parts = [
-        dual_norms(network, *train.batch(i), term.threat, term.budget_loss, recipe.batch_size)
+        dual_norms(network, *train.batch(i), term.threat, term.budget_loss, recipe.micro_batch)
         for i in index.split(2048)
     ]
     return torch.cat(parts)
@@ -357,13 +252,14 @@ def _first_threat(objective: Objective) -> Threat | None:
     return objective.terms[0].threat if objective.terms else None
 
 
-def _validate(network: nn.Module, data: Data, threat: Threat | None) -> dict:
+def _validate(network: nn.Module, data: Data, threat: Threat | None, size: int) -> dict:
     with frozen(network), torch.no_grad():
-        logits = torch.cat([network(x.to(device_of(network))) for x in data.x.split(512)])
+        logits = torch.cat([network(x.to(device_of(network))) for x in data.x.split(size)])
     row = {"validation_accuracy": float((margin(logits, data.y.to(logits.device)) > 0).double().mean())}
     if threat:
         loss = "redlr" if logits.shape[1] > 2 else "negative-margin"
-        row["validation_w_pgd"] = w_pgd(network, data.x, data.y, threat, loss=loss, steps=10).accuracy
+        found = w_pgd(network, data.x, data.y, threat, loss=loss, steps=10, batch_size=size)
+        row["validation_w_pgd"] = found.accuracy
     return row
 
 
