@@ -268,7 +268,10 @@ def _distances(kept: "_State", model: nn.Module, data: Data, r: float, search: d
 
 
 def _certified(kept: "_State", model: nn.Module, data: Data, r: float) -> dict:
-    return _in_parts(kept, f"certified {r}", data, 64, lambda x, y: {"distance": certified_radii(model, x, y, r)})
+    def compute(x: Tensor, y: Tensor) -> dict:
+        return {"distance": certified_radii(model, x, y, r, tolerance=0.05, batch_size=16)}
+
+    return _in_parts(kept, f"certified {r}", data, 128, compute)
 
 
 def _curves(found: dict, data: Data, threats: Sequence[Threat], orders: Sequence[float], curve: int) -> dict:
