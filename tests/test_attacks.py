@@ -25,11 +25,12 @@ from nets import (
 )  # fmt: skip
 from torch import nn
 
+from wdat import attacks
 from wdat.attacks import STEP_RATIO, attack, fgsm, pgd, projected_gradient, random_start, w_fgsm, w_pgd, w_pgd_budget
 from wdat.checks import frozen
 from wdat.losses import ce, get_loss, margin, redlr
-from wdat.sensitivity import dual_norms, input_gradient, upsilon
-from wdat.threat import Threat, per_image, pixel_norm, wasserstein_distance
+from wdat.sensitivity import Pixels, dual_norms, input_gradient, upsilon
+from wdat.threat import Threat, per_image, pixel_norm, project, wasserstein_distance
 
 INF = math.inf
 FINITE = [p for p in ORDERS if p < INF]
@@ -235,6 +236,26 @@ def test_the_batch_size_plays_no_part(p, r):
             assert torch.equal(other.correct, one.correct)
 
 
+@pytest.mark.parametrize("p", [2.0, INF])
+@pytest.mark.parametrize("r", NORMS)
+@pytest.mark.parametrize("start", ["clean", "random"])
+def test_images_kept_in_eight_bits_are_attacked_alike(p, r, start):
+    """Bit for bit: the same float32 numbers, made a batch at a time."""
+    model, x, y = case()
+    pixels = Pixels((x * 16).round().byte(), levels=16)
+    for run in (w_pgd, w_pgd_budget):
+        one, other = (
+            run(model, images, y, Threat(0.1, p, r), steps=4, batch_size=7, start=start, generator=generator(0))
+            for images in (pixels, pixels.whole.float() / 16)
+        )
+        assert torch.equal(one.x, other.x) and torch.equal(one.values, other.values) and (one.norms > 0).any()
+    norms = [dual_norms(model, images, y, Threat(0.1, p, r), "ce", 7) for images in (pixels, pixels[:])]
+    assert torch.equal(*norms)
+    for bad, sentence in ((x, "torch.float32"), (pixels.whole[0], "shape"), (pixels.whole * 8, "beyond levels=16")):
+        with pytest.raises(ValueError, match=sentence):
+            Pixels(bad, levels=16)
+
+
 @pytest.mark.parametrize("p", [1.5, 2.0, INF])
 @pytest.mark.parametrize("r", NORMS)
 def test_permuting_or_duplicating_the_images_does_the_same_to_the_attack(p, r):
@@ -261,6 +282,33 @@ def test_the_size_of_the_loss_plays_no_part(p, r, run):
         other = run(model, x, y, threat, loss=lambda z, t, c=c: c * ce(z, t), steps=5, keep="last")
         torch.testing.assert_close(other.x, one.x, atol=1e-5, rtol=0)
         torch.testing.assert_close(other.values, c * one.values, rtol=1e-4, atol=1e-6 * c)
+
+
+@given(seed=st.integers(0, 10**6), n=st.integers(1, 6), r=norms, scale=st.sampled_from([1e-30, 1e-3, 1.0, 1e6]))
+@quick
+def test_what_is_computed_in_given_memory_is_what_the_threat_computes(seed, n, r, scale):
+    threat, gradient = Threat(0.1, 2, r), scale * torch.randn(n, 2, 3, 3, generator=generator(seed))
+    gradient[0] = 0
+    memory, before = torch.empty_like(gradient), gradient.clone()
+    dual = attacks._dual_norm(gradient, threat, memory)
+    assert torch.equal(dual, threat.dual_norm(gradient))
+    assert torch.equal(attacks._direction(gradient, dual, threat, memory), threat.direction(gradient))
+    assert torch.equal(gradient, before)  # it may be the user's memory, or one number seen many times
+    bounds = threat.norm(gradient) * torch.rand(n, generator=generator(seed)) * 2
+    assert torch.equal(attacks._norm(gradient.clone(), r), threat.norm(gradient))
+    assert torch.equal(attacks._project(gradient.clone(), bounds, r), project(gradient, bounds, r))
+    gradient[-1] = math.nan
+    assert not attacks._direction(gradient, threat.dual_norm(gradient), threat, memory)[-1].any()
+
+
+@pytest.mark.parametrize("r", NORMS)
+def test_gradients_may_be_views(r):
+    """Of a mean, the gradient is one number seen many times; of a linear map, it may be the weights themselves."""
+    total = nn.Sequential(nn.Flatten(), nn.Linear(18, 4))
+    weights = total[1].weight.detach().clone()
+    for loss in (lambda z, t: z.mean(1), lambda z, t: z[:, 0]):
+        w_pgd(total, images(5), torch.arange(5) % 4, Threat(0.1, 2, r), loss=loss, steps=2)
+    assert torch.equal(total[1].weight, weights)
 
 
 # The ball
@@ -580,6 +628,7 @@ def test_images_may_stay_on_another_device_than_the_model(home, p, r, monkeypatc
 
     monkeypatch.setattr("wdat.attacks.input_gradient", gradient)
     monkeypatch.setattr("wdat.attacks.float", lambda number: 0.0, raising=False)
+    monkeypatch.setattr("wdat.attacks._overwrite", lambda kept, images, chosen: kept.copy_(images))
     with FakeTensorMode():
         model = nn.Sequential(nn.Flatten(), nn.Linear(18, 4, device="cuda"))
         x, y = torch.rand(6, 2, 3, 3, device=home), torch.zeros(6, dtype=torch.int64, device=home)

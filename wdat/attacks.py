@@ -10,23 +10,25 @@
 
 n steps cost n forward and backward passes for the input gradient, and one forward pass to judge the last iterate:
 loss, accuracy and gradient come from the same forward. Images stay on the device they were given on; only a batch
-at a time visits the model's. Source: arXiv 2306.09844, section 5; the budget variant is our reading of 2502.09352.
+at a time visits the model's. There they are held once more as attacked and, under the joint constraint, as they were
+best and as signs of one step (a byte each). Source: arXiv 2306.09844, section 5; the budget variant is our reading of
+2502.09352.
 """
 
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from wdat.checks import check_images, check_labels, check_logits, checking, device_of, frozen
+from wdat.checks import check_logits, checking, device_of, frozen
 from wdat.losses import Loss, get_loss, kl, margin
-from wdat.sensitivity import dual_norms, input_gradient
-from wdat.threat import Threat, per_image, pixel_norm, project
+from wdat.sensitivity import Images, Pixels, check_set, dual_norms, input_gradient
+from wdat.threat import Threat, per_image, pixel_norm
 
 STEP_RATIO = 1.875  # the authors' step is 1.875 * delta / n
 PRECISIONS = ("float32", "bfloat16")
@@ -105,6 +107,51 @@ def _handicapped(logits: Tensor, targets: Tensor) -> Tensor:
     return logits.scatter_add(1, targets[:, None], ROUNDING * logits.detach().abs().amax(1, keepdim=True))
 
 
+# What `Threat` and `project` compute, bit for bit, in memory that is there already: on a CPU, fresh memory costs more
+# than this arithmetic.
+
+
+def _dual_norm(gradient: Tensor, threat: Threat, memory: Tensor) -> Tensor:
+    """`Threat.dual_norm`."""
+    if threat.s == 2:
+        return threat.dual_norm(gradient)
+    return torch.abs(gradient, out=memory).flatten(1).sum(1)
+
+
+def _norm(move: Tensor, r: float) -> Tensor:
+    """`pixel_norm` of displacements, which are overwritten."""
+    return move.abs_().flatten(1).amax(1) if math.isinf(r) else pixel_norm(move, r)
+
+
+def _project(move: Tensor, radii: Tensor, r: float) -> Tensor:
+    """`project`, in place."""
+    bound = per_image(radii, move)
+    if math.isinf(r):
+        return torch.minimum(torch.maximum(move, -bound, out=move), bound, out=move)
+    norms = per_image(pixel_norm(move, r), move)
+    return move.mul_(torch.where(norms > bound, bound / norms, 1))
+
+
+def _direction(gradient: Tensor, norms: Tensor | None, threat: Threat, memory: Tensor) -> Tensor:
+    """`Threat.direction`."""
+    if threat.s == 1:
+        return torch.sign(gradient, out=memory)
+    lengths = per_image(norms.masked_fill(norms == 0, math.inf), gradient)
+    return torch.div(gradient, lengths, out=memory).nan_to_num_(0, 0, 0)
+
+
+def _overwrite(kept: Tensor, images: Tensor, chosen: Tensor) -> None:
+    """kept[i] = images[i] where chosen[i]. On a CPU, where reading a flag stops nothing, only those are touched."""
+    if kept.device.type != "cpu":
+        torch.where(per_image(chosen, images).bool(), images, kept, out=kept)
+        return
+    rows = chosen.nonzero()[:, 0]
+    if len(rows) == len(kept):
+        kept.copy_(images)
+    else:
+        kept[rows] = images[rows]
+
+
 def projected_gradient(
     model: nn.Module,
     batches: Sequence[tuple[Tensor, Tensor]],
@@ -124,7 +171,8 @@ def projected_gradient(
     """The loop itself, without checks; call it inside `frozen(model)`.
 
     Args:
-        batches: (images, targets of the loss) per batch; together they are the set whose W_p distance is bounded.
+        batches: (images, targets of the loss) per batch; together they are the set whose W_p distance is bounded. Asked
+            for anew each time they are needed, so that they may be made on the way.
         radii: fixed radius per image (N,), or None for the joint constraint, whose radii follow the gradients.
         displacement: start of the attack relative to the clean images; None starts at them.
         keep: which iterate is returned. "accuracy": lowest accuracy, ties by loss; "loss": highest mean loss;
@@ -139,15 +187,21 @@ def projected_gradient(
             among iterates, and `history`, then rest on bfloat16 logits that count as flipped only beyond their
             rounding. Nothing is misreported, but the attack is weaker: see benchmarks/README.md for how much.
     """
-    device, home = device_of(model), batches[0][0].device
-    clean = [x for x, _ in batches]
-    sizes = [len(x) for x in clean]
+    device, targets = device_of(model), torch.cat([t for _, t in batches])
+    labels = (targets if labels is None else labels).to(device)
+    sizes = [len(t) for _, t in batches]
+    # the set is held once, as it is now, and a second time, as it was best, where that is asked for
+    first = batches[0][0]
+    home, current = first.device, first.new_empty(len(labels), *first.shape[1:])
+    parts, work = current.split(sizes), torch.empty_like(first)
+    there = work if home == device else torch.empty_like(first, device=device)
+    for part, (x, _), d in zip(parts, batches, [None] * len(sizes) if displacement is None else
+                               displacement.split(sizes), strict=True):  # fmt: skip
+        part.copy_(x) if d is None else torch.add(x, d, out=part).clamp_(0, 1)
     joint = radii is None
+    directions = torch.empty_like(current, dtype=torch.int8 if threat.s == 1 else None).split(sizes)
     judged = keep != "unjudged"
     whole = reference or (joint and not threat.pointwise)
-    labels = (torch.cat([t for _, t in batches]) if labels is None else labels).to(device)
-    start = displacement.split(sizes) if displacement is not None else [None] * len(clean)
-    current = [x if d is None else (x + d).clamp_(0, 1) for x, d in zip(clean, start, strict=True)]
     best, best_logits, best_key = current, None, None
     history = []
     half = precision != "float32"
@@ -156,96 +210,105 @@ def projected_gradient(
     def rounded(logits: Tensor, targets: Tensor) -> Tensor:
         return loss(_handicapped(logits, targets), targets)
 
+    def climb(number: int, targets: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Values, logits and dual norms of a batch; its direction is kept, its gradient's memory is free again."""
+        nonlocal broken
+        x = parts[number].to(device)
+        with autocast(model, precision):
+            gradient, values, logits = input_gradient(model, x, targets, rounded if half else loss)
+        if step == 0 and judged:
+            broken = broken | ~gradient.sum().isfinite()
+        memory = there[: len(x)]
+        norms = _dual_norm(gradient, threat, memory) if joint or threat.s == 2 else None
+        directions[number].copy_(_direction(gradient, norms, threat, memory))
+        return values, logits, norms
+
+    def judge(number: int, targets: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.no_grad(), autocast(model, precision):
+            logits = model(parts[number].to(device))
+        return (rounded if half else loss)(logits, targets), logits
+
     for step in range(steps + 1):
         final = step == steps
         if final and not judged:
-            best = current
             break
         found = []
-        for x, (_, targets) in zip(current, batches, strict=True):
-            x, targets = x.to(device), targets.to(device)
-            if final:
-                with torch.no_grad(), autocast(model, precision):
-                    logits = model(x)
-                found.append((None, None, (rounded if half else loss)(logits, targets), logits))
-            else:
-                with autocast(model, precision):
-                    gradient, values, logits = input_gradient(model, x, targets, rounded if half else loss)
-                if step == 0 and judged:
-                    broken = broken | ~gradient.isfinite().all()
-                norms = threat.dual_norm(gradient) if joint or threat.s == 2 else None
-                direction = threat.direction(gradient, norms)
-                # of many batches, keep one byte per sign until the set's sensitivity is known
-                direction = direction.to(home, torch.int8 if len(batches) > 1 and threat.s == 1 else None)
-                found.append((direction, norms, values, logits))
+        for number, (_, aims) in enumerate(batches):
+            found.append(judge(number, aims.to(device)) if final else climb(number, aims.to(device)))
             if bar is not None:
-                bar.update(len(x))
+                bar.update(sizes[number])
         if judged:
-            values, logits = torch.cat([f[2] for f in found]).float(), torch.cat([f[3] for f in found])
+            values, logits = torch.cat([f[0] for f in found]).float(), torch.cat([f[1] for f in found])
             correct = margin(_handicapped(logits, labels) if half else logits, labels) > 0
             key = torch.stack([(~correct).double(), values.double()])  # higher is better for the adversary
             history.append(key.mean(1))
             key = key.mean(1, keepdim=True) if whole else key
             key = key.flip(0) if keep == "loss" else key
             if best_key is None or keep == "last":
-                best, best_logits, best_key = current, logits, key
+                best_logits, best_key = logits, key
+                best = current if keep == "last" else current.clone()
             else:
                 better = key[0] > best_key[0]
                 if not reference:
                     better = better | ((key[0] == best_key[0]) & (key[1] > best_key[1]))
-                if whole and device.type == "cpu":  # where reading a flag stops nothing, no image need be copied
-                    if better:
-                        best, best_logits, best_key = current, logits, key
-                else:
-                    best_key = torch.where(better, key, best_key)
-                    better = better.expand(len(labels))
-                    best_logits = torch.where(better[:, None], logits, best_logits)
-                    best = [  # in place once the memory is its own: first it is the clean images', then a fresh copy
-                        torch.where(per_image(chosen, x).bool(), x, b, out=b if step > 1 else None)
-                        for chosen, x, b in zip(better.to(home).split(sizes), current, best, strict=True)
-                    ]
+                best_key = torch.where(better, key, best_key)
+                better = better.expand(len(labels))
+                best_logits = torch.where(better[:, None], logits, best_logits)
+                for chosen, old, part in zip(better.to(home).split(sizes), best.split(sizes), parts, strict=True):
+                    _overwrite(old, part, chosen)
         if final:
             break
 
-        lengths = threat.budgets(torch.cat([f[1] for f in found])) if joint else radii
+        lengths = threat.budgets(torch.cat([f[2] for f in found])) if joint else radii
         lengths = (lengths * (step_ratio / steps)).to(home).split(sizes)
-        moves = [  # in the directions' memory: on a CPU, fresh memory costs more than this arithmetic
-            f[0].to(x.dtype).mul_(per_image(length, x)).add_(x).sub_(x0)
-            for x, length, f, x0 in zip(current, lengths, found, clean, strict=True)
-        ]
-        if joint:
-            norms = torch.cat([threat.norm(m) for m in moves])
-            bounds = threat.joint_radii(norms)
-            if reference and threat.pointwise and threat.r == 2:
-                moves = [m * per_image(threat.delta / n.clamp_min(1e-12), m)
-                         for m, n in zip(moves, norms.split(sizes), strict=True)]  # fmt: skip
-        else:
-            bounds = radii.to(home)
-        current = [
-            project(m, bound, threat.r).add_(x0).clamp_(0, 1)
-            for x0, m, bound in zip(clean, moves, bounds.split(sizes), strict=True)
-        ]
+        norms = []
+        for part, direction, length, (x0, _) in zip(parts, directions, lengths, batches, strict=True):
+            move = work[: len(part)].copy_(direction).mul_(per_image(length, part))
+            part.add_(move)
+            if joint:
+                norms.append(_norm(torch.sub(part, x0, out=move), threat.r))
+        bounds = threat.joint_radii(torch.cat(norms)) if joint else radii.to(home)
+        for number, (part, bound, (x0, _)) in enumerate(zip(parts, bounds.split(sizes), batches, strict=True)):
+            move = torch.sub(part, x0, out=work[: len(part)])
+            if joint and reference and threat.pointwise and threat.r == 2:
+                move.mul_(per_image(threat.delta / norms[number].clamp_min(1e-12), move))
+            torch.add(_project(move, bound, threat.r), x0, out=part).clamp_(0, 1)
 
-    x = torch.cat(best)
     if not judged:
-        nothing = x.new_empty(0)
-        return Adversarial(x, nothing.view(0, 0), nothing, nothing.bool(), nothing, math.nan, nothing.view(0, 2))
+        nothing = best.new_empty(0)
+        return Adversarial(best, nothing.view(0, 0), nothing, nothing.bool(), nothing, math.nan, nothing.view(0, 2))
     if float(broken):  # a NaN gradient moves no image, which would then look robust
         raise ValueError("the loss's gradient in the images is NaN or infinite; look at the weights and the layers")
-    norms = torch.cat([threat.norm(b - x0) for b, x0 in zip(best, clean, strict=True)])
+    moves = (torch.sub(b, x0, out=work[: len(b)]) for b, (x0, _) in zip(best.split(sizes), batches, strict=True))
+    norms = torch.cat([_norm(move, threat.r) for move in moves])
     distance = float(threat.distance(norms))
     if half:
         with torch.no_grad():
-            best_logits = torch.cat([model(b.to(device)) for b in best])
-    targets = torch.cat([t for _, t in batches]).to(device)
-    values, correct = loss(best_logits, targets), margin(best_logits, labels) > 0
+            best_logits = torch.cat([model(b.to(device)) for b in best.split(sizes)])
+    values, correct = loss(best_logits, targets.to(device)), margin(best_logits, labels) > 0
     wrong, mean_loss = torch.stack(history).unbind(1)
-    return Adversarial(x, best_logits, values, correct, norms, distance, torch.stack([1 - wrong, mean_loss], 1))
+    return Adversarial(best, best_logits, values, correct, norms, distance, torch.stack([1 - wrong, mean_loss], 1))
+
+
+class _Batches(Sequence):
+    """Images and targets, a batch at a time."""
+
+    def __init__(self, x: Images, targets: Tensor, size: int) -> None:
+        self.x, self.targets, self.size = x, targets, size
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.x) / self.size)
+
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        part = slice(number * self.size, (number + 1) * self.size)
+        return self.x[part], self.targets[part]
 
 
 def attack(
     model: nn.Module,
-    x: Tensor,
+    x: Images,
     y: Tensor,
     threat: Threat,
     *,
@@ -268,7 +331,7 @@ def attack(
 
     Args:
         model: logits of images (N, C, H, W) in [0, 1]; left as found.
-        x, y: float32 images in [0, 1] and int64 labels (N,), on any device.
+        x, y: float32 images in [0, 1] (or `Pixels`) and int64 labels (N,), on any device.
         threat: W_p ball; gives r and, without `radii`, p and delta.
         loss: name from `wdat.losses.LOSSES` or a function (logits, labels) -> (N,). "kl" is against the clean logits
             and needs start="random".
@@ -279,8 +342,7 @@ def attack(
     Returns: `Adversarial`, whose `distance` is <= delta (to float32 rounding) or whose norms are <= radii.
     Raises: ValueError with the number and the remedy for images, labels, logits or settings that make no sense.
     """
-    check_images(x)
-    check_labels(y, len(x))
+    check_set(x, y)
     if steps < 1 or step_ratio <= 0 or batch_size < 1:
         raise ValueError(f"steps={steps}, step_ratio={step_ratio}, batch_size={batch_size} must all be positive")
     if keep not in ("accuracy", "loss", "last") or start not in ("clean", "random"):
@@ -295,7 +357,8 @@ def attack(
     displacement = None
     if start == "random":
         around = torch.full((len(x),), threat.delta, device=x.device) if radii is None else radii
-        displacement = random_start(x, around, threat.r, generator)
+        like = torch.empty(1, device=x.device).expand(x.whole.shape) if isinstance(x, Pixels) else x
+        displacement = random_start(like, around, threat.r, generator)
 
     with frozen(model), torch.no_grad(), tqdm(
         total=len(x) * (steps + 1), desc=str(threat), unit="img", disable=not progress
@@ -305,7 +368,7 @@ def attack(
             if start == "clean":
                 raise ValueError('the gradient of "kl" is zero at clean images; use start="random" or another loss')
             targets = torch.cat([model(b.to(device)) for b in x.split(batch_size)])
-        batches = list(zip(x.split(batch_size), targets.split(batch_size), strict=True))
+        batches = _Batches(x, targets, batch_size)
         run = partial(projected_gradient, model, threat=threat, loss=checking(function, y), steps=steps,
                       step_ratio=step_ratio, keep=keep, reference=reference, precision=precision, bar=bar)  # fmt: skip
         if radii is None:
@@ -313,19 +376,25 @@ def attack(
         else:
             moved = displacement.split(batch_size) if displacement is not None else [None] * len(batches)
             pieces = zip(batches, radii.split(batch_size), moved, y.split(batch_size), strict=True)
-            result = _join([run([b], radii=e, displacement=d, labels=t) for b, e, d, t in pieces], threat)
+            parts, kept = [], torch.empty(x.whole.shape if isinstance(x, Pixels) else x.shape, device=x.device)
+            for place, (b, e, d, t) in zip(kept.split(batch_size), pieces, strict=True):
+                part = run([b], radii=e, displacement=d, labels=t)
+                parts.append(replace(part, x=place.copy_(part.x)))
+            result = _join(parts, kept, threat)
     check_logits(result.logits)
     return result
 
 
-def _join(parts: list[Adversarial], threat: Threat) -> Adversarial:
-    """One result of the batches' results; histories are averaged over images."""
-    cat = [torch.cat([getattr(a, name) for a in parts]) for name in ("x", "logits", "values", "correct", "norms")]
-    history = sum(a.history * len(a.x) for a in parts) / len(cat[0])
-    return Adversarial(*cat, float(threat.distance(cat[4])), history)
+def _join(parts: list[Adversarial], x: Tensor, threat: Threat) -> Adversarial:
+    """One result of the batches' results, whose images are the parts of x; histories are averaged over images."""
+    logits, values, correct, norms = (
+        torch.cat([getattr(a, name) for a in parts]) for name in ("logits", "values", "correct", "norms")
+    )
+    history = sum(a.history * len(a.x) for a in parts) / len(x)
+    return Adversarial(x, logits, values, correct, norms, float(threat.distance(norms)), history)
 
 
-def w_pgd_budget(model: nn.Module, x: Tensor, y: Tensor, threat: Threat, **settings) -> Adversarial:
+def w_pgd_budget(model: nn.Module, x: Images, y: Tensor, threat: Threat, **settings) -> Adversarial:
     """W-PGD-Budget: fix eps_i = delta (||g_i||_s / upsilon)^(q-1) at the clean images, then PGD in each eps_i-ball.
 
     The W_p constraint holds exactly on the set given, and in expectation when upsilon comes from elsewhere and only
@@ -346,7 +415,7 @@ w_pgd = attack
 w_fgsm = partial(attack, steps=1, step_ratio=1.0)
 
 
-def pgd(model: nn.Module, x: Tensor, y: Tensor, delta: float | str, r: float = float("inf"), **settings) -> Adversarial:
+def pgd(model: nn.Module, x: Images, y: Tensor, delta: float | str, r: float = float("inf"), **settings) -> Adversarial:
     """Pointwise PGD: every image in its own delta-ball (`attack` with p = inf). Cross-entropy by default."""
     return attack(model, x, y, Threat(delta, float("inf"), r), **{"loss": "ce", **settings})
 
