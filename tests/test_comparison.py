@@ -1,0 +1,60 @@
+"""Comparison at equal clean accuracy: weights agree with duplicated images, frontiers with closed forms."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from wdat.allocation import accuracy_curve
+from wdat.comparison import bootstrap_counts, equal_clean, frontier, resampled_accuracy
+
+
+def some_distances(n: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    d = torch.rand(n, generator=generator)
+    d[torch.rand(n, generator=generator) < 0.3] = 0
+    return d
+
+
+@settings(deadline=None, max_examples=25, derandomize=True)
+@given(st.integers(1, 40), st.floats(0, 2), st.floats(1, 6), st.integers(0, 99))
+def test_weights_are_duplicated_images(n, delta, p, seed):
+    d = some_distances(n, seed)
+    if seed % 3 == 0:
+        d[0] = math.inf
+    counts = bootstrap_counts(n, 4, seed)
+    assert torch.equal(counts.sum(1), torch.full((5,), float(n), dtype=torch.float64))
+    got = resampled_accuracy(d, counts, delta, p)
+    for row, value in zip(counts, got, strict=True):
+        assert value == pytest.approx(float(accuracy_curve(d.repeat_interleave(row.long()), delta, p)), abs=1e-9)
+
+
+def test_frontier_joins_neighbours_and_disposes_freely():
+    clean = torch.tensor([[0.8], [0.7], [0.5]]).double()
+    robust = torch.tensor([[0.2], [0.4], [0.3]]).double()
+    for at, expected in [(0.9, -math.inf), (0.8, 0.2), (0.75, 0.3), (0.7, 0.4), (0.6, 0.4), (0.1, 0.4)]:
+        assert float(frontier(clean, robust, torch.tensor([at]).double())) == pytest.approx(expected)
+
+
+def test_a_method_equal_to_a_control_differs_by_nothing_and_a_farther_one_wins():
+    d = some_distances(300)
+    runs = {"ours": [[d, d], [d * 1.1, d * 1.1]], "same": [[d], [d * 1.1]], "weaker": [[d * 0.9], [d * 0.8]]}
+    (row,) = equal_clean(runs, d, "ours", 0.1, offsets=(0.0,), draws=200)
+    assert row["clean"] == pytest.approx(float((d > 0).double().mean()))
+    same, weaker, best = (row["differences"][name] for name in ("same", "weaker", "best control"))
+    assert same == pytest.approx({"value": 0.0, "low": 0.0, "high": 0.0}, abs=1e-9) and best == pytest.approx(
+        same, abs=1e-9
+    )
+    expected = float(accuracy_curve(d * 1.1, 0.1, 2.0) - accuracy_curve(d * 0.9, 0.1, 2.0))
+    assert weaker["value"] == pytest.approx(expected) and 0 < weaker["low"] <= weaker["value"] <= weaker["high"]
+
+
+def test_unreached_clean_accuracy_is_none_not_a_number():
+    d = some_distances(100)
+    low = torch.where(torch.arange(100) < 50, torch.zeros(()), d)
+    (row,) = equal_clean({"ours": [[d]], "low": [[low]]}, d, "ours", 0.1, offsets=(0.0,), draws=50)
+    assert row["accuracy"]["low"] is None and row["differences"]["low"]["value"] is None
+    with pytest.raises(ValueError, match="compared with other methods"):
+        equal_clean({"ours": [[d]]}, d, "ours", 0.1)
