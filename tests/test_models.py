@@ -13,9 +13,14 @@ import yaml
 from torch import nn
 
 from wdat import rb
+from wdat.data import from_tensors
+from wdat.finetuning import Recipe, finetune
 from wdat.models import export_robustbench, load_model, read_card, read_weights, save_model, sha256
 from wdat.networks import ARCHITECTURES, Normalised, build
-from wdat.threat import pixel_norm
+from wdat.objectives import w_trades
+from wdat.sensitivity import upsilon
+from wdat.threat import Threat, pixel_norm
+from wdat.trackers import Rule
 
 ZOO = Path(__file__).parents[1] / "notebooks" / "zoo"
 
@@ -280,30 +285,45 @@ def test_robustbench_is_imported_only_when_asked():
     assert out.stdout.strip() == "set()"
 
 
+def five() -> list[str]:
+    profile = yaml.safe_load((ZOO.parent / "profiles" / "cifar10.yaml").read_text(encoding="utf-8"))
+    return profile["common"]["networks"]
+
+
+SLOW = pytest.mark.skipif("WDAT_SLOW" not in os.environ, reason="1 GB of weights; set WDAT_SLOW=1")
+
+
 @pytest.mark.parametrize(
     "name",
-    [
-        "Zhang2019Theoretically",
-        "Rade2021Helper_R18_ddpm",
-        "Wang2023Better_WRN-28-10",
-        "Gowal2021Improving_28_10_ddpm_100m",
-        "Addepalli2022Efficient_RN18",
-        pytest.param(
-            "Peng2023Robust",
-            marks=pytest.mark.skipif("WDAT_SLOW" not in os.environ, reason="1 GB of weights; set WDAT_SLOW=1"),
-        ),
-    ],
+    [pytest.param(name, marks=SLOW if name == "Peng2023Robust" else ()) for name in (*five(), "Wong2020Fast")],
 )
-def test_robustbench_loads_generated_weights_without_network(name, tmp_path, no_network):
-    model = perturbed(build("robustbench", name=name))
-    path = export_robustbench(model, tmp_path / "cifar10" / "Linf" / f"{name}.pt")
-    loaded = load_model(name, root=tmp_path)
-    path.unlink()  # up to 1 GB, and pytest keeps temporary folders
-    state, expected = loaded.state_dict(), model.state_dict()
+def test_robustbench_networks_go_all_the_way_round(name, tmp_path, no_network):
+    """Generated weights in the file its loader reads, loaded, measured, fine-tuned by a step, and read by it again."""
+    made = perturbed(build("robustbench", name=name))
+    path = export_robustbench(made, tmp_path / "cifar10" / "Linf" / f"{name}.pt")
+    model = load_model(name, root=tmp_path)
+    state, expected = model.state_dict(), made.state_dict()
     assert state.keys() == expected.keys() and all(torch.equal(state[key], expected[key]) for key in state)
-    assert same(model, loaded, 3, 32, 32) and loaded.card["sha256"] and not loaded.training
-    if "R18" in name:  # Swish was replaced: a gradient does not warn
-        loaded(torch.rand(1, 3, 32, 32)).sum().backward()
+    assert model.card["sha256"] == sha256(path) and not model.training
+    assert model.card.get("epsilon") == rb.EPSILON.get(name)
+
+    x, threat = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)), Threat("8/255", 2)
+    with torch.no_grad():
+        y = model(x).argmax(1)
+    train = from_tensors(x, y, classes=list("0123456789"))
+    assert math.isfinite(slope := upsilon(model, x, y, threat).value) and slope > 0
+    recipe = Recipe(w_trades(threat, steps=1), epochs=1, batch_size=2, upsilon=Rule("batch"))
+    tuned = finetune(model, train, recipe, progress=False)
+    assert tuned.history[0]["terms"][0]["upsilon"] == pytest.approx(slope, rel=1e-4)  # the gradient warns of nothing
+
+    export_robustbench(tuned.model, path)
+    with rb._quiet():
+        theirs = rb.zoo().utils.load_model(name, tmp_path, "cifar10", "Linf").eval()
+    path.unlink()  # up to 1 GB, and pytest keeps temporary folders
+    with torch.no_grad():
+        before, after = model(x), tuned.model(x)
+        torch.testing.assert_close(theirs(x), after, rtol=1e-4, atol=1e-4)
+    assert torch.isfinite(after).all() and (before - after).abs().max() > 1e-3
 
 
 def test_silu_is_their_swish():

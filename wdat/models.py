@@ -168,6 +168,8 @@ def _from_robustbench(name: str, root: Path, dataset: str, threat: str) -> nn.Mo
         "sha256": digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest(),
         "source": "RobustBench",
     }
+    if (dataset, threat) == ("cifar10", "Linf") and name in rb.EPSILON:
+        model.card["epsilon"] = rb.EPSILON[name]
     return model
 
 

@@ -19,6 +19,14 @@ from torch import Tensor, nn
 
 from wdat.checks import check_images, check_labels, check_logits, device_of, frozen
 
+EPSILON = {  # radius of the threat as the model cards state it, of the networks in notebooks/profiles/cifar10.yaml
+    "Zhang2019Theoretically": "0.031",
+    "Rade2021Helper_R18_ddpm": "8/255",
+    "Wang2023Better_WRN-28-10": "8/255",
+    "Peng2023Robust": "8/255",
+    "Gowal2021Improving_28_10_ddpm_100m": "8/255",
+}  # robustbench, model_info/cifar10/Linf/NAME.json
+
 
 @contextmanager
 def _quiet() -> Iterator[None]:
