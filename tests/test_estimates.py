@@ -1,9 +1,11 @@
 """Estimates against measurement: bytes against what autograd keeps in a real step, time against a counting clock."""
 
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from nets import batch_norm, images, labels, relu, smooth
 from torch import nn
 
@@ -14,7 +16,7 @@ from wdat.estimates import check_memory, estimate, kept_for_backward
 from wdat.finetuning import finetune
 from wdat.networks import build
 from wdat.objectives import at, combined, plain, trades, w_trades, water_level
-from wdat.recipes import Recipe
+from wdat.recipes import Recipe, make_recipe
 from wdat.threat import Threat
 from wdat.trackers import Rule
 
@@ -83,6 +85,17 @@ def test_a_wide_resnet_by_its_layers():
     quarter = each(10, 2, accumulate=4)
     assert quarter["bytes"]["activations"] == pytest.approx(wide["bytes"]["activations"] / 4, rel=0.02)
     assert quarter["bytes"]["parameters"] == wide["bytes"]["parameters"]
+
+
+def test_the_profile_fine_tunes_wide_resnets_on_a_card_of_24_gigabytes():
+    """WRN-28-10 by its recipe, a gigabyte spare for what the driver and the libraries take; one inner step, as any."""
+    path = Path(__file__).parents[1] / "notebooks" / "profiles" / "cifar10.yaml"
+    settings = yaml.safe_load(path.read_text(encoding="utf-8"))["04_five_networks"]["base"]
+    recipe = make_recipe(settings | {"objective": settings["objective"] | {"steps": 1}}, seed=0)
+    found = estimate(build("robustbench", name="Wang2023Better_WRN-28-10"), recipe, (3, 32, 32), 45000)
+    assert recipe.batch_size == 128 and recipe.precision == recipe.objective.terms[0].precision == "bfloat16"
+    assert 1e9 < found["bytes"]["total"] < 23e9 and "GB on cpu" in found["sentence"]
+    assert found["bytes"]["parameters"] == pytest.approx(2 * 4 * 36.5e6, rel=0.01)
 
 
 @pytest.mark.parametrize("rule", [Rule("full"), Rule("full", every=2, subset=9), Rule("ema")], ids=lambda r: r.kind)
