@@ -32,7 +32,7 @@ from wdat.threat import Threat, per_image, pixel_norm
 
 STEP_RATIO = 1.875  # the authors' step is 1.875 * delta / n
 PRECISIONS = ("float32", "bfloat16")
-ROUNDING = 2**-8  # of bfloat16
+POLISH = 0.2  # of the steps, the last ones, stay in float32
 
 
 @dataclass(frozen=True)
@@ -75,19 +75,22 @@ def random_start(x: Tensor, radii: Tensor, r: float, generator: torch.Generator 
 
 @contextmanager
 def autocast(model: nn.Module, precision: str) -> Iterator[None]:
-    """Inside, layers run in bfloat16, all but the first; with "float32" nothing changes.
+    """Inside, layers run in bfloat16, all but the first and the last; with "float32" nothing changes.
 
-    The first layer stays in float32 because bfloat16 has eight bits: it would round the displacements away.
+    bfloat16 has eight bits: at the first layer it would round the displacements away, at the last the differences
+    between logits that decide who is flipped. First and last are those of `model.modules()` with a weight matrix.
     """
     if precision == "float32":
         yield
         return
     kind = device_of(model).type
-    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)), model)
-    handles = [
-        first.register_forward_pre_hook(lambda *_: torch.set_autocast_enabled(kind, False)),
-        first.register_forward_hook(lambda *_: torch.set_autocast_enabled(kind, True)),
-    ]
+    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)] or [model]
+    handles = []
+    for layer in {layers[0], layers[-1]}:
+        handles += [
+            layer.register_forward_pre_hook(lambda _, given: _switch(kind, False, given)),
+            layer.register_forward_hook(lambda *_: torch.set_autocast_enabled(kind, True)),
+        ]
     try:
         with torch.autocast(kind, torch.bfloat16):
             yield
@@ -96,15 +99,9 @@ def autocast(model: nn.Module, precision: str) -> Iterator[None]:
             handle.remove()
 
 
-def _handicapped(logits: Tensor, targets: Tensor) -> Tensor:
-    """Logits in float32, the label's raised by their rounding in bfloat16; unchanged where targets are not labels.
-
-    Otherwise ReDLR stops pushing images that are flipped by rounding alone.
-    """
-    logits = logits.float()
-    if targets.dim() > 1:
-        return logits
-    return logits.scatter_add(1, targets[:, None], ROUNDING * logits.detach().abs().amax(1, keepdim=True))
+def _switch(kind: str, on: bool, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    torch.set_autocast_enabled(kind, on)
+    return tuple(x.float() for x in given)
 
 
 # What `Threat` and `project` compute, bit for bit, in memory that is there already: on a CPU, fresh memory costs more
@@ -182,10 +179,10 @@ def projected_gradient(
         labels: (N,) for the accuracy; default the targets.
         reference: the 2023 authors' choices: p = inf, r = 2 rescales every displacement to exactly delta, and one
             iterate is chosen for the whole set whatever the threat.
-        precision: "bfloat16" runs the network in it during the search, see `autocast`; losses, budgets and projections
-            stay in float32, and so does, in one more forward pass, the judgement of what is returned. The choice
-            among iterates, and `history`, then rest on bfloat16 logits that count as flipped only beyond their
-            rounding. Nothing is misreported, but the attack is weaker: see benchmarks/README.md for how much.
+        precision: "bfloat16" runs the network in it, see `autocast`, but for the last fifth of the steps, which find
+            what rounding hid. When these begin, one more forward pass judges the best iterate so far anew: what is
+            returned is chosen among it and later ones, and judged, in float32. Losses, budgets and projections are
+            float32 throughout; `history` is in part in bfloat16. When unjudged, every step is in bfloat16.
     """
     device, targets = device_of(model), torch.cat([t for _, t in batches])
     labels = (targets if labels is None else labels).to(device)
@@ -204,18 +201,16 @@ def projected_gradient(
     whole = reference or (joint and not threat.pointwise)
     best, best_logits, best_key = current, None, None
     history = []
-    half = precision != "float32"
+    exact = steps - math.ceil(POLISH * steps) if judged else steps  # the first step that is not in lower precision
+    exact = -1 if precision == "float32" else exact
     broken = torch.zeros((), dtype=torch.bool, device=device)
-
-    def rounded(logits: Tensor, targets: Tensor) -> Tensor:
-        return loss(_handicapped(logits, targets), targets)
 
     def climb(number: int, targets: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Values, logits and dual norms of a batch; its direction is kept, its gradient's memory is free again."""
         nonlocal broken
         x = parts[number].to(device)
-        with autocast(model, precision):
-            gradient, values, logits = input_gradient(model, x, targets, rounded if half else loss)
+        with autocast(model, precision if step < exact else "float32"):
+            gradient, values, logits = input_gradient(model, x, targets, loss)
         if step == 0 and judged:
             broken = broken | ~gradient.sum().isfinite()
         memory = there[: len(x)]
@@ -224,9 +219,19 @@ def projected_gradient(
         return values, logits, norms
 
     def judge(number: int, targets: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.no_grad(), autocast(model, precision):
-            logits = model(parts[number].to(device))
-        return (rounded if half else loss)(logits, targets), logits
+        logits = look(parts[number])
+        return loss(logits, targets), logits
+
+    def look(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return model(x.to(device))
+
+    def score(values: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """What iterates are compared by, higher better for the adversary, image by image or of the whole set; means."""
+        key = torch.stack([(~(margin(logits, labels) > 0)).double(), values.double()])
+        mean = key.mean(1)
+        key = mean[:, None] if whole else key
+        return key.flip(0) if keep == "loss" else key, mean
 
     for step in range(steps + 1):
         final = step == steps
@@ -239,15 +244,15 @@ def projected_gradient(
                 bar.update(sizes[number])
         if judged:
             values, logits = torch.cat([f[0] for f in found]).float(), torch.cat([f[1] for f in found])
-            correct = margin(_handicapped(logits, labels) if half else logits, labels) > 0
-            key = torch.stack([(~correct).double(), values.double()])  # higher is better for the adversary
-            history.append(key.mean(1))
-            key = key.mean(1, keepdim=True) if whole else key
-            key = key.flip(0) if keep == "loss" else key
+            key, mean = score(values, logits)
+            history.append(mean)
             if best_key is None or keep == "last":
                 best_logits, best_key = logits, key
                 best = current if keep == "last" else current.clone()
             else:
+                if step == exact:  # what was best so far is judged anew, in float32
+                    best_logits = torch.cat([look(b) for b in best.split(sizes)])
+                    best_key, _ = score(loss(best_logits, targets.to(device)), best_logits)
                 better = key[0] > best_key[0]
                 if not reference:
                     better = better | ((key[0] == best_key[0]) & (key[1] > best_key[1]))
@@ -282,9 +287,6 @@ def projected_gradient(
     moves = (torch.sub(b, x0, out=work[: len(b)]) for b, (x0, _) in zip(best.split(sizes), batches, strict=True))
     norms = torch.cat([_norm(move, threat.r) for move in moves])
     distance = float(threat.distance(norms))
-    if half:
-        with torch.no_grad():
-            best_logits = torch.cat([model(b.to(device)) for b in best.split(sizes)])
     values, correct = loss(best_logits, targets.to(device)), margin(best_logits, labels) > 0
     wrong, mean_loss = torch.stack(history).unbind(1)
     return Adversarial(best, best_logits, values, correct, norms, distance, torch.stack([1 - wrong, mean_loss], 1))
