@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from nets import NORMS, ORDERS, batch_norm, counting, generator, images, labels, norms_of, quick, relu, smooth
 
+from wdat.allocation import accuracy_curve
 from wdat.allocation import water_level as allocated_level
 from wdat.attacks import pgd
 from wdat.checks import frozen
@@ -328,6 +329,45 @@ def test_water_level_weights_are_the_slope_of_the_dual(p, r):
     assert (margin(model(found.x), y)[reached] <= 1e-5).all()
     torch.testing.assert_close(pixel_norm(found.x - x, r)[reached], distance[reached], rtol=1e-4, atol=1e-6)
     assert float(found.log["epsilon^p"] / 40) ** (1 / p) <= threat.delta * (1 + 1e-6)  # what the adversary can pay
+
+
+@pytest.mark.parametrize("p", [2.0, 3.0])
+@pytest.mark.parametrize("r", NORMS)
+def test_the_margin_outer_follows_the_gradient_of_the_exact_accuracy(p, r):
+    """On a linear network distances are known: minus the loss's gradient is that of A_delta, by central differences.
+
+    Of 600 images the one whose mass is split does not matter.
+    """
+    torch.manual_seed(0)
+    x = torch.rand(600, 1, 3, 3) * 0.2 + 0.4
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(9, 2))
+    with torch.no_grad():
+        model[1].bias -= model(x).median(0).values  # both classes
+        y = model(x).argmax(1)
+        y[:100] = 1 - y[:100]  # misclassified
+
+    def distances(weight: torch.Tensor) -> torch.Tensor:
+        z = x.double().flatten(1) @ weight.T + model[1].bias.detach().double()
+        normal = weight[0] - weight[1]
+        return margin(z, y).clamp_min(0) / (normal.abs().sum() if r == INF else normal.norm())
+
+    weight = model[1].weight.detach().double()
+    threat = Threat(float(0.4 * distances(weight).pow(p).mean().pow(1 / p)), p, r)
+    assert 0.1 < accuracy_curve(distances(weight), threat.delta, p) < 0.75
+    objective = Objective("margin", (WaterLevel(threat, 1.0, steps=12, outer="margin"),), clean=0.0)
+    loss, _ = objective(model, x, y, torch.arange(600), trackers(objective, n=600))
+    loss.backward()
+    numeric, step = torch.zeros(weight.numel(), dtype=torch.float64), 1e-7
+    for i in range(weight.numel()):
+        change = torch.zeros(weight.numel(), dtype=torch.float64)
+        change[i] = step
+        high, low = (
+            accuracy_curve(distances(weight + sign * change.view_as(weight)), threat.delta, p) for sign in (1, -1)
+        )
+        numeric[i] = (high - low) / (2 * step)
+    found = -model[1].weight.grad.double().flatten()
+    assert torch.nn.functional.cosine_similarity(found, numeric, dim=0) > 0.99
+    assert float(found.norm() / numeric.norm()) == pytest.approx(1, abs=0.03)
 
 
 def test_a_given_level_needs_no_tracking():

@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from wdat.allocation import water_level as allocated_level
 from wdat.attacks import PRECISIONS, STEP_RATIO, autocast, projected_gradient, random_start
 from wdat.checks import frozen
-from wdat.losses import ce, get_loss, kl
+from wdat.losses import ce, get_loss, kl, margin
 from wdat.radii import minimal_distances
 from wdat.sensitivity import input_gradient
-from wdat.threat import Threat, pixel_norm, project
+from wdat.threat import Threat, per_image, pixel_norm, project
 from wdat.trackers import Tracker
 
 OUTER = ("kl", "ce")
@@ -135,9 +135,14 @@ class WaterLevel:
     """Push up the minimal distance d of images the exact W_p adversary pays for, and leave the others alone.
 
     By the dual form A_delta = max_t E[min(1, (d/t)^p)] - (delta/t)^p, the adversary pays for exactly the images
-    with d < t; raising their d with weight (d/t)^(p-1) follows the gradient. d comes from a few minimal-distance
-    steps, which end at a point x* just across the boundary; the outer loss is CE there. The level t is that of the
-    exact allocation of the last distance seen of every training image, or fixed by `level`.
+    with d < t, and with d's derivative grad_theta m(x*) / ||grad_x m(x*)||_s at the nearest boundary point x*,
+
+        grad_theta A_delta = E_{d < t} [p (d/t)^(p-1) grad_theta m(x*) / (t ||grad_x m(x*)||_s)].
+
+    x* comes from a few minimal-distance steps. outer="margin" follows this gradient exactly (one more input gradient;
+    norms below a tenth of the batch's mean count as that); "ce" and "kl" take these losses at x* with weights
+    (d/t)^(p-1) instead, bounded and without the norms. The level t is that of the exact allocation of the last distance
+    seen of every training image, or fixed by `level`.
 
     A misclassified image has d = 0: its weight is 0 (for p > 1) and the clean term looks after it. p = inf is
     refused: its dual has no slope below t.
@@ -154,8 +159,8 @@ class WaterLevel:
     def __post_init__(self) -> None:
         if self.threat.pointwise:
             raise ValueError("water-level training needs p < inf; use trades or at for the pointwise threat")
-        if self.outer not in OUTER:
-            raise ValueError(f"outer loss {self.outer!r} must be one of {', '.join(OUTER)}")
+        if self.outer not in (*OUTER, "margin"):
+            raise ValueError(f"outer loss {self.outer!r} must be one of {', '.join(OUTER)}, margin")
         if self.steps < 1 or self.rivals < 1 or self.weight < 0 or (self.level is not None and self.level <= 0):
             raise ValueError(
                 f"steps={self.steps}, rivals={self.rivals} must be >= 1, weight={self.weight} >= 0 and "
@@ -168,7 +173,7 @@ class WaterLevel:
 
         One for each move and, before the first, one for each rival class compared beyond the first.
         """
-        return {"gradients": self.steps + self.rivals - 1, "forwards": 1}
+        return {"gradients": self.steps + self.rivals - 1 + (self.outer == "margin"), "forwards": 1}
 
     def perturb(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor, tracker: Tracker | None) -> Perturbed:
         """Nearest flipping points of a batch; call inside `frozen(model)`."""
@@ -188,7 +193,12 @@ class WaterLevel:
         ratio = (distance.double() / level.clamp_min(1e-12)).clamp_max(1)
         weights = (ratio.pow(threat.p - 1) * below).to(x.dtype)
         reached = torch.where(below, distance, 0).double()
-        points = torch.where(below.view(-1, *[1] * (x.dim() - 1)), found.x.to(x.device), x)
+        points = torch.where(per_image(below, x).bool(), found.x.to(x.device), x)
+        if self.outer == "margin":
+            gradient, _, _ = input_gradient(model, points, y, margin)
+            norms = threat.dual_norm(gradient).double()
+            norms = norms.clamp_min(0.1 * norms.mean()).clamp_min(1e-12)
+            weights = (threat.p * weights / (level.clamp_min(1e-12) * norms)).to(x.dtype)
         return Perturbed(points, weights, {"epsilon^p": reached.pow(threat.p).sum(), "idle": (weights == 0).sum()})
 
 
@@ -261,7 +271,10 @@ class Objective:
                 reference = teacher(x).float()
             loss = loss + self.distil * kl(clean_logits, reference).mean()
         for number, (term, f, logits) in enumerate(zip(self.terms, found, outputs, strict=True)):
-            values = kl(logits, clean_logits) if term.outer == "kl" else ce(logits, y)
+            if term.outer == "kl":
+                values = kl(logits, clean_logits)
+            else:
+                values = ce(logits, y) if term.outer == "ce" else -margin(logits, y)
             values = values if f.weights is None else values * f.weights
             loss = loss + term.weight * values.mean()
             log |= {f"{number}.{key}": v.detach().double() for key, v in f.log.items()}
@@ -279,10 +292,10 @@ def plain(distil: float = 0.0) -> Objective:
     return Objective("plain", distil=distil)
 
 
-def at(delta: float | str, r: float = float("inf"), **settings) -> Objective:
+def at(delta: float | str, r: float = float("inf"), distil: float = 0.0, **settings) -> Objective:
     """PGD adversarial training: CE on PGD examples, uniform random start. Settings: those of `Term`."""
     settings = {"weight": 1.0, "outer": "ce", "inner": "ce", "start": "random", **settings}
-    return Objective("at", (Term(Threat(delta, float("inf"), r), **settings),), clean=0.0)
+    return Objective("at", (Term(Threat(delta, float("inf"), r), **settings),), clean=0.0, distil=distil)
 
 
 def trades(
