@@ -1,11 +1,15 @@
 """Fine-tuning: what it starts from, what it changes, what it leaves alone, and resuming bit for bit after any kill."""
 
+import contextlib
 import copy
 import itertools
 import math
+import multiprocessing
 import os
 import pickle
 import random
+import signal
+import time
 
 import pytest
 import torch
@@ -372,6 +376,40 @@ def test_a_run_killed_at_random_moments_ends_as_an_undisturbed_one(name, tmp_pat
         assert found.history == undisturbed.history
         again = run(model, train, recipe, checkpoint=path)  # a finished run is read back
         assert changed(weights(found.model), again.model) == [] and again.history == found.history
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="autograd starts threads for a GPU, and can not be forked then")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_twenty_processes_killed_at_random_moments(tmp_path):
+    """SIGKILL, up to 10 ms after one of the first steps: in a pass, in the optimiser, while writing, anywhere."""
+    model, path, rng = batch_norm(), tmp_path / "run.pt", random.Random(0)
+    train, validation = data(model), data(model, 10, seed=3)
+    recipe = Recipe(combined(THREAT, 0.02, steps=2, precision="bfloat16"), upsilon=Rule("ema"), accumulate=2,
+                    augment=1, precision="bfloat16", **QUICK | {"epochs": 40})  # fmt: skip
+    undisturbed = run(model, train, recipe, validation=validation)
+    context, seen = multiprocessing.get_context("fork"), 0
+
+    def live(sender):
+        run(model, train, recipe, validation=validation, checkpoint=path, checkpoint_every=1,
+            on_step=lambda done, *_: sender.send(done))  # fmt: skip
+
+    for _ in range(20):
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=live, args=(sender,))
+        process.start()
+        sender.close()
+        steps = [receiver.recv() for _ in range(rng.randint(1, 3))]
+        assert steps[0] > seen  # no step that was saved is done again
+        time.sleep(0.01 * rng.random())
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        with contextlib.suppress(EOFError):
+            while True:
+                steps.append(receiver.recv())
+        seen = steps[-1]
+    found = run(model, train, recipe, validation=validation, checkpoint=path)
+    assert changed(weights(undisturbed.model), found.model) == [] and found.history == undisturbed.history
 
 
 def test_a_kill_while_the_checkpoint_is_written_loses_nothing(tmp_path, monkeypatch):
