@@ -367,7 +367,9 @@ def test_the_margin_outer_follows_the_gradient_of_the_exact_accuracy(p, r):
         numeric[i] = (high - low) / (2 * step)
     found = -model[1].weight.grad.double().flatten()
     assert torch.nn.functional.cosine_similarity(found, numeric, dim=0) > 0.99
-    assert float(found.norm() / numeric.norm()) == pytest.approx(1, abs=0.06)  # the search ends up to 4 % beyond the boundary
+    assert float(found.norm() / numeric.norm()) == pytest.approx(
+        1, abs=0.06
+    )  # the search ends up to 4 % beyond the boundary
 
 
 def test_a_given_level_needs_no_tracking():
