@@ -1,13 +1,18 @@
 """evaluate(): what it reports agrees with the pieces it is made of, resumes, and refuses bad input."""
 
+import contextlib
+import io
 import math
+from unittest import mock
 
 import pytest
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 
+from wdat import evaluation, parts
 from wdat.allocation import accuracy_curve
-from wdat.attacks import pgd, w_pgd
+from wdat.attacks import attack, pgd, w_pgd, w_pgd_budget
 from wdat.data import from_tensors
 from wdat.evaluation import clean_pass, evaluate
 from wdat.losses import ce, margin, redlr
@@ -66,24 +71,104 @@ def test_one_forward_and_one_backward_per_loss(tiny_model, data):
     assert len(forwards) == math.ceil(len(data) / 16)
 
 
-def test_a_killed_evaluation_resumes_and_ends_the_same(tiny_model, data, tmp_path, monkeypatch):
-    settings = dict(losses=("redlr",), steps=2, progress=False)
-    whole = evaluate(tiny_model, data, THREATS, **settings)
-    import wdat.evaluation as module
+EVERYTHING = dict(
+    losses=("redlr",), steps=2, budget_attack=True, dual=True, certified=20, batch_size=16, progress=False
+)
 
-    calls, real = [], module._attack
+
+def test_an_evaluation_killed_in_any_part_resumes_and_ends_the_same(tiny_model, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(parts, "PART", 16)
+    monkeypatch.setattr(evaluation, "PART", 16)
+    whole, done, lives = evaluate(tiny_model, data, THREATS, **EVERYTHING), [], 0
+    real = parts.Parts._counted
 
     def dies(*arguments):
-        calls.append(1)
-        if len(calls) == 2:
+        if len(done) % 4 == 3:
+            done.append("died")
             raise KeyboardInterrupt
+        done.append("computed")
         return real(*arguments)
 
-    monkeypatch.setattr(module, "_attack", dies)
-    with pytest.raises(KeyboardInterrupt):
-        evaluate(tiny_model, data, THREATS, state=tmp_path / "state", **settings)
-    again = evaluate(tiny_model, data, THREATS, state=tmp_path / "state", **settings)
-    assert again == whole and len(calls) == 4  # 1 kept, 1 died, 2 after resuming
+    monkeypatch.setattr(parts.Parts, "_counted", dies)
+    again = None
+    while again is None:
+        lives += 1
+        with contextlib.suppress(KeyboardInterrupt):
+            again = evaluate(tiny_model, data, THREATS, state=tmp_path / "state", **EVERYTHING)
+    assert again == whole
+    # clean; W-PGD at two threats, PGD in 3 parts, W-PGD-Budget in 3 at two threats, dual at two;
+    # distances; certificates
+    assert done.count("computed") == 1 + 2 + 3 + 6 + 2 + 3 + 1 and lives == 1 + done.count("died") > 5
+
+
+def test_parts_add_up_to_the_attack_on_the_whole_set(tiny_model, data, monkeypatch):
+    monkeypatch.setattr(evaluation, "PART", 16)
+    rows = evaluate(tiny_model, data, THREATS[1:], **EVERYTHING | {"exact": False, "certified": 0})["attacks"]
+    rows = {row["attack"]: row for row in rows}
+    settings = dict(loss="redlr", steps=2, batch_size=16)
+    own = attack(tiny_model, data.x, data.y, THREATS[2], **settings)
+    assert (rows["pgd"]["accuracy"], rows["pgd"]["loss_value"]) == (own.accuracy, own.loss)
+    assert rows["pgd"]["distance"] == own.distance
+    own = w_pgd_budget(tiny_model, data.x, data.y, THREATS[1], **settings)
+    assert rows["w-pgd-budget"]["accuracy"] == own.accuracy
+    assert rows["w-pgd-budget"]["distance"] == pytest.approx(own.distance)
+    assert own.distance <= THREATS[1].delta * (1 + 1e-6)
+
+
+def test_the_dual_attack_stands_beside_w_pgd(tiny_model, data):
+    found = evaluate(tiny_model, data, THREATS[:2], losses=("ce",), steps=10, dual=True, exact=False, progress=False)
+    v0 = found["clean"]["losses"]["ce"]["v0"]
+    for row, pgd_row in zip(found["dual"], found["attacks"], strict=True):
+        assert (
+            row["distance"] <= row["threat"]["delta"] * (1 + 1e-6) and v0 < row["loss_value"] <= row["estimate"] * 1.5
+        )
+        assert (
+            pgd_row["highest_loss"] >= pgd_row["loss_value"] - 1e-9
+            and row["loss_value"] > 0.8 * pgd_row["highest_loss"]
+        )
+
+
+def test_distances_and_certificates_of_an_evaluation_are_not_computed_again(tiny_model, data, tmp_path, monkeypatch):
+    state = tmp_path / "state"
+    found = evaluate(tiny_model, data, THREATS, state=state, **EVERYTHING)
+    own = minimal_distances(tiny_model, data.x, data.y, math.inf, batch_size=16)
+
+    def never(*_, **__):
+        raise AssertionError("computed again")
+
+    monkeypatch.setattr(parts, "minimal_distances", never)
+    monkeypatch.setattr(parts, "certified_radii", never)
+    monkeypatch.setattr(parts, "search_passes", lambda _: 1)
+    again = parts.distances(tiny_model, data, math.inf, batch_size=16, state=state, progress=False)
+    assert (
+        torch.equal(again.distance, own.distance)
+        and torch.equal(again.x, own.x)
+        and again.gains == pytest.approx(own.gains)
+    )
+    assert again.passes == pytest.approx(own.passes) and found["exact"][0]["passes"] == again.passes
+    radii = parts.certificates(tiny_model, data.take(20, seed=0), math.inf, state=state, progress=False)
+    assert found["certified"][0]["mean_distance"] == pytest.approx(float(radii.mean()))
+    with pytest.raises(AssertionError, match="computed again"):
+        parts.distances(tiny_model, data, math.inf, {"steps": 3}, batch_size=16, state=state, progress=False)
+
+
+def test_the_bar_counts_passes_and_ends_full(tiny_model, data, tmp_path):
+    bars = []
+
+    class Bar(tqdm):
+        def __init__(self, *arguments, **settings):
+            super().__init__(*arguments, **settings | {"file": io.StringIO(), "disable": False})
+            self.moves, _ = [], bars.append(self)
+
+        def update(self, n=1):
+            self.moves.append(n)
+            return super().update(n)
+
+    for number in range(2):
+        with mock.patch.object(evaluation, "tqdm", Bar):
+            evaluate(tiny_model, data, THREATS, state=tmp_path / "state", **EVERYTHING)
+        assert bars[number].n == bars[number].total and min(bars[number].moves, default=0) >= 0
+    assert bars[0].total > 40 * len(data) and bars[1].total == 0 and len(bars[0].moves) > 100
 
 
 def test_a_state_of_other_weights_is_not_used(tiny_model, data, tmp_path):
@@ -94,9 +179,13 @@ def test_a_state_of_other_weights_is_not_used(tiny_model, data, tmp_path):
             weight.mul_(-1)
     accuracy = evaluate(tiny_model, data, THREATS[:1], **settings)["clean"]["accuracy"]
     assert accuracy == pytest.approx(float((margin(tiny_model(data.x), data.y) > 0).double().mean()))
-    (tmp_path / "state").write_bytes(b"junk")
+    for file in (tmp_path / "state").iterdir():
+        file.write_bytes(b"junk")
     with pytest.raises(ValueError, match="delete it"):
         evaluate(tiny_model, data, THREATS[:1], **settings)
+    (tmp_path / "file").write_bytes(b"junk")
+    with pytest.raises(ValueError, match="must be a folder"):
+        evaluate(tiny_model, data, THREATS[:1], **settings | {"state": tmp_path / "file"})
 
 
 def test_model_is_left_as_found(tiny_model, data):
@@ -131,3 +220,23 @@ def test_bounds_are_none_where_undefined(data):
 def test_no_threat_is_refused(tiny_model, data, threats, match):
     with pytest.raises(ValueError, match=match):
         evaluate(tiny_model, data, threats, progress=False)
+
+
+def test_a_distribution_handed_out_is_what_its_file_says(tiny_model, data, tmp_path):
+    """Measured here from the file alone, without the library's allocation."""
+    threat, path = Threat("1/64", 2), tmp_path / "set.pt"
+    row = evaluation.adversary(tiny_model, data, threat, path=path, batch_size=16, progress=False)
+    saved = torch.load(path, weights_only=True)
+    points, index, mass = saved["points"], saved["index"], saved["mass"]
+    assert points.dtype == torch.float32 and len(points) == len(data) + 1 and torch.equal(saved["y"], data.y[index])
+    with torch.no_grad():
+        correct = tiny_model(points).argmax(1) == saved["y"]
+    moved = (points - data.x[index]).flatten(1).abs().amax(1).double()
+    assert row["measured"] == pytest.approx(row["claimed"], abs=1e-12) == pytest.approx(float(mass[correct].sum()))
+    assert row["measured_cost"] == pytest.approx(float((mass * moved**2).sum() ** 0.5))
+    assert row["measured_cost"] <= threat.delta * (1 + 1e-6) and row["in_box"]
+    found = evaluate(tiny_model, data, [threat], losses=("ce",), steps=1, batch_size=16, progress=False)
+    assert found["exact"][0]["threats"][0]["accuracy"] == row["claimed"] < found["attacks"][0]["accuracy"]
+    threat = Threat("1/64", math.inf)
+    whole = evaluation.adversary(tiny_model, data, threat, batch_size=16, progress=False)
+    assert whole["measured_cost"] <= threat.delta and whole["measured"] == pytest.approx(whole["claimed"])

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 ORDER = [
     "threat", "losses", "checks", "sensitivity", "trackers", "allocation", "attacks", "dual", "radii", "certify",
     "bounds", "objectives", "schedules", "records", "rb", "networks", "data", "models",
-    "recipes", "estimates", "finetuning", "evaluation", "comparison", "studies",
+    "recipes", "estimates", "finetuning", "parts", "evaluation", "comparison", "studies",
     "plots", "tables", "paper", "reproduce", "cli",
 ]  # fmt: skip
 TORCH_FREE = ("records", "plots", "tables", "paper", "reproduce", "cli")

@@ -96,33 +96,47 @@ def _evaluate(sub: Any) -> None:
     verb.add_argument("--tight", action="store_true", help="longer search for minimal distances, with AutoAttack's FAB")
     verb.add_argument("--certified", type=int, default=0, metavar="N", help="certify N images too: a lower bound")
     verb.add_argument("--autoattack", type=int, default=0, metavar="N", help="AutoAttack on N images, p = inf")
+    verb.add_argument("--dual", action="store_true", help="also the dual attack on the cross-entropy")
+    verb.add_argument("--save-set", metavar="FILE", help="write the exact adversary's images at the first --delta")
     verb.add_argument("--out", default="results", help="folder of the record and figures (default: results)")
 
     def run(args: argparse.Namespace) -> None:
+        import shutil
         from pathlib import Path
 
         from wdat import plots, records, tables
-        from wdat.evaluation import evaluate
+        from wdat.evaluation import adversary, evaluate
         from wdat.threat import Threat
 
         out = Path(args.out)
         records.check_writable(out)
+        if args.save_set:
+            records.check_writable(Path(args.save_set).parent)
         threats = [Threat(d, args.p, args.norm) for d in args.delta]
         p, r = threats[0].p, threats[0].r
         model, data, name = _load(args, "test")
         balls = [Threat(d, "inf", r) for d in args.delta] if args.autoattack and not threats[0].pointwise else []
+        search, shared = {"tight": True} if args.tight else {}, {"batch_size": args.batch_size}
+        shared["state"] = out / f"{name}.parts"
         results = evaluate(
-            model, data, [*threats, *balls], steps=args.steps, search={"tight": True} if args.tight else {},
-            orders=sorted({1.0, p, float("inf")}), curve=121, certified=args.certified,
-            autoattacked=args.autoattack, batch_size=args.batch_size, state=out / f"{name}.state",
+            model, data, [*threats, *balls], steps=args.steps, search=search, dual=args.dual,
+            orders=sorted({1.0, p, float("inf")}), curve=121, certified=args.certified, autoattacked=args.autoattack,
+            **shared,
         )  # fmt: skip
+        if args.save_set:
+            results["set"] = made = adversary(model, data, threats[0], search, path=args.save_set, **shared)
+            ball = f"W_{p:g} {made['measured_cost']:.6g} of {threats[0].delta:.6g}"
+            print(
+                f"{args.save_set}: claims {100 * made['claimed']:.2f} % correct; its images, read back and measured: "
+                f"{100 * made['measured']:.2f} %, {ball}, {'inside' if made['in_box'] else 'outside'} [0, 1]"
+            )
         record = records.write(
             out / f"{name}.json", "evaluation", {"n": len(data), "networks": [{"network": name, **results}]},
             {key: value for key, value in vars(args).items() if key != "run"},
             args.device, model={"name": name, **getattr(model, "card", {})},
             data={"name": data.name, "sha256": data.sha256},
         )  # fmt: skip
-        (out / f"{name}.state").unlink(missing_ok=True)
+        shutil.rmtree(shared["state"])
         table = tables.evaluation(record)
         print(table.markdown())
         plots.sandwich(record, r, p)

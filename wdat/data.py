@@ -89,7 +89,7 @@ class Data:
         """The first n images, or n drawn without replacement by a seed (in their original order)."""
         if not 1 <= n <= len(self):
             raise ValueError(f"n={n} images of {self.name} {self.split} were asked for; it has {len(self)}")
-        return self._at(torch.arange(n) if seed is None else _draw(len(self), n, seed))
+        return self._at(torch.arange(n) if seed is None else draw(len(self), n, seed))
 
     def split_off(self, fraction: float, seed: int) -> tuple["Data", "Data"]:
         """(rest, part): round(fraction * N) images at random, every class in proportion up to rounding."""
@@ -106,7 +106,8 @@ class Data:
         return self._at(order[size:].sort().values), self._at(order[:size].sort().values)
 
 
-def _draw(total: int, n: int, seed: int) -> Tensor:
+def draw(total: int, n: int, seed: int) -> Tensor:
+    """Indices (n,) of n of `total` things drawn without replacement, ascending."""
     return torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:n].sort().values
 
 
@@ -246,7 +247,7 @@ def _folder(name: str, split: str, root: Path, n: int | None, size: int | None) 
     if n is not None:
         if not 1 <= n <= len(files):
             raise ValueError(f"n={n} images were asked for; {parts[split]} has {len(files)}")
-        files = [files[i] for i in _draw(len(files), n, 0).tolist()]
+        files = [files[i] for i in draw(len(files), n, 0).tolist()]
     resize = size
     if name == "imagenet":
         size = size or 224

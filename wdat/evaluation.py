@@ -1,11 +1,13 @@
 """One call to evaluate a network under distributional threats: attacks, sensitivity, bounds and the exact curve.
 
 `evaluate(model, data, threats)` streams the data, reports fractions (not percentages), and can resume: every finished
-part (an attack, a batch of minimal distances) is kept in a state file and not computed twice.
+part is kept in a state folder and not computed twice. Minimal distances, certificates, PGD and W-PGD-Budget are parts
+of some hundred images. W-PGD of one threat and loss is one part, for it is one attack on the whole set: at every step
+the sensitivity of all images sets each one's move.
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,22 +16,35 @@ from tqdm.auto import tqdm
 
 from wdat.allocation import (
     accuracy_curve,
+    adversarial_set,
     class_accuracy,
     confidence_band,
     mixture_bound,
     pointwise_curve,
     water_level,
 )
-from wdat.attacks import attack, w_pgd_budget
+from wdat.attacks import attack
 from wdat.bounds import ratio_bounds
-from wdat.certify import certified_radii
-from wdat.checks import check_labels, check_logits, check_model, device_of, frozen, weights_digest
-from wdat.data import Data
+from wdat.checks import check_labels, check_logits, check_model, device_of, frozen
+from wdat.data import Data, draw
+from wdat.dual import LADDER, dual_attack
 from wdat.losses import get_loss, margin
-from wdat.radii import minimal_distances
+from wdat.parts import (
+    CERTIFY,
+    PART,
+    Part,
+    Parts,
+    certified_in_parts,
+    distances,
+    distances_in_parts,
+    search_passes,
+    search_settings,
+)
 from wdat.rb import autoattack
 from wdat.records import write_tensors
 from wdat.threat import Threat, plain_number
+
+AUTOATTACK = 3000  # passes an image: rough, for the progress bar alone
 
 
 def clean_pass(
@@ -83,6 +98,7 @@ def evaluate(
     losses: Sequence[str] | None = None,
     steps: int = 50,
     budget_attack: bool = False,
+    dual: bool = False,
     exact: bool = True,
     search: dict | None = None,
     orders: Sequence[float] = (1.0, 2.0, float("inf")),
@@ -102,18 +118,22 @@ def evaluate(
         threats: W_p balls to attack; each by W-PGD with every loss (p = inf: PGD).
         losses: attack losses; sensitivity, V(0), W(0) and bounds are given for each. Default: ReDLR, CE and DLR; for
             two classes, where DLR is undefined, the negative margin and CE.
-        steps: of W-PGD. budget_attack: also W-PGD-Budget.
+        steps: of W-PGD. budget_attack: also W-PGD-Budget with the first loss.
+        dual: also the dual attack on the cross-entropy (`wdat.dual`) at every threat with p < inf, beside the highest
+            mean loss that W-PGD reached.
         exact: exact allocation over minimal distances, for every pixel norm among the threats: A_delta at the
             threats' radii and, with curve > 0, at that many radii from 0 to 1.5 times the largest, for all `orders`.
         search: settings of `wdat.radii.minimal_distances`.
         certified: certify this many images (drawn with seed 0; all if there are fewer): a lower bound on A_delta for
             those images, beside the exact allocation on the same ones. Needs layers the certifier knows.
         autoattacked: run AutoAttack on this many images (likewise) at every radius with p = inf among the threats.
-        state: file that keeps finished parts; a killed evaluation continues from it. It belongs to this model, these
-            data and settings: parts of others are not used.
+        state: folder that keeps finished parts; a killed evaluation continues from it and ends the same. Parts of
+            another model, other data, settings or another version of the library are not used.
+        progress: a bar that counts passes through the network (a backward pass is one more), so that its estimate of
+            the time left means something.
 
     Returns: a dict of plain numbers, ready for `wdat.records.write`: "clean", "sensitivity", "attacks", "exact",
-        "certified", "autoattack". Accuracies are fractions.
+        "certified", "autoattack", "dual". Accuracies are fractions.
     Raises: ValueError with number and remedy for unusable images, labels, logits, gradients or settings.
     """
     classes = check_model(model, *data.batch(torch.arange(min(len(data), 8))))
@@ -129,14 +149,25 @@ def evaluate(
             f"batch_size={batch_size} must be >= 1, curve={curve}, certified={certified} "
             f"and autoattacked={autoattacked} >= 0"
         )
-    known = [name for name in list(inspect.signature(minimal_distances).parameters)[4:] if name != "batch_size"]
+    known = [name for name in search_settings({}) if name != "batch_size"]
     if unknown := set(search or {}) - set(known):
         raise ValueError(f"unknown setting {min(unknown)!r} of the search; known: {', '.join(known)}")
-    kept = _State(state, model, data)
-    with tqdm(total=_parts(threats, losses, budget_attack, exact, certified, autoattacked), desc="evaluate",
-              unit="part", disable=not progress) as bar:  # fmt: skip
-        clean = kept.get(f"clean {sorted(losses)}", lambda: clean_pass(model, data, losses, batch_size))
-        bar.update()
+    norms = sorted({t.r for t in threats})
+    joint = [t for t in threats if not t.pointwise]
+    pointwise = [t for t in threats if t.pointwise] if autoattacked else []
+    some = {name: draw(len(data), min(n, len(data)), 0) for name, n in (("c", certified), ("a", autoattacked)) if n}
+    search = search or {}
+    total = len(data) * (
+        1 + len(losses) + (len(threats) * len(losses) + budget_attack * len(joint)) * _attack_passes(steps)
+        + dual * len(joint) * _dual_passes(steps) + exact * len(norms) * search_passes(search)
+    )  # fmt: skip
+    total += len(some.get("c", ())) * len(norms) * CERTIFY + len(some.get("a", ())) * len(pointwise) * AUTOATTACK
+    with tqdm(total=total, desc="evaluate", unit="pass", unit_scale=True, disable=not progress) as bar:
+        kept = Parts(state, model, bar)
+        clean = kept.get(
+            f"clean {data.sha256} {sorted(losses)} {batch_size}", lambda: clean_pass(model, data, losses, batch_size),
+            len(data) * (1 + len(losses)),
+        )  # fmt: skip
         correct = clean["correct"]
         accuracy = float(correct.double().mean())
         result = {
@@ -158,62 +189,55 @@ def evaluate(
             ],
             "attacks": [],
         }
-
         for threat in threats:
             for name in losses:
-                settings = dict(loss=name, steps=steps, batch_size=batch_size)
-                result["attacks"].append(
-                    kept.get(f"w-pgd {threat!r} {settings}", lambda: _attack(attack, model, data, threat, settings))  # noqa: B023
-                )
-                row = result["attacks"][-1]
-                level = result["clean"]["losses"][name]
-                norms = clean[f"norms.{name}.{threat.s:g}"]
-                row["bounds"] = _bounds(accuracy, level, row, float(threat.upsilon(norms)), threat.delta)
-                bar.update()
+                row = _attack(kept, model, data, threat, name, steps, batch_size)
+                upsilon = float(threat.upsilon(clean[f"norms.{name}.{threat.s:g}"]))
+                row["bounds"] = _bounds(accuracy, result["clean"]["losses"][name], row, upsilon, threat.delta)
+                result["attacks"].append(row)
             if budget_attack and not threat.pointwise:
-                settings = dict(loss=losses[0], steps=steps, batch_size=batch_size)
-                result["attacks"].append(
-                    kept.get(
-                        f"w-pgd-budget {threat!r} {settings}",
-                        lambda: _attack(w_pgd_budget, model, data, threat, settings),  # noqa: B023
-                    )
-                )
-                bar.update()
-
-        for r in sorted({t.r for t in threats}) if exact else []:
+                budgets = threat.budgets(clean[f"norms.{losses[0]}.{threat.s:g}"])
+                row = _attack(kept, model, data, threat, losses[0], steps, batch_size, budgets)
+                result["attacks"].append(row)
+            if dual and not threat.pointwise:
+                result.setdefault("dual", []).append(_dual(kept, model, data, threat, steps, batch_size))
+        found = {r: distances_in_parts(kept, data, r, search, batch_size) for r in norms} if exact else {}
+        for r in norms:
             own = [t for t in threats if t.r == r]
-            found = _distances(kept, model, data, r, search or {}, batch_size)
-            result.setdefault("exact", []).append(_curves(found, data, own, orders, curve))
-            bar.update()
-        for r in sorted({t.r for t in threats}) if certified else []:
-            own = [t for t in threats if t.r == r]
-            part = data.take(min(certified, len(data)), seed=0)
-            radii = _certified(kept, model, part, r)
-            result.setdefault("certified", []).append(_curves(radii, part, own, orders, curve))
-            if exact:  # the same images, so that the two can be compared
-                same = _distances(kept, model, part, r, search or {}, batch_size)["distance"]
+            if exact:
+                result.setdefault("exact", []).append(_curves(found[r].distance, data, own, orders, curve))
+                result["exact"][-1] |= {"passes": found[r].passes, "gain": found[r].gain}
+            if certified:
+                part = data.take(len(some["c"]), seed=0)
+                radii = certified_in_parts(kept, part, r)
+                result.setdefault("certified", []).append(_curves(radii, part, own, orders, curve))
+            if certified and exact:  # the same images, so that the two can be compared
+                same = found[r].distance[some["c"]]
                 for row, threat in zip(result["certified"][-1]["threats"], own, strict=True):
                     row["exact"] = float(accuracy_curve(same, threat.delta, threat.p))
                 # an image with a flipping point inside its certified ball would refute the certificate
-                result["certified"][-1]["violations"] = int((radii["distance"] > same.double()).sum())
-            bar.update()
-        for threat in [t for t in threats if t.pointwise] if autoattacked else []:
-            part = data.take(min(autoattacked, len(data)), seed=0)
-            key = f"autoattack {autoattack_version} {threat!r} {len(part)}"
-            row = kept.get(key, lambda: autoattack_accuracy(model, part, threat, autoattack_version, batch_size))  # noqa: B023
+                result["certified"][-1]["violations"] = int((radii > same.double()).sum())
+        for threat in pointwise:
+            part = data.take(len(some["a"]), seed=0)
+            key = f"autoattack {part.sha256} {autoattack_version} {threat!r} {batch_size}"
+            row = kept.get(
+                key, lambda: autoattack_accuracy(model, part, threat, autoattack_version, batch_size),  # noqa: B023
+                len(part) * AUTOATTACK,
+            )  # fmt: skip
             if exact:
-                same = _distances(kept, model, part, threat.r, search or {}, batch_size)["distance"]
+                same = found[threat.r].distance[some["a"]]
                 row = {**row, "exact": float(accuracy_curve(same, threat.delta, threat.p))}
             result.setdefault("autoattack", []).append({"n": len(part), **row})
-            bar.update()
     return result
 
 
-def _parts(threats: tuple, losses: Sequence, budget: bool, exact: bool, certified: int, auto: int) -> int:
-    norms = len({t.r for t in threats})
-    pointwise = sum(t.pointwise for t in threats)
-    budgets = (len(threats) - pointwise) * budget
-    return 1 + len(threats) * len(losses) + budgets + norms * (exact + bool(certified)) + pointwise * bool(auto)
+def _attack_passes(steps: int) -> int:
+    return 2 * steps + 1
+
+
+def _dual_passes(steps: int) -> int:
+    ladder_steps = inspect.signature(dual_attack).parameters["ladder_steps"].default
+    return len(LADDER) * _attack_passes(ladder_steps) + _attack_passes(1) + _attack_passes(steps)
 
 
 def _levels(values: Tensor, correct: Tensor) -> dict[str, float | None]:
@@ -233,50 +257,54 @@ def _bounds(accuracy: float, level: dict, row: dict, upsilon: float, delta: floa
     return {"r_u": found.r_u, "r_tilde_l": found.r_tilde_l, "r_bar_l": found.r_bar_l, "r_l": found.r_l}
 
 
-def _attack(run: Callable, model: nn.Module, data: Data, threat: Threat, settings: dict) -> dict:
-    found = run(model, data.x, data.y, threat, **settings)
-    name = "w-pgd-budget" if run is w_pgd_budget else "pgd" if threat.pointwise else "w-pgd"
-    return {
+def _attack(
+    kept: Parts, model: nn.Module, data: Data, threat: Threat, loss: str, steps: int, batch_size: int,
+    budgets: Tensor | None = None,
+) -> dict:  # fmt: skip
+    """W-PGD on the whole set at once; inside fixed radii (PGD, or the budgets given: W-PGD-Budget), part by part."""
+    settings = dict(loss=loss, steps=steps, batch_size=batch_size)
+    name = "w-pgd-budget" if budgets is not None else "pgd" if threat.pointwise else "w-pgd"
+    key = f"{name} {threat!r} {settings}"
+
+    def compute(index: Tensor) -> Part:
+        inside = {} if budgets is None else {"radii": budgets[index]}
+        found = attack(model, *data.batch(index), threat, **inside, **settings)
+        return {
+            **{key: getattr(found, key).cpu() for key in ("values", "correct", "norms")},
+            "highest": float(found.history[:, 1].max()),
+        }
+
+    size = len(data) if name == "w-pgd" else batch_size * -(-PART // batch_size)
+    found = kept.each(key, data, size, compute, _attack_passes(steps))
+    row = {
         "attack": name,
-        "loss": settings["loss"],
-        "steps": settings["steps"],
+        "loss": loss,
+        "steps": steps,
         "threat": threat.describe(),
-        "accuracy": found.accuracy,
-        "per_class": per_class(found.correct.cpu(), data.y, data.classes),
-        "loss_value": found.loss,
-        "distance": found.distance,
+        "accuracy": float(found["correct"].double().mean()),
+        "per_class": per_class(found["correct"], data.y, data.classes),
+        "loss_value": float(found["values"].double().mean()),
+        "distance": float(threat.distance(found["norms"])),
     }
+    return row | ({"highest_loss": found["highest"]} if name == "w-pgd" else {})
 
 
-def _in_parts(kept: "_State", name: str, data: Data, size: int, compute: Callable[[Tensor, Tensor], dict]) -> dict:
-    """Numbers per image (tensors) and per part (floats, averaged over images), each part kept as it is finished."""
-    rows = []
-    for index in torch.arange(len(data)).split(size):
-        key = f"{name} {data.sha256} {int(index[0])}:{int(index[-1]) + 1}"
-        rows.append((len(index), kept.get(key, lambda: compute(*data.batch(index)))))  # noqa: B023
-    tensors = {key: torch.cat([row[key] for _, row in rows]) for key, v in rows[0][1].items() if isinstance(v, Tensor)}
-    means = {key: sum(n * row[key] for n, row in rows) / len(data) for key in rows[0][1] if key not in tensors}
-    return tensors | means
+def _dual(kept: Parts, model: nn.Module, data: Data, threat: Threat, steps: int, batch_size: int) -> dict:
+    """The dual attack on the cross-entropy, a lower bound on V(delta); one part, for prices couple the images."""
+
+    def compute() -> Part:
+        found = dual_attack(model, data.x, data.y, threat, loss="ce", steps=steps, batch_size=batch_size)
+        return {
+            "loss": "ce", "steps": steps, "loss_value": found.value, "estimate": found.estimate,
+            "accuracy": found.adversarial.accuracy, "distance": found.adversarial.distance,
+        }  # fmt: skip
+
+    key = f"dual {data.sha256} {threat!r} {steps} {batch_size}"
+    return {"threat": threat.describe(), **kept.get(key, compute, len(data) * _dual_passes(steps))}
 
 
-def _distances(kept: "_State", model: nn.Module, data: Data, r: float, search: dict, batch_size: int) -> dict:
-    def compute(x: Tensor, y: Tensor) -> dict:
-        found = minimal_distances(model, x, y, r, batch_size=batch_size, **search)
-        return {"distance": found.distance.cpu(), "passes": float(found.passes), "gain": float(found.gain)}
-
-    return _in_parts(kept, f"distances {r} {sorted(search.items())}", data, max(batch_size, 256), compute)
-
-
-def _certified(kept: "_State", model: nn.Module, data: Data, r: float) -> dict:
-    def compute(x: Tensor, y: Tensor) -> dict:
-        return {"distance": certified_radii(model, x, y, r, tolerance=0.05, batch_size=16)}
-
-    return _in_parts(kept, f"certified {r}", data, 128, compute)
-
-
-def _curves(found: dict, data: Data, threats: Sequence[Threat], orders: Sequence[float], curve: int) -> dict:
+def _curves(d: Tensor, data: Data, threats: Sequence[Threat], orders: Sequence[float], curve: int) -> dict:
     """Accuracies by exact allocation, at the threats and along a grid of radii."""
-    d = found["distance"].cpu()
     finite = d[d.isfinite()].double()
     result = {
         "r": plain_number(threats[0].r),
@@ -285,7 +313,6 @@ def _curves(found: dict, data: Data, threats: Sequence[Threat], orders: Sequence
         "threats": [],
         "curves": [],
     }
-    result |= {key: found[key] for key in ("passes", "gain") if key in found}
     result["never_flipped"] = float(d.isinf().double().mean())
     for threat in threats:
         low, high = confidence_band(d, threat.delta, threat.p)
@@ -311,6 +338,43 @@ def _curves(found: dict, data: Data, threats: Sequence[Threat], orders: Sequence
     return result
 
 
+def adversary(
+    model: nn.Module, data: Data, threat: Threat, search: dict | None = None, *, path: str | Path | None = None,
+    batch_size: int = 128, state: str | Path | None = None, progress: bool = True,
+) -> dict:  # fmt: skip
+    """The exact adversary's distribution at one radius, handed out: what it claims, and what its points say.
+
+    Accuracy and W_p cost are measured again by a fresh forward pass and from displacements. With a path they are those
+    of the file written there, for `torch.load(weights_only=True)`: "points" float32 (M, C, H, W), "index" int64 (M,) of
+    the image that each comes from (M is N, or N + 1 where one image's mass is split), "mass" float64 (M,), which sums
+    to 1, "y" (M,), and the "threat". search, state: as for `evaluate`, whose distances it shares.
+    """
+    found = distances(model, data, threat.r, search, batch_size=batch_size, state=state, progress=progress)
+    exact = adversarial_set(data.x, found.x, found.distance, threat.delta, threat.p)
+    points, index, mass = exact.measure()
+    if path is not None:
+        named = {"points": points, "index": index, "mass": mass, "y": data.y[index], "threat": threat.describe()}
+        named = torch.load(write_tensors(path, named | {"data": data.sha256}), weights_only=True)
+        points, index, mass = (named[key] for key in ("points", "index", "mass"))
+    with frozen(model), torch.no_grad():
+        logits = torch.cat([model(b.to(device_of(model))).cpu() for b in points.split(batch_size)])
+    correct = margin(logits, data.y[index]) > 0
+    return {
+        "threat": threat.describe(),
+        "claimed": exact.accuracy,
+        "measured": float(mass[correct].sum()),
+        "claimed_cost": exact.distance,
+        "measured_cost": _cost(points - data.x[index], mass, threat),
+        "in_box": bool((points >= 0).all() and (points <= 1).all()),
+    }
+
+
+def _cost(displacement: Tensor, mass: Tensor, threat: Threat) -> float:
+    """(sum mass ||displacement||_r^p)^(1/p) of points that carry mass."""
+    norms = threat.norm(displacement).double()
+    return float(norms.max() if threat.pointwise else ((mass * norms**threat.p).sum()) ** (1 / threat.p))
+
+
 def autoattack_accuracy(model: nn.Module, data: Data, threat: Threat, version: str, batch_size: int) -> dict:
     """Robust accuracy by AutoAttack (p = inf only), overall and per class, re-checked on the images it returns."""
     x = autoattack(model, data.x, data.y, threat.delta, threat.r, version=version, batch_size=batch_size)
@@ -324,28 +388,3 @@ def autoattack_accuracy(model: nn.Module, data: Data, threat: Threat, version: s
         "accuracy": float(correct.double().mean()),
         "per_class": per_class(correct, data.y, data.classes),
     }
-
-
-class _State:
-    """Finished parts by key, in a file that is replaced whole after each; nothing is kept without a path."""
-
-    def __init__(self, path: str | Path | None, model: nn.Module, data: Data) -> None:
-        self.path = Path(path) if path else None
-        self.parts: dict = {}
-        if self.path is None:
-            return
-        self.owner = f"{weights_digest(model)} {data.sha256}"
-        if self.path.exists():
-            try:
-                saved = torch.load(self.path, weights_only=True)
-            except Exception as error:
-                raise ValueError(f"state file {self.path} can not be read; delete it to start anew") from error
-            self.parts = saved["parts"] if saved.get("owner") == self.owner else {}
-
-    def get(self, key: str, compute: Callable[[], dict | Tensor]) -> dict | Tensor:
-        """The part of this key, computed and kept if it is not there."""
-        if key not in self.parts:
-            self.parts[key] = compute()
-            if self.path:
-                write_tensors(self.path, {"owner": self.owner, "parts": self.parts})
-        return self.parts[key]

@@ -1,0 +1,163 @@
+"""Long work in parts: finished ones are kept in files, and a progress bar counts passes through the network.
+
+`distances` and `certificates` do so for a data set what `wdat.radii` and `wdat.certify` do for tensors.
+"""
+
+import functools
+import hashlib
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from wdat.certify import certified_radii
+from wdat.checks import weights_digest
+from wdat.data import Data
+from wdat.radii import Radii, minimal_distances
+from wdat.records import write_tensors
+
+Part = dict[str, Tensor | float]
+PART = 256  # images in a part, about
+CERTIFY = 300  # what a certificate costs an image, in forward passes: rough, for the progress bar alone
+COMPUTING = ("threat", "losses", "checks", "sensitivity", "attacks", "dual", "radii", "certify", "rb", "parts",
+             "evaluation")  # fmt: skip
+
+
+@functools.cache
+def library_digest() -> str:
+    """SHA-256 of the modules that compute what parts hold: numbers of another version are never mixed in."""
+    files = (Path(__file__).with_name(f"{name}.py") for name in COMPUTING)
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+class Parts:
+    """Parts by key, each in a file of `folder` (None: nothing outlives the object) written whole as it is finished.
+
+    A file's name is a digest of the key, the model's weights and the library, and keys name their data: a folder may
+    be shared, and what was computed from anything else is simply not found.
+    """
+
+    def __init__(self, folder: str | Path | None, model: nn.Module, bar: tqdm | None = None) -> None:
+        self.folder, self.model, self.bar = Path(folder) if folder else None, model, bar
+        self.known: dict[str, Part] = {}
+        if self.folder is not None:
+            if self.folder.is_file():
+                raise ValueError(f"state {self.folder} is a file; it must be a folder: delete the file or name another")
+            self.owner = f"{weights_digest(model)} {library_digest()}"
+
+    def get(self, key: str, compute: Callable[[], Part], passes: float = 0) -> Part:
+        """The part of this key, computed and kept if it is not there; `passes`: expected, counted by the bar."""
+        file = None
+        if key not in self.known and self.folder is not None:
+            file = self.folder / (hashlib.sha256(f"{self.owner} {key}".encode()).hexdigest()[:32] + ".pt")
+            if file.is_file():
+                try:
+                    self.known[key] = torch.load(file, weights_only=True)
+                except Exception as error:
+                    raise ValueError(f"state file {file} can not be read; delete it to start anew") from error
+        if key in self.known:
+            self._skip(passes)
+            return self.known[key]
+        self.known[key] = self._counted(compute, passes)
+        if file is not None:
+            write_tensors(file, self.known[key])
+        return self.known[key]
+
+    def _skip(self, passes: float) -> None:
+        if self.bar is not None:
+            self.bar.total -= passes  # what costs nothing must not make the rest look cheap
+            self.bar.refresh()
+
+    def _counted(self, compute: Callable[[], Part], passes: float) -> Part:
+        """Run it while a hook moves the bar by every pass of the model, up to what was expected; then by the rest."""
+        if self.bar is None:
+            return compute()
+        left = passes
+
+        def move(_: nn.Module, arguments: tuple, logits: Tensor) -> None:
+            nonlocal left
+            done = min(left, len(arguments[0]) * (1 + logits.requires_grad))  # with its backward pass
+            left -= done
+            self.bar.update(done)
+
+        handle = self.model.register_forward_hook(move)
+        try:
+            result = compute()
+        finally:
+            handle.remove()
+        self.bar.update(left)
+        return result
+
+    def each(
+        self, name: str, data: Data, size: int, compute: Callable[[Tensor], Part], passes: float
+    ) -> dict[str, Tensor | float]:
+        """Numbers per image (tensors, joined) and per part (averaged over images) of every `size` images.
+
+        compute takes indices of images; passes: expected for an image.
+        """
+        rows = []
+        for index in torch.arange(len(data)).split(size):
+            key = f"{name} {data.sha256} {int(index[0])}:{int(index[-1]) + 1}"
+            rows.append((len(index), self.get(key, lambda: compute(index), len(index) * passes)))  # noqa: B023
+        first = rows[0][1]
+        tensors = {key: torch.cat([row[key] for _, row in rows]) for key, v in first.items() if isinstance(v, Tensor)}
+        return tensors | {k: sum(n * row[k] for n, row in rows) / len(data) for k in first if k not in tensors}
+
+
+def distances_in_parts(kept: Parts, data: Data, r: float, search: dict, batch_size: int) -> Radii:
+    """`distances` among the parts of other work."""
+
+    def compute(index: Tensor) -> Part:
+        found = minimal_distances(kept.model, *data.batch(index), r, batch_size=batch_size, **search)
+        tensors = {key: getattr(found, key).cpu() for key in ("distance", "x", "correct")}
+        return tensors | {"passes": float(found.passes), **{str(k): gain for k, gain in enumerate(found.gains)}}
+
+    key = f"distances {r} {sorted(search.items())} {batch_size}"
+    found = kept.each(key, data, batch_size * -(-PART // batch_size), compute, search_passes(search))
+    fields = [found.pop(name) for name in ("distance", "x", "correct", "passes")]
+    return Radii(*fields, tuple(found.values()))
+
+
+def certified_in_parts(kept: Parts, data: Data, r: float) -> Tensor:
+    """`certificates` among the parts of other work."""
+
+    def compute(index: Tensor) -> Part:
+        return {"radii": certified_radii(kept.model, *data.batch(index), r, tolerance=0.05, batch_size=16)}
+
+    return kept.each(f"certified {r}", data, 128, compute, CERTIFY)["radii"]
+
+
+def search_settings(search: dict) -> dict:
+    """All settings of a search of minimal distances, those not given at their defaults."""
+    parameters = list(inspect.signature(minimal_distances).parameters.items())[4:]
+    return {name: parameter.default for name, parameter in parameters} | search
+
+
+def search_passes(search: dict) -> int:
+    """Passes an image expected of a search of minimal distances, before anything has left it."""
+    known = search_settings(search)
+    return (2 * known["steps"] + known["rivals"] + 2) * (1 + known["restarts"]) + 1000 * bool(known["tight"])
+
+
+def distances(
+    model: nn.Module, data: Data, r: float, search: dict | None = None, *, batch_size: int = 128,
+    state: str | Path | None = None, progress: bool = True,
+) -> Radii:  # fmt: skip
+    """`wdat.radii.minimal_distances` of a data set, resumable; with the state of an evaluation, what that has found.
+
+    search: its settings. `passes` and `gains` are averaged over images; tensors are on the CPU.
+    """
+    total = len(data) * search_passes(search or {})
+    with tqdm(total=total, desc="distances", unit="pass", unit_scale=True, disable=not progress) as bar:
+        return distances_in_parts(Parts(state, model, bar), data, r, search or {}, batch_size)
+
+
+def certificates(
+    model: nn.Module, data: Data, r: float, *, state: str | Path | None = None, progress: bool = True
+) -> Tensor:
+    """`wdat.certify.certified_radii` of a data set, resumable; with the state of an evaluation, what that has found."""
+    with tqdm(total=len(data) * CERTIFY, desc="certify", disable=not progress) as bar:
+        return certified_in_parts(Parts(state, model, bar), data, r)
