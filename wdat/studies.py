@@ -10,19 +10,18 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from wdat.allocation import accuracy_curve, adversarial_set, class_accuracy, water_level
-from wdat.attacks import pgd, w_fgsm, w_pgd, w_pgd_budget
-from wdat.checks import device_of, frozen
+from wdat.allocation import accuracy_curve, class_accuracy, water_level
+from wdat.attacks import attack, pgd, w_fgsm, w_pgd, w_pgd_budget
 from wdat.data import Data, load_data
 from wdat.dual import dual_attack
-from wdat.evaluation import autoattack_accuracy, clean_pass, evaluate
+from wdat.evaluation import adversary, autoattack_accuracy, clean_pass, evaluate
 from wdat.finetuning import finetune, make_recipe, step_seed
-from wdat.losses import margin
 from wdat.models import load_model, save_model
 from wdat.networks import Normalised, build
+from wdat.parts import certificates, distances, search_settings
 from wdat.radii import minimal_distances
 from wdat.sensitivity import dual_norms, estimate
-from wdat.threat import Threat, plain_number
+from wdat.threat import Threat, parse_norm, plain_number
 
 
 def load_networks(
@@ -306,69 +305,94 @@ def finetuning(
 
 
 def verified_sets(
-    models: dict[str, nn.Module], data: Data, threat: Threat, search: dict | None = None, batch_size: int = 128
-) -> list[dict]:
+    models: dict[str, nn.Module], data: Data, threat: Threat, work: Path, search: dict | None = None,
+    batch_size: int = 128,
+) -> list[dict]:  # fmt: skip
     """The exact adversary's distribution at one radius, handed out and checked: claimed against re-measured.
 
     For each network: accuracy and W_p cost that the allocation claims, and those of its points (the images moved, and
-    the one image whose mass is split) by a fresh forward pass and their displacements.
+    the one image whose mass is split) by a fresh forward pass and their displacements. Minimal distances are those of
+    `across_networks` with the same `work` and `search`.
     """
-    rows, x, y = [], data.x, data.y
-    for name, model in models.items():
-        found = minimal_distances(model, x, y, threat.r, batch_size=batch_size, **(search or {}))
-        adversary = adversarial_set(x, found.x, found.distance, threat.delta, threat.p)
-        points, index, mass = adversary.measure()
-        with frozen(model), torch.no_grad():
-            logits = torch.cat([model(b.to(device_of(model))).cpu() for b in points.split(batch_size)])
-        correct = margin(logits, y[index]) > 0
-        norms = threat.norm(points - x[index]).double()
-        cost = norms.max() if threat.pointwise else ((mass * norms**threat.p).sum()) ** (1 / threat.p)
-        rows.append({
-            "network": name, "threat": threat.describe(), "claimed": adversary.accuracy,
-            "measured": float(mass[correct].sum()), "claimed_cost": adversary.distance, "measured_cost": float(cost),
-            "in_box": bool((points >= 0).all() and (points <= 1).all()),
-        })  # fmt: skip
-    return rows
+    return [
+        {"network": name, **adversary(model, data, threat, search, batch_size=batch_size, state=work / f"{name}.parts")}
+        for name, model in models.items()
+    ]
 
 
 def convergence(
-    models: dict[str, nn.Module], data: Data, threats: Sequence[Threat], search: dict | None = None,
+    models: dict[str, nn.Module], data: Data, threats: Sequence[Threat], work: Path, search: dict | None = None,
     longer: int = 10, batch_size: int = 128,
 ) -> list[dict]:  # fmt: skip
     """How much a search of about `longer` times the passes still lowers the exact allocation, network by network.
 
-    The long search has twice the steps, all rivals and enough restarts. Differences are in accuracy, at each threat.
+    The long search has twice the steps, all rivals and enough restarts; the short one is that of `across_networks`
+    with the same `work` and `search`. Differences are in accuracy, at each threat; "gains": by how much each restart of
+    the long search lowered the distances, relatively.
     """
-    rows, settings = [], dict(search or {})
+    rows, short_search = [], search or {}
+    steps = search_settings(short_search)["steps"]
+    long_search = short_search | {"steps": 2 * steps, "rivals": 9, "restarts": longer // 2 - 1, "tolerance": 0.0}
     for name, model in models.items():
         for r in sorted({t.r for t in threats}):
-            own = [t for t in threats if t.r == r]
-            short = minimal_distances(model, data.x, data.y, r, batch_size=batch_size, **settings)
-            steps = settings.get("steps", 16)
-            more = {**settings, "steps": 2 * steps, "rivals": 9, "restarts": longer // 2 - 1, "tolerance": 0.0}
-            long = minimal_distances(model, data.x, data.y, r, batch_size=batch_size, **more)
+            short, long = (
+                distances(model, data, r, settings, batch_size=batch_size, state=work / f"{name}.parts")
+                for settings in (short_search, long_search)
+            )
             best = torch.minimum(short.distance, long.distance)
             rows.append({
                 "network": name, "r": plain_number(r), "passes": short.passes, "longer_passes": long.passes,
+                "gains": list(long.gains),
                 "threats": [
                     {
                         "threat": t.describe(), "accuracy": float(accuracy_curve(short.distance, t.delta, t.p)),
                         "longer": float(accuracy_curve(best, t.delta, t.p)),
                     }
-                    for t in own
+                    for t in threats if t.r == r
                 ],
             })  # fmt: skip
+    return rows
+
+
+def probed_certificates(
+    models: dict[str, nn.Module], data: Data, norms: Sequence[float | str], work: Path, certified: int,
+    restarts: int = 2, steps: int = 8, batch_size: int = 128,
+) -> list[dict]:  # fmt: skip
+    """Attempts to refute the certificates of `across_networks`: probes inside the certified balls, and violations.
+
+    PGD on the margin from the image and from `restarts` uniform draws from its ball; every iterate is a probe. Radii
+    are drawn in by what float32 could round a probe out of its ball.
+    """
+    rows = []
+    part = data.take(min(certified, len(data)), seed=0)
+    for name, model in models.items():
+        for r in map(parse_norm, norms):
+            radii = certificates(model, part, r, state=work / f"{name}.parts")
+            radii = (radii * (1 - 1e-6) - 2e-6).clamp_min(0).float()
+            chosen = (radii > 0).nonzero()[:, 0]
+            row = {"network": name, "r": plain_number(r), "images": len(chosen), "probes": 0, "violations": 0}
+            for restart in range(1 + restarts if len(chosen) else 0):
+                generator = torch.Generator().manual_seed(restart)
+                found = attack(
+                    model, *part.batch(chosen), Threat(1, float("inf"), r), loss="negative-margin", steps=steps,
+                    radii=radii[chosen], start="random" if restart else "clean", generator=generator,
+                    batch_size=batch_size,
+                )  # fmt: skip
+                right = found.history[:, 0].double() * len(chosen)
+                row["probes"] += len(chosen) * len(right)
+                row["violations"] += int((len(chosen) - right).round().sum())
+            rows.append(row)
     return rows
 
 
 def across_networks(
     models: dict[str, nn.Module], data: Data, threats: Sequence[Threat], work: Path, **settings
 ) -> dict:
-    """`wdat.evaluation.evaluate` for each network; one result per network, resumable through state files in `work`."""
+    """`wdat.evaluation.evaluate` for each network; resumable and shared with the checks by state folders in `work`."""
     return {
         "n": len(data),
         "networks": [
-            {"network": name, **evaluate(model, data, threats, state=work / f"{name}.state", **settings)}
+            {"network": name, **evaluate(model, data, threats, state=work / f"{name}.parts", **settings)}
             for name, model in models.items()
         ],
     }

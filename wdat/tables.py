@@ -12,11 +12,11 @@ import numpy as np
 import pandas as pd
 
 from wdat import records
-from wdat.plots import _groups, _suffix
+from wdat.plots import LOSS_NAMES, _groups, _suffix
 
 SYMBOLS = {
     r"W\_∞": r"$W_\infty$", "W₂": r"$W_2$", "±": r"$\pm$", "δ": r"$\delta$", "Υ": r"$\Upsilon$", "∞": r"$\infty$",
-    "ε": r"$\varepsilon$", "%": r"\%", "–": "--", "≤": r"$\le$", "−": r"$-$",
+    "ε": r"$\varepsilon$", "τ": r"$\tau$", " > ": r" $>$ ", "%": r"\%", "–": "--", "≤": r"$\le$", "−": r"$-$",
 }  # fmt: skip
 
 
@@ -191,10 +191,54 @@ def converged(path: str | Path) -> Table:
             "network": row["network"], "norm": f"l{'∞' if row['r'] == 'inf' else format(float(row['r']), 'g')}",
             "passes": f"{row['passes']:.0f}", "longer": f"{row['longer_passes']:.0f}",
             "largest gain (points)": f"{100 * gains[worst]:.2f}", "at δ": worst,
+            "last restart (% of d)": f"{100 * row['gains'][-1]:.2f}" if row.get("gains") else "–",
         })  # fmt: skip
     return Table(pd.DataFrame(rows), "Forward equivalents per image, and what the longer search gains.").write(
         path, "convergence"
     )
+
+
+def probed(path: str | Path) -> Table:
+    """Probes inside certified balls, and how many changed the prediction: one would refute the certificates."""
+    path = Path(path)
+    found = records.read(path, "verification")["results"]
+    rows = [
+        {
+            "network": row["network"], "norm": f"l{'∞' if row['r'] == 'inf' else format(float(row['r']), 'g')}",
+            "certified images": str(row["images"]), "probes": str(row["probes"]), "violations": str(row["violations"]),
+        }
+        for row in found.get("probes", [])
+    ]  # fmt: skip
+    return Table(pd.DataFrame(rows), "Attacks inside the certified balls.").write(path, "probes")
+
+
+def ranks(path: str | Path) -> Table:
+    """How far W_∞ and W₂ order the networks alike, at each radius: Kendall's tau and the pairs in reversed order."""
+    path = Path(path)
+    results = records.read(path, "evaluation")["results"]
+    rows = [
+        {
+            "norm": row["norm"], "δ": row["written"], "Kendall's τ": f"{row['tau']:.2f}",
+            "pairs reversed": f"{row['reversed']} of {row['pairs']}",
+        }
+        for row in _ranks(results)
+    ]  # fmt: skip
+    columns = ["norm", "δ", "Kendall's τ", "pairs reversed"]
+    caption = "Order of the networks under W_∞ and under W₂ at the same radius (ties count as neither)."
+    return Table(pd.DataFrame(rows, columns=columns), caption).write(path, "ranks")
+
+
+def failures(path: str | Path) -> Table:
+    """The smallest radius measured at which the first-order R^l of each loss lies above the exact allocation, W₂."""
+    path = Path(path)
+    frame: dict[tuple[str, str], dict[str, str]] = {}
+    for row in _failures(records.read(path, "evaluation")["results"]):
+        cells = frame.setdefault((row["network"], row["norm"]), {"network": row["network"], "norm": row["norm"]})
+        cells[LOSS_NAMES.get(row["loss"], row["loss"])] = (
+            f"{row['written']} ({row['bound']:.2f} > {row['ratio']:.2f})" if row["written"] else "–"
+        )
+    caption = "Smallest radius measured at which R^l exceeds the exact allocation (R^l > R); – where it never does."
+    return Table(pd.DataFrame(frame.values(), columns=None if frame else ["network"]), caption).write(path, "failures")
 
 
 def pretraining(path: str | Path) -> Table:
@@ -473,6 +517,12 @@ def _evaluation_numbers(results: dict) -> dict[str, str]:
         if (share := _discordant(exact)) is not None:
             own[f"l{r:g}.discordant"] = percent(share)
         found |= own
+    for rank in _ranks(results):
+        for place in _places(row["written"] for row in _ranks(results) if row["r"] == rank["r"])[rank["written"]]:
+            found[f"l{rank['r']:g}.{place}.tau"] = f"{rank['tau']:.2f}"
+            found[f"l{rank['r']:g}.{place}.reversed"] = f"{rank['reversed']} of {rank['pairs']}"
+    for row in _failures(results):
+        found[f"{row['network']}.l{row['r']:g}.{row['loss']}.fails-at"] = row["written"] or "none"
     return found
 
 
@@ -536,13 +586,59 @@ def _verification_numbers(results: dict) -> dict[str, str]:
         for t in row["threats"]
     }
     wrong = [abs(row["claimed"] - row["measured"]) for row in results["sets"]]
+    probes = results.get("probes", [])
     return {
+        "probes": f"{sum(row['probes'] for row in probes):,}",
+        "violations": str(sum(row["violations"] for row in probes)),
         **_spread("longer", gains),
         "longer.within": f"{sum(g <= 0.005 for g in gains.values())} of {len(gains)}",
         "passes": f"{np.mean([row['passes'] for row in results['convergence']]):.0f}",
         "longer-passes": f"{np.mean([row['longer_passes'] for row in results['convergence']]):.0f}",
         "sets.agree": f"{sum(w < 1e-9 for w in wrong)} of {len(wrong)}",
     }
+
+
+def _norms(results: dict) -> list[float]:
+    return list(dict.fromkeys(float(e["r"]) for network in results["networks"] for e in network.get("exact", [])))
+
+
+def _ranks(results: dict) -> list[dict]:
+    """At each radius of p = 2: Kendall's tau-a of the networks' exact accuracies under p = 2 and p = inf, pairs."""
+    found = []
+    for r in _norms(results):
+        exact = [next(e for e in network["exact"] if float(e["r"]) == r) for network in results["networks"]]
+        curves = [{float(c["p"]): c for c in e["curves"]} for e in exact]
+        if len(exact) < 2 or not all({2.0, float("inf")} <= set(own) for own in curves):
+            continue
+        for ball in [row["threat"] for row in exact[0]["threats"] if float(row["threat"]["p"]) == 2]:
+            one, other = (
+                np.array([np.interp(ball["delta"], own[p]["delta"], own[p]["accuracy"]) for own in curves])
+                for p in (2.0, float("inf"))
+            )
+            upper = np.triu_indices(len(exact), 1)
+            agree = (np.sign(one[:, None] - one) * np.sign(other[:, None] - other))[upper]
+            found.append({
+                "norm": f"l{'∞' if r == float('inf') else format(r, 'g')}", "r": r, "written": ball["written"],
+                "tau": float(agree.mean()), "reversed": int((agree < 0).sum()), "pairs": len(agree),
+            })  # fmt: skip
+    return found
+
+
+def _failures(results: dict) -> list[dict]:
+    """For each network, norm and loss: the first radius of p = 2 whose R^l exceeds the exact ratio (None: no one)."""
+    found = []
+    for r in _norms(results):
+        rows = _evaluation_rows(results, r)
+        for network, loss in dict.fromkeys((row["network"], loss) for row in rows for loss in row["bounds"]):
+            own = [row for row in rows if row["network"] == network and loss in row["bounds"]]
+            above = (row for row in own if row["bounds"][loss]["r_l"] > row["ratio"] + 1e-9)
+            first = next(above, None)
+            found.append({
+                "network": network, "norm": f"l{'∞' if r == float('inf') else format(r, 'g')}", "r": r, "loss": loss,
+                "written": first and first["written"], "bound": first and first["bounds"][loss]["r_l"],
+                "ratio": first and first["ratio"],
+            })  # fmt: skip
+    return found
 
 
 def _discordant(exact: list[dict]) -> float | None:
