@@ -14,7 +14,7 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import batch_norm, counting, images, labels, linear, relu, smooth
+from nets import batch_norm, built, counting, images, labels, linear, relu, smooth
 from torch import nn
 
 from wdat.attacks import PRECISIONS
@@ -40,6 +40,16 @@ def data(model: nn.Module, n: int = N, seed: int = 0) -> Data:
 
 def run(model, train, recipe, **settings):
     return finetune(model, train, recipe, progress=False, **settings)
+
+
+def deep() -> nn.Module:
+    """Batch norm, dropout, and a layer between the first and the last, which bfloat16 leaves alone."""
+    return built(
+        lambda: nn.Sequential(
+            nn.Conv2d(2, 6, 3, 1, 1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 6, 3, 1, 1), nn.BatchNorm2d(6),
+            nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Dropout(0.3), nn.Linear(24, 4),
+        )
+    )  # fmt: skip
 
 
 def weights(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -248,10 +258,10 @@ def test_a_tracker_observes_every_micro_batch_once():
 
 def test_mixed_precision_keeps_weights_and_budgets_in_float32():
     """Same budgets bit for bit; the loss and the step of float32 within the eight bits of bfloat16."""
-    model = relu()
+    model = smooth()
     train = data(model)
     logs, kinds = [], []
-    hook = model[4].register_forward_hook(lambda m, args, output: kinds.append(output.dtype))
+    hook = model[3].register_forward_hook(lambda m, args, output: kinds.append(output.dtype))
     for precision in PRECISIONS:
         model.zero_grad()
         torch.manual_seed(0)
@@ -267,7 +277,7 @@ def test_mixed_precision_keeps_weights_and_budgets_in_float32():
     for key in ("0.epsilon^p", "0.norm", "0.idle"):
         assert torch.equal(full[key], half[key])
     assert 0 < float((half["loss"] / full["loss"] - 1).abs()) < 0.02
-    assert float(F.cosine_similarity(full["gradient"], half["gradient"], 0)) > 0.999
+    assert float(F.cosine_similarity(full["gradient"], half["gradient"], 0)) > 0.99
     for objective in (plain(), trades(0.05, steps=2, precision="bfloat16", distil=1.0)):
         found = run(model, train, Recipe(objective, precision="bfloat16", **QUICK))
         assert all(p.dtype == torch.float32 for p in found.model.parameters())
@@ -350,7 +360,8 @@ RECIPES = {
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_run_killed_at_random_moments_ends_as_an_undisturbed_one(name, tmp_path):
     """Weights, batch-norm buffers and history, bit for bit; killed after about every second step, resumed each time."""
-    model, recipe = batch_norm(), RECIPES[name]
+    recipe = RECIPES[name]
+    model = batch_norm() if recipe.precision == "float32" else deep()
     train, validation = data(model), data(model, 10, seed=3)
     undisturbed = run(model, train, recipe, validation=validation)
     rng = random.Random(name)
@@ -382,7 +393,7 @@ def test_a_run_killed_at_random_moments_ends_as_an_undisturbed_one(name, tmp_pat
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_twenty_processes_killed_at_random_moments(tmp_path):
     """SIGKILL, up to 10 ms after one of the first steps: in a pass, in the optimiser, while writing, anywhere."""
-    model, path, rng = batch_norm(), tmp_path / "run.pt", random.Random(0)
+    model, path, rng = deep(), tmp_path / "run.pt", random.Random(0)
     train, validation = data(model), data(model, 10, seed=3)
     recipe = Recipe(combined(THREAT, 0.02, steps=2, precision="bfloat16"), upsilon=Rule("ema"), accumulate=2,
                     augment=1, precision="bfloat16", **QUICK | {"epochs": 40})  # fmt: skip

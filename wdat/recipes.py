@@ -33,8 +33,8 @@ class Recipe:
         accumulate: micro-batches a step is split into, for networks that do not fit at once; the step is that of the
             whole batch but for rounding and the inner attacks' random starts. Two things see micro-batches only: batch
             norm in training mode, and the upsilon rules "batch", "ema" and "memory", which observe each in turn.
-        precision: "bfloat16" runs the layers of the outer forward and backward pass in it (all but the first, see
-            `wdat.attacks.autocast`); weights, their gradients and the losses stay in float32. That of the inner
+        precision: "bfloat16" runs the layers of the outer forward and backward pass in it (all but the first and last,
+            see `wdat.attacks.autocast`); weights, their gradients and the losses stay in float32. That of the inner
             attacks is a setting of their terms.
         momentum, weight_decay: of SGD (decay 0 switches it off).
         init: "none", "perturb" (all weights, Gaussian noise of `init_scale` times each tensor's root mean square) or
