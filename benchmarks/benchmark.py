@@ -14,248 +14,35 @@ import importlib.util
 import os
 import statistics
 import time
-import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.counting import Clock, Live, counted, timed
+from benchmarks.scale import scale
+from benchmarks.work import POINTWISE, STEPS, THREAT, bare, library, peers, repeats
 from wdat import plots, records, tables
-from wdat.attacks import PRECISIONS, attack, w_fgsm, w_pgd_budget
-from wdat.checks import device_of, frozen
-from wdat.data import from_tensors, load_data
-from wdat.evaluation import evaluate
+from wdat.attacks import PRECISIONS, attack
+from wdat.checks import frozen
+from wdat.data import load_data
 from wdat.losses import ce
 from wdat.models import load_model
 from wdat.networks import build
-from wdat.objectives import Objective, trades, w_trades, water_level
-from wdat.radii import minimal_distances
-from wdat.sensitivity import dual_norms, input_gradient, upsilon
+from wdat.sensitivity import dual_norms
+from wdat.studies import upsilon_rules
 from wdat.threat import Threat
-from wdat.trackers import Rule, Tracker
 
 HERE = Path(__file__).parent
-STEPS = 10
-THREAT = Threat("8/255", 2, "inf")
-POINTWISE = Threat("8/255", "inf", "inf")
 
 
-# Counting
-
-
-@contextmanager
-def counted(model: nn.Module) -> Iterator[dict[str, int]]:
-    """Counts images through the model: "forward" (all), "gradient" (backward to the images), "full" (to parameters)."""
-    counts = {"forward": 0, "gradient": 0, "full": 0}
-
-    def note(_: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-        counts["forward"] += len(output)
-        if output.requires_grad:
-            kind = "gradient" if arguments[0].requires_grad else "full"
-            output.register_hook(lambda g: counts.__setitem__(kind, counts[kind] + len(g)))
-
-    handle = model.register_forward_hook(note)
-    try:
-        yield counts
-    finally:
-        handle.remove()
-
-
-class Live(TorchDispatchMode):
-    """Bytes of the tensors made inside this context: `now` alive, `peak` the most at any moment. CPU and GPU alike.
-
-    Tensors that existed before are not counted. A few per cent slow, so that nothing is timed in it.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self.known: set[int] = set()
-
-    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-        for tensor in tree_leaves((arguments, keywords)):
-            self._note(tensor, old=True)
-        result = function(*arguments, **(keywords or {}))
-        for tensor in tree_leaves(result):
-            self._note(tensor, old=False)
-        return result
-
-    def _note(self, tensor: object, old: bool) -> None:
-        if not isinstance(tensor, Tensor):
-            return
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self.known:
-            return
-        self.known.add(key)
-        size = 0 if old else storage.nbytes()
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._gone, key, size)
-
-    def _gone(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.now -= size
-
-
-# Timing
-
-
-@dataclass
-class Clock:
-    """Seconds since the last `lap`, by the wall and (on a CPU) of this process."""
-
-    device: torch.device
-
-    def lap(self) -> tuple[float, float]:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        now = time.perf_counter(), time.process_time()
-        before, self.last = getattr(self, "last", now), now
-        wall, own = now[0] - before[0], now[1] - before[1]
-        return wall, own if self.device.type == "cpu" else wall
-
-
-def timed(clock: Clock, run: Callable[[], object]) -> tuple[float, float]:
-    """Wall and own seconds of one call."""
-    clock.lap()
-    run()
-    return clock.lap()
-
-
-# The work
-
-
-def bare(model: nn.Module, x: Tensor, y: Tensor, batch: int) -> dict[str, Callable[[], None]]:
-    """The passes themselves: forwards, input gradients with frozen parameters, full passes in train mode."""
-    batches = list(zip(x.split(batch), y.split(batch), strict=True))
-
-    def forward() -> None:
-        with frozen(model), torch.no_grad():
-            for _ in range(STEPS):
-                for a, _ in batches:
-                    model(a)
-
-    def gradient() -> None:
-        with frozen(model):
-            for _ in range(STEPS):
-                for a, b in batches:
-                    input_gradient(model, a, b, ce)
-
-    def full() -> None:
-        model.train()
-        for _ in range(2):
-            for a, b in batches:
-                model.zero_grad(set_to_none=True)
-                ce(model(a), b).mean().backward()
-        model.eval()
-
-    return {"forward": forward, "gradient": gradient, "full": full}
-
-
-def repeats(kind: str) -> int:
-    """How many passes one call of `bare` makes."""
-    return 2 if kind == "full" else STEPS
-
-
-def training_step(model: nn.Module, x: Tensor, y: Tensor, objective: Objective) -> Callable[[], None]:
-    """One SGD step of an objective on a batch, at learning rate 0, with the tracked scalars it needs."""
-    optimiser = torch.optim.SGD(model.parameters(), 0.0, 0.9, weight_decay=5e-4)
-    index = torch.arange(len(x))
-    kept = [
-        None if t.tracked is None else Tracker(Rule("ema" if t.tracked == "upsilon" else "memory"), t.threat, len(x))
-        for t in objective.terms
-    ]
-
-    def step() -> None:
-        loss, _ = objective(model, x, y, index, kept)
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        optimiser.step()
-        model.eval()
-
-    return step
-
-
-def channels_last(model: nn.Module, run: Callable[[], object]) -> Callable[[], object]:
-    """The same with the model's weights, and so its activations, in that order of memory; put back afterwards."""
-
-    def changed() -> None:
-        model.to(memory_format=torch.channels_last)
-        run()
-        model.to(memory_format=torch.contiguous_format)
-
-    return changed
-
-
-def library(model: nn.Module, x: Tensor, y: Tensor, batch: int, images: int) -> dict[str, Callable[[], object]]:
-    """Everything the library does, by name. Training steps take one batch, evaluation `images` images."""
-    a, b = x[:batch], y[:batch]
-    settings = {"loss": "ce", "batch_size": batch}
-    work = {
-        "W-FGSM": lambda: w_fgsm(model, x, y, THREAT, **settings),
-        "PGD": lambda: attack(model, x, y, POINTWISE, steps=STEPS, **settings),
-        "W-PGD": lambda: attack(model, x, y, THREAT, steps=STEPS, **settings),
-        "W-PGD-Budget": lambda: w_pgd_budget(model, x, y, THREAT, steps=STEPS, **settings),
-        "minimal distances": lambda: minimal_distances(model, x, y, THREAT.r, batch_size=batch),
-        "W-PGD, bfloat16": lambda: attack(model, x, y, THREAT, steps=STEPS, precision="bfloat16", **settings),
-        "W-PGD, channels last": channels_last(model, lambda: attack(model, x, y, THREAT, steps=STEPS, **settings)),
-        "Υ": lambda: upsilon(model, x, y, THREAT, "ce", batch_size=batch),
-        "Υ of a quarter": lambda: upsilon(model, x, y, THREAT, "ce", subset=len(x) // 4, batch_size=batch),
-        "TRADES step": training_step(model, a, b, trades("8/255", steps=STEPS)),
-        "W-TRADES step": training_step(model, a, b, w_trades(THREAT, steps=STEPS)),
-        "water-level step": training_step(model, a, b, water_level(THREAT)),
-    }
-    if images:
-        index = torch.arange(images) % len(x)
-        data = from_tensors(x[index], y[index], classes=[str(k) for k in range(10)])
-        work[f"evaluation of {images:,} images"] = lambda: evaluate(
-            model, data, (THREAT,), losses=("redlr",), steps=STEPS, batch_size=batch, progress=False
-        )
-    return work
-
-
-def peers(model: nn.Module, x: Tensor, y: Tensor, batch: int) -> dict[str, Callable[[], object]]:
-    """Other people's attacks with as many steps, called as their users call them; those that are installed."""
-    device, found = device_of(model), {}
-    batches = list(zip(x.split(batch), y.split(batch), strict=True))
-    if importlib.util.find_spec("pyautoattack"):
-        from pyautoattack.autopgd_base import APGDAttack
-
-        def apgd() -> None:
-            for a, b in batches:
-                other = APGDAttack(model, n_iter=STEPS, norm="Linf", eps=POINTWISE.delta, loss="ce", device=device)
-                other.init_hyperparam(a)
-                other.attack_single_run(a, b)
-
-        found["AutoAttack APGD-CE"] = apgd
-    if importlib.util.find_spec("foolbox"):
-        import foolbox
-
-        def fool(other: object, eps: float | None) -> None:
-            wrapped = foolbox.PyTorchModel(model, bounds=(0, 1), device=device)
-            for a, b in batches:
-                other(wrapped, a, b, epsilons=eps)
-
-        found["foolbox PGD"] = lambda: fool(
-            foolbox.attacks.LinfPGD(steps=STEPS, random_start=False), float(POINTWISE.delta)
-        )
-        found["foolbox FMN"] = lambda: fool(foolbox.attacks.LInfFMNAttack(steps=STEPS), None)
-    return found
-
-
-# Measuring
-
-
-def measure(name: str, n: int, batch: int, images: int, rounds: int, seconds: float, device: torch.device) -> dict:
+def measure(
+    name: str, n: int, batch: int, images: int, rounds: int, seconds: float, device: torch.device, compiled: bool
+) -> dict:
     """Counts and times of every piece of work on one network, as a row of plain numbers each."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -269,12 +56,16 @@ def measure(name: str, n: int, batch: int, images: int, rounds: int, seconds: fl
     with torch.no_grad():
         y = torch.cat([model(b).argmax(1) for b in x.split(batch)])
     floor = bare(model, x, y, batch)
-    work = library(model, x, y, batch, images) | peers(model, x, y, batch)
+    work = library(model, x, y, batch, images, compiled) | peers(model, x, y, batch)
     counts = {}
     for kind, run in work.items():  # this warms up, too
         with counted(model) as found:
             run()
         counts[kind] = dict(found)
+    for kind in ("W-PGD, batch norm folded", "W-PGD, compiled"):  # these run another network, the same number of times
+        if kind in counts:
+            work[kind]()  # compiled again after the hooks have gone
+            counts[kind] = counts["W-PGD"]
     for run in floor.values():
         run()
     clock, laps = Clock(device), []
@@ -295,7 +86,7 @@ def measure(name: str, n: int, batch: int, images: int, rounds: int, seconds: fl
             + c["full"] * (u["full"] - u["forward"]) for u in units
         ]  # fmt: skip
         ratios = [lap[kind][1] / bound for lap, bound in zip(laps, least, strict=True)]
-        size = batch if kind.endswith("step") else images if kind.startswith("evaluation") else n
+        size = batch if " step" in kind else images if kind.startswith("evaluation") else n
         rows.append({
             "work": kind,
             "images": size,
@@ -309,8 +100,14 @@ def measure(name: str, n: int, batch: int, images: int, rounds: int, seconds: fl
                 lap[kind][1] / size / u["gradient"] for lap, u in zip(laps, units, strict=True)
             ),
         })  # fmt: skip
-    with FlopCounterMode(display=False) as flops, frozen(model):
-        ce(model(1 * x[:1].clone().requires_grad_(True)), y[:1]).sum().backward()  # what `input_gradient` computes
+    gflop = arithmetic(model, x[:1], y[:1])
+    for row in rows:
+        done = {key: value * row["images"] for key, value in row["passes"].items()}
+        alone = done["forward"] - done["gradient"] - done["full"]
+        total = alone * gflop["forward"] + done["gradient"] * gflop["gradient"] + done["full"] * gflop["full"]
+        row["gflop_per_second"] = total / row["seconds"]
+        if " step" in row["work"]:
+            row["epoch_seconds"] = row["seconds"] / row["images"] * 50_000
     pace = statistics.median(u["gradient"] for u in units)
     return {
         "network": name,
@@ -319,10 +116,34 @@ def measure(name: str, n: int, batch: int, images: int, rounds: int, seconds: fl
         "batch": batch,
         "rounds": len(laps),
         "unit_seconds": {kind: statistics.median(u[kind] for u in units) for kind in floor},
-        "gradient_gflop": flops.get_total_flops() / 1e9,
-        "gflop_per_second": flops.get_total_flops() / 1e9 / pace,
+        "gflop": gflop,
+        "gflop_per_second": gflop["gradient"] / pace,
         "work": rows,
     }
+
+
+def arithmetic(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, float]:
+    """GFLOP of one image's forward pass, input gradient (what `input_gradient` computes) and full pass, counted."""
+    with frozen(model), FlopCounterMode(display=False) as flops:
+        loss = ce(model(1 * x.clone().requires_grad_(True)), y).sum()
+        forward = flops.get_total_flops()
+        loss.backward()
+    with FlopCounterMode(display=False) as full:
+        ce(model(x), y).sum().backward()
+    model.zero_grad(set_to_none=True)
+    return {
+        "forward": forward / 1e9, "gradient": flops.get_total_flops() / 1e9, "full": full.get_total_flops() / 1e9
+    }  # fmt: skip
+
+
+def attainable(device: torch.device, size: int = 8192, repeats: int = 20) -> float:
+    """GFLOP/s of large bfloat16 matrix products on a GPU: the peak its passes are held against."""
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    for _ in range(3):
+        a @ b
+    clock = Clock(device)
+    wall, _ = timed(clock, lambda: [a @ b for _ in range(repeats)])
+    return 2 * size**3 * repeats / wall / 1e9
 
 
 def memory(device: torch.device, sizes: Sequence[int], batch: int) -> list[dict]:
@@ -353,19 +174,47 @@ def memory(device: torch.device, sizes: Sequence[int], batch: int) -> list[dict]
     return rows
 
 
-def precision(cards: Sequence[Path], weights: str, images: str, n: int = 512) -> list[dict]:
-    """Adversarial accuracy of trained networks by the same attack, searched in float32 and in bfloat16."""
+def precision(cards: Sequence[Path], weights: str, images: str, device: torch.device) -> list[dict]:
+    """Adversarial accuracy of trained networks by the same attack of 10 steps, in float32 and in bfloat16.
+
+    As a scale for the differences, the same attack in float32 on pixels that differ by up to 1e-6.
+    """
     rows = []
-    data = load_data("folder", "test", root=images, n=n)
+    data = load_data("folder", "test", root=images)
+    x, y = data.x.to(device), data.y.to(device)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        near = (x + 1e-6 * (2 * torch.rand(x.shape) - 1).to(device)).clamp(0, 1)
     for card in cards:
-        model = load_model(str(card), root=weights)
-        pairs = ((Threat("4/255", 2), "redlr"), (Threat("2/255", "inf"), "redlr"), (Threat("4/255", 2), "ce"))
-        for threat, loss in pairs:
-            found = {
-                kind: attack(model, data.x, data.y, threat, loss=loss, steps=20, precision=kind).accuracy
-                for kind in PRECISIONS
-            }
-            rows.append({"network": card.stem, "threat": threat.describe(), "loss": loss, "n": len(data), **found})
+        model = load_model(str(card), root=weights, device=device)
+        for threat, loss in (
+            (Threat("4/255", 2), "redlr"), (Threat("4/255", 2), "ce"),
+            (Threat("2/255", "inf"), "redlr"), (Threat("8/255", "inf"), "ce"),
+        ):  # fmt: skip
+            found = {k: attack(model, x, y, threat, loss=loss, steps=STEPS, precision=k).accuracy for k in PRECISIONS}
+            found["perturbed"] = attack(model, near, y, threat, loss=loss, steps=STEPS).accuracy
+            rows.append({"network": card.stem, "threat": threat.describe(), "loss": loss, "n": len(y), **found})
+    return rows
+
+
+def tracking(card: Path, weights: str, images: str, device: torch.device) -> list[dict]:
+    """Error and cost of keeping Υ up to date during W-TRADES on 2,000 training images, 2 epochs, batches of 128."""
+    model, train = load_model(str(card), root=weights, device=device), load_data("folder", "train", root=images, n=2000)
+    rules = {
+        "full pass each epoch": {"kind": "full"},
+        "half the images each epoch": {"kind": "full", "subset": 1000},
+        "a quarter each epoch": {"kind": "full", "subset": 500},
+        "moving average": {"kind": "ema"},
+        "memory": {"kind": "memory"},
+    }
+    rows = []
+    for loss in ("redlr", "ce"):
+        objective = {"kind": "w-trades", "delta": "8/255", "p": 2, "r": "inf", "budget_loss": loss, "steps": STEPS}
+        recipe = {"objective": objective, "epochs": 2, "lr": 0.001, "batch_size": 128}
+        for row in upsilon_rules(model, train, recipe=recipe, rules=rules, every=2, progress=False)["rules"]:
+            step = 2 * (STEPS + 1) + 3 * 2  # forwards' worth of arithmetic an image: gradients and full passes
+            cost = 2 * row["passes"] / (recipe["epochs"] * step)
+            rows.append({"rule": row["rule"], "loss": loss, "cost": cost, "rms": row["rms"], "trace": row["trace"]})
     return rows
 
 
@@ -395,18 +244,49 @@ def memory_table(path: Path) -> tables.Table:
     return tables.Table(pd.DataFrame(frame), "Most bytes alive at once in tensors made during the call.")
 
 
+def scale_table(path: Path) -> tables.Table:
+    """Memory and time of growing sets, beside what the counts predict from the smallest set's speed."""
+    rows = records.read(path, "benchmark")["results"]["scale"]
+    first = {row["work"]: row for row in reversed(rows)}
+    frame = {
+        "work": [row["work"] for row in rows],
+        "images": [f"{row['images']:,}" for row in rows],
+        "memory, MB": [f"{row['host_bytes'] / 1e6:.0f}" for row in rows],
+        "copies predicted, MB": [f"{row['model']['bytes'] / 1e6:.0f}" for row in rows],
+        "CPU s": [f"{row['seconds']:.2f}" for row in rows],
+        "predicted, s": [
+            f"{first[row['work']]['seconds'] * row['images'] / first[row['work']]['images']:.2f}" for row in rows
+        ],
+    }
+    return tables.Table(pd.DataFrame(frame), "Peak memory and time of one process on 8x8 images.")
+
+
 def precision_table(path: Path) -> tables.Table:
-    """Adversarial accuracy by a search in float32 and in bfloat16, both judged in float32, in per cent."""
-    rows = records.read(path, "benchmark")["results"].get("precision", [])
+    """Adversarial accuracy in float32 and what changes it by: bfloat16, and pixels that differ by 1e-6; per cent."""
+    rows = records.read(path, "benchmark")["results"]["precision"]
     threats = ["W_{p} {written}".format(**row["threat"]).replace("inf", "∞").replace("W_2.0", "W₂") for row in rows]
     frame = {
         "network": [row["network"] for row in rows],
         "threat": threats,
         "loss": [plots.LOSS_NAMES[row["loss"]] for row in rows],
         "float32": [tables.percent(row["float32"]) for row in rows],
-        "bfloat16": [tables.percent(row["bfloat16"]) for row in rows],
+        "bfloat16": [f"{100 * (row['bfloat16'] - row['float32']):+.1f}" for row in rows],
+        "pixels ± 1e-6": [f"{100 * (row['perturbed'] - row['float32']):+.1f}" for row in rows],
     }
-    return tables.Table(pd.DataFrame(frame), "Adversarial accuracy, %; lower is the stronger attack.")
+    return tables.Table(pd.DataFrame(frame), "Adversarial accuracy, %, and differences from it, points.")
+
+
+def tracking_table(path: Path) -> tables.Table:
+    """What each rule for Υ adds to training, and how far it is from the full pass, root mean square over the steps."""
+    rows = records.read(path, "benchmark")["results"]["tracking"]
+    names = dict.fromkeys(row["rule"] for row in rows)
+    frame = {"rule": list(names), "added to training": [
+        f"{100 * next(row['cost'] for row in rows if row['rule'] == name):.1f} %" for name in names
+    ]}  # fmt: skip
+    for loss in dict.fromkeys(row["loss"] for row in rows):
+        found = {row["rule"]: row["rms"] for row in rows if row["loss"] == loss}
+        frame[f"error, {plots.LOSS_NAMES[loss]}"] = [f"{100 * found[name]:.1f} %" for name in names]
+    return tables.Table(pd.DataFrame(frame), "Extra arithmetic of W-TRADES (K = 10) and relative error of Υ.")
 
 
 def _passes(counts: dict[str, float]) -> str:
@@ -432,6 +312,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--cards", type=Path, nargs="+", default=[], help="trained networks for the effect of bfloat16")
     parser.add_argument("--weights", default="data/networks", help="folder of the cards' weights")
     parser.add_argument("--data", default="data/cifar10_png", help="folder of test images for the cards")
+    parser.add_argument("--train", default="data/cifar10_jpeg", help="folder of training images for Υ's rules")
+    parser.add_argument("--scale", type=int, nargs="+", default=[], help="sizes of sets measured in their own process")
+    parser.add_argument("--compile", action="store_true", help="also attack what torch.compile makes; minutes")
     parser.add_argument("--out", type=Path, default=HERE / "costs.json")
     chosen = parser.parse_args(arguments)
     print(records.device_line(chosen.device), flush=True)
@@ -445,23 +328,29 @@ def main(arguments: list[str] | None = None) -> None:
     before = os.getloadavg()
     found = []
     for name, n, batch, count in zip(names, images, batches, evaluations, strict=True):
-        found.append(measure(name, n, batch, count, chosen.rounds, chosen.seconds, device))
+        found.append(measure(name, n, batch, count, chosen.rounds, chosen.seconds, device, chosen.compile))
         for row in found[-1]["work"]:
             print(
                 f"{name:10} {row['work']:28} {_passes(row['passes']):36} {row['gradients']:6.2f} gradients, "
                 f"{row['ratio']:.3f} ({row['lowest']:.3f}–{row['highest']:.3f}) of its floor", flush=True,
             )  # fmt: skip
     results = {"networks": found, "memory": memory(device, chosen.memory, min(64, chosen.memory[0]))}
+    if gpu:
+        results["bfloat16_gflop_per_second"] = attainable(device)
+    if chosen.scale:
+        results["scale"] = scale(chosen.scale, device, chosen.threads)
     if chosen.cards:
-        results["precision"] = precision(chosen.cards, chosen.weights, chosen.data)
+        results["precision"] = precision(chosen.cards, chosen.weights, chosen.data, device)
+        results["tracking"] = tracking(chosen.cards[0], chosen.weights, chosen.train, device)
     load = {"before": before, "after": os.getloadavg(), "cores": os.cpu_count()}
     config = {key: value for key, value in vars(chosen).items() if key != "out"} | {"steps": STEPS}
     others = {name: metadata.version(name) for name in ("pyautoattack", "foolbox") if importlib.util.find_spec(name)}
     path = records.write(chosen.out, "benchmark", results, config, device, load=load, peers=others)
     table(path).write(path)
     memory_table(path).write(path, "memory")
-    if chosen.cards:
-        precision_table(path).write(path, "precision")
+    for name, draw in (("scale", scale_table), ("precision", precision_table), ("tracking", tracking_table)):
+        if name in results:
+            draw(path).write(path, name)
     plots.benchmark(path)
     if path.parent == HERE:
         tables.fill(HERE / "README.md")

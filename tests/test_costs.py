@@ -13,7 +13,7 @@ import torch
 from nets import batch_norm, counting, images, labels, relu, smooth
 from torch import nn
 
-from benchmarks import benchmark
+from benchmarks import benchmark, scale, work
 from wdat.attacks import attack, autocast, pgd, projected_gradient, w_fgsm, w_pgd, w_pgd_budget
 from wdat.checks import frozen
 from wdat.data import from_tensors
@@ -74,10 +74,10 @@ def test_minimal_distances_report_the_passes_they_made(rivals, restarts):
         found = minimal_distances(model, x, y, INF, steps=6, rivals=rivals, restarts=restarts, batch_size=5)
     assert found.passes == pytest.approx(sum(counts.values()) / N, rel=1e-12)
     searched, first = int(found.correct.sum()), counts["grad"] - N
-    if not restarts:  # every image once with its rivals; then, of the correct ones, five moves and a last look
-        assert counts == {"grad": N + 5 * searched, "backward": rivals * N + 5 * searched, "no_grad": searched}
-    else:
-        assert 5 * searched < first <= (5 + 6 * restarts) * searched
+    # every image once with its rivals; then, of the correct ones, moves and looks, some towards several rivals
+    assert counts["backward"] - counts["grad"] == (rivals - 1) * N
+    assert 5 * searched <= first <= (5 + 3 * (rivals - 1) + 6 * restarts) * searched
+    assert searched <= counts["no_grad"] <= (1 + 2 * rivals + restarts) * searched
 
 
 @pytest.mark.parametrize("make", [relu, batch_norm])
@@ -310,6 +310,41 @@ def test_what_bfloat16_found_best_is_judged_anew_before_the_last_steps(p, keep, 
         assert found.accuracy <= whole.accuracy + 1 / 30
     else:
         assert found.loss >= whole.loss - 0.02
+
+
+# The benchmark's own parts
+
+
+def test_batch_norm_folds_into_the_convolution_before_it():
+    model = batch_norm().eval()
+    with torch.no_grad():
+        model[1].running_mean.uniform_(-1, 1)
+        model[1].running_var.uniform_(0.5, 2)
+    other = work.folded(model)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in other.modules()) and isinstance(model[1], nn.BatchNorm2d)
+    torch.testing.assert_close(other(images(N)), model(images(N)))
+
+
+@pytest.mark.parametrize("kind", scale.MODEL)
+def test_growing_sets_hold_no_more_than_the_model_of_their_cost_says(kind):
+    """Bytes of the tensors made, beyond the copies of the images: numbers an image, not pixels, and one batch."""
+    found = []
+    for n in (1000, 5000):
+        pixels = scale.Pixels(torch.randint(0, 256, (n, *scale.SHAPE), dtype=torch.uint8))
+        run = scale.works(benchmark.build("digits_cnn", width=4).eval(), pixels, torch.arange(n) % 10)[kind]
+        with benchmark.Live() as live:
+            run()
+        found.append(live.peak)
+    predicted = scale.model_of(kind, 5000)["bytes"] - scale.model_of(kind, 1000)["bytes"]
+    grown = found[1] - found[0]
+    assert predicted <= grown + 1e5 and grown <= predicted + 400 * 4000
+    assert scale.model_of(kind, 10)["flop"] == 10 * scale.model_of(kind, 1)["flop"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux's /proc")
+def test_a_growing_set_is_measured_in_its_own_process():
+    (row,) = scale.scale([1000], torch.device("cpu"), 1, ["W-PGD"])
+    assert row["seconds"] > 0 and 0 <= row["host_bytes"] < 1e9 and row["pixels_bytes"] == 64 * 1000
 
 
 # The command
