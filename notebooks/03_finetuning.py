@@ -23,7 +23,7 @@ base = {}  # recipe, settings of wdat.finetuning.Recipe
 variants = []  # [{"name": ..., settings that differ from base}]
 shown = []  # variants in the figure of histories; none means the first six
 seeds = [0]
-measure = {}  # settings of wdat.studies.summarise
+measure = {}  # further settings of wdat.studies.finetuning
 out = "figures/digits"
 work = ".wdat/digits/work"
 
@@ -40,7 +40,7 @@ test = studies.load_images(data, "test", root, test_root, n_test)
 models = studies.load_networks(networks[:1], root, weights, device, dataset=dataset, threat=threat)
 results = studies.finetuning(
     models, train, test, base=base, variants=variants, seeds=seeds, threats=[Threat(d, 2, r) for d in deltas],
-    work=root / work / "03", measure=measure,
+    work=root / work / "03", **measure,
 )  # fmt: skip
 record = records.write(root / out / "03_finetuning.json", "finetuning", results, {"base": base}, seeds=seeds)
 

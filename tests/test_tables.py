@@ -40,7 +40,8 @@ def run(network, variant, seed, clean, exact, upsilon=1.0):
         "clean": clean, "exact": dict(zip(RADII, exact, strict=True)), "w_pgd": dict.fromkeys(RADII, 0.5),
         "pointwise": {}, "autoattack": {}, "worst_class": min(exact), "upsilon": upsilon,
     }  # fmt: skip
-    own = {"network": network, "variant": variant, "seed": seed, "before": seed is None, "after": after}
+    own = {"network": network, "variant": variant, "method": variant, "seed": seed, "before": seed is None,
+           "after": after}  # fmt: skip
     terms = [{"threat": "W_2", "realised_delta": 0.125, "norm_ratio": 0.5}]
     history = [{"epoch": 1, "validation_accuracy": 0.5, "terms": terms}]
     return own | ({} if seed is None else {"cost": {"gradients": 10, "full": 2}, "epochs": 3, "history": history})
@@ -48,7 +49,10 @@ def run(network, variant, seed, clean, exact, upsilon=1.0):
 
 def finetuning(runs):
     threats = [{"p": 2.0, "r": "inf", "delta": i / 16, "written": d} for i, d in enumerate(RADII, 1)]
-    return {"n_train": 90, "n_validation": 10, "n_test": 50, "threats": threats, "runs": runs}
+    pairs = dict.fromkeys((r["network"], r["variant"]) for r in runs if not r["before"])
+    chosen = [{"network": n, "method": v, "variant": v, "kept": v != "bold"} for n, v in pairs]
+    return {"n_train": 90, "n_validation": 10, "n_test": 50, "threats": threats, "runs": runs, "chosen": chosen,
+            "diverged": [], "comparison": [], "ours": [], "controls": []}  # fmt: skip
 
 
 RUNS = [
@@ -111,7 +115,7 @@ def test_the_table_of_finetuning_has_a_row_for_each_network_and_variant(tmp_path
     path = write(tmp_path / "04.json", "finetuning", finetuning(RUNS))
     table = tables.finetuning(path)
     assert list(zip(table.frame["network"], table.frame["variant"], strict=True)) == [
-        (n, v) for n in "ab" for v in ("before", "safe", "bold")
+        (n, v) for n in "ab" for v in ("before", "safe", "bold †")
     ]
     assert table.frame["W₂ exact 2/16"].tolist() == [
         "40.0", "44.0 ± 1.4", "50.0 ± 0.0", "30.0", "28.0 ± 0.0", "40.0 ± 0.0",
@@ -119,7 +123,40 @@ def test_the_table_of_finetuning_has_a_row_for_each_network_and_variant(tmp_path
     assert table.frame["passes"].tolist() == ["0", "36", "36"] * 2
     assert "over 2 seeds" in table.caption and "50 test images" in table.caption
     few = tables.finetuning(path, ["bold"])
-    assert few.frame["variant"].tolist() == ["before", "bold"] * 2
+    assert few.frame["variant"].tolist() == ["before", "bold †"] * 2
+
+
+def test_only_the_chosen_setting_of_a_method_is_in_the_table_and_the_numbers(tmp_path):
+    runs = [RUNS[0], run("a", "m (delta 1)", 0, 0.9, (0.7, 0.5, 0.3)), run("a", "m (delta 2)", 0, 0.8, (0.8, 0.6, 0.4))]
+    for one in runs[1:]:
+        one["method"] = "m"
+    results = finetuning(runs)
+    results["chosen"] = [{"network": "a", "method": "m", "variant": "m (delta 1)", "kept": True}]
+    path = write(tmp_path / "04.json", "finetuning", results)
+    assert tables.finetuning(path).frame["variant"].tolist() == ["before", "m (delta 1)"]
+    found = tables.numbers(tmp_path)
+    assert found["04.m.exact.middle.mean"] == "50.0" and found["04.runs"] == "2" and found["04.variants"] == "1"
+
+
+def test_differences_at_equal_clean_accuracy_are_counted_and_tabulated(tmp_path):
+    def row(network, offset, value, low, high):
+        best = {"value": value, "low": low, "high": high}
+        return {"network": network, "ours": "m", "delta": "2/16", "offset": offset, "clean": 0.8,
+                "differences": {"best control": best}}  # fmt: skip
+
+    results = finetuning(RUNS) | {"ours": ["m"], "controls": ["plain"]}
+    results["comparison"] = [
+        row("a", -0.01, 0.02, 0.01, 0.03), row("b", -0.01, 0.01, -0.01, 0.03),
+        row("a", 0.0, 0.03, 0.01, 0.05), row("b", 0.0, -0.02, -0.03, -0.01), row("c", 0.0, None, None, None),
+    ]  # fmt: skip
+    path = write(tmp_path / "04.json", "finetuning", results)
+    found = tables.numbers(tmp_path)
+    assert found["04.m.equal.1.middle.above"] == "2 of 2" and found["04.m.equal.1.middle.clear"] == "1 of 2"
+    assert found["04.m.equal.0.middle.above"] == "1 of 2" and found["04.m.equal.0.middle.below"] == "1 of 2"
+    assert found["04.m.equal.middle.everywhere"] == "1 of 2" and found["04.m.equal.1.middle.mean"] == "+1.5"
+    table = tables.compared(path)
+    assert table.frame["δ = 2/16"].tolist() == ["+2.0 [+1.0, +3.0]", "+1.0 [-1.0, +3.0]"]
+    assert tables.compared(path, 0.0).frame["δ = 2/16"].tolist()[-1] == "–"
 
 
 # Evaluation

@@ -22,6 +22,11 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocat
 from wdat import records
 
 LOSS_NAMES = {"ce": "CE", "dlr": "DLR", "redlr": "ReDLR", "kl": "KL", "negative-margin": "margin"}
+ATTACK_NAMES = {"w-pgd": "W-PGD", "w-pgd-budget": "W-PGD-Budget"}
+MARKERS = {
+    ("w-pgd", "redlr"): "s", ("w-pgd", "negative-margin"): "s", ("w-pgd", "ce"): "x", ("w-pgd", "dlr"): "+",
+    ("w-pgd-budget", "redlr"): "D", ("w-pgd-budget", "negative-margin"): "D",
+}  # fmt: skip
 BEFORE, AFTER = "#8c8c8c", "#0173b2"
 THEME = {
     "font.size": 9, "axes.titlesize": 9, "axes.labelsize": 9, "legend.fontsize": 8, "xtick.labelsize": 8,
@@ -203,42 +208,100 @@ def rules(path: str | Path) -> Figure:
     return figure
 
 
-def _groups(runs: list[dict], key: Callable[[dict], float]) -> dict[tuple[str, str], tuple[float, float, int]]:
-    """Mean, standard deviation (0 for one run) and count of a number by (network, variant), in running order."""
+def chosen_runs(found: dict) -> list[dict]:
+    """Runs of the settings chosen on validation images, and those before fine-tuning, of a "finetuning" record."""
+    chosen = {(c["network"], c["variant"]) for c in found["chosen"]}
+    return [run for run in found["runs"] if run["before"] or (run["network"], run["variant"]) in chosen]
+
+
+def _groups(runs: list[dict], key: Callable[[dict], float | None]) -> dict[tuple[str, str], tuple[float, float, int]]:
+    """Mean, standard deviation (0 for one run) and count of a number by (network, variant), in running order.
+
+    Runs without it (None) do not count.
+    """
     found: dict[tuple[str, str], list[float]] = {}
     for run in runs:
-        found.setdefault((run["network"], run["variant"]), []).append(key(run))
+        if (value := key(run)) is not None:
+            found.setdefault((run["network"], run["variant"]), []).append(value)
     return {k: (float(np.mean(v)), float(np.std(v, ddof=1)) if len(v) > 1 else 0.0, len(v)) for k, v in found.items()}
 
 
 def tradeoff(path: str | Path) -> Figure:
-    """Clean against exact distributional accuracy before and after, each variant a colour, bars of one std."""
+    """Robust against clean accuracy: a column a network, a line a method along its settings, bars of one std.
+
+    Rows: exact accuracy at every W_p radius but the first, and the pointwise accuracy at the first pointwise radius by
+    the nearest flipping points, crosses by AutoAttack. Rings mark the settings chosen on validation images.
+    """
     path = Path(path)
     found = records.read(path, "finetuning")["results"]
-    networks = list(dict.fromkeys(run["network"] for run in found["runs"]))
-    variants = [v for v in dict.fromkeys(run["variant"] for run in found["runs"]) if v != "before"]
-    written = found["threats"][min(1, len(found["threats"]) - 1)]["written"]
-    columns = min(3, len(networks))
-    figure, axes = _canvas(-(-len(networks) // columns), columns, height=2.3)
-    clean = _groups(found["runs"], lambda run: run["after"]["clean"])
-    exact = _groups(found["runs"], lambda run: run["after"]["exact"][written])
-    colours = dict(zip(variants, sns.color_palette("colorblind", max(len(variants), 1)), strict=False))
-    for axis, network in zip(axes.ravel(), networks, strict=False):
-        x, y = 100 * clean[network, "before"][0], 100 * exact[network, "before"][0]
-        axis.plot(x, y, "*", ms=11, color=BEFORE, label="before")
-        for variant in variants:
-            if (network, variant) in clean:
-                (cx, sx, _), (cy, sy, _) = clean[network, variant], exact[network, variant]
-                axis.errorbar(
-                    100 * cx, 100 * cy, 100 * sy, 100 * sx, "o", ms=5, lw=1, color=colours[variant], label=variant
-                )
-        axis.set(
-            title=_short(network), xlabel="clean accuracy (%)", ylabel=rf"exact $A_\delta$, $\delta$ = {written} (%)"
-        )
-    for axis in axes.ravel()[len(networks) :]:
-        axis.remove()
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=min(6, len(variants) + 1))
+    runs, chosen = found["runs"], {(c["network"], c["variant"]) for c in found["chosen"]}
+    networks = list(dict.fromkeys(run["network"] for run in runs))
+    methods = [m for m in dict.fromkeys(run["method"] for run in runs) if m != "before"]
+    rows = [("exact", t["written"], rf"exact $A_\delta$, $\delta$ = {t['written']} (%)") for t in found["threats"]]
+    rows = rows[1:] or rows
+    rows += [("pointwise", d, rf"$W_\infty$ accuracy at {d} (%)") for d in list(runs[0]["after"]["pointwise"])[:1]]
+    figure, axes = _canvas(len(rows), len(networks), width=2.3, height=2.0, sharex="col")
+    clean = _groups(runs, lambda run: run["after"]["clean"])
+    colours = dict(zip(methods, sns.color_palette("colorblind", max(len(methods), 1)), strict=False))
+    settings = {m: list(dict.fromkeys(run["variant"] for run in runs if run["method"] == m)) for m in methods}
+    for line, (kind, written, label) in zip(axes, rows, strict=True):
+        robust = _groups(runs, lambda run: run["after"][kind].get(written))  # noqa: B023
+        strongest = _groups(runs, lambda run: run["after"].get("autoattack", {}).get(written))  # noqa: B023
+        for axis, network in zip(line, networks, strict=True):
+            x, y = 100 * clean[network, "before"][0], 100 * robust[network, "before"][0]
+            axis.plot(x, y, "*", ms=10, color=BEFORE, label="before")
+            for method in methods:
+                own = [(network, name) for name in settings[method] if (network, name) in robust]
+                points = 100 * np.array([[clean[k][:2], robust[k][:2]] for k in own]).reshape(-1, 2, 2)
+                axis.errorbar(*points[:, :, 0].T, *points[:, ::-1, 1].T, fmt="o-", ms=3, lw=1, elinewidth=0.5,
+                              color=colours[method], label=method)  # fmt: skip
+                for key in set(own) & chosen:
+                    axis.plot(100 * clean[key][0], 100 * robust[key][0], "o", ms=8, mfc="none", color=colours[method])
+                    if kind == "pointwise" and key in strongest:
+                        axis.plot(100 * clean[key][0], 100 * strongest[key][0], "x", ms=5, color=colours[method])
+        line[0].set_ylabel(label)
+    for axis, network in zip(axes[0], networks, strict=True):
+        axis.set_title(_short(network))
+    for axis in axes[-1]:
+        axis.set_xlabel("clean accuracy (%)")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=min(6, len(methods) + 1))
     _save(figure, path)
+    return figure
+
+
+def equal_clean(path: str | Path) -> Figure:
+    """Ours minus the best control at equal clean accuracy, in points: a panel a radius, networks below one another.
+
+    Colours: how much clean accuracy is given up; bars: 95 % of a paired bootstrap over test images.
+    """
+    path = Path(path)
+    found = records.read(path, "finetuning")["results"]
+    panels = [(ours, t["written"]) for ours in found["ours"] for t in found["threats"]]
+    networks = list(dict.fromkeys(row["network"] for row in found["comparison"]))
+    offsets = sorted({row["offset"] for row in found["comparison"]}, reverse=True)
+    colours = sns.color_palette("viridis", max(len(offsets), 1))
+    figure, axes = _canvas(len(found["ours"]), len(found["threats"]), height=0.8 + 0.3 * len(networks), sharey=True)
+    for axis, (ours, written) in zip(axes.ravel(), panels, strict=True):
+        axis.axvline(0, color=BEFORE, lw=1)
+        for row in found["comparison"]:
+            best = row["differences"]["best control"]
+            if (row["ours"], row["delta"]) == (ours, written) and best["value"] is not None:
+                place = offsets.index(row["offset"])
+                value, low, high = (100 * best[key] for key in ("value", "low", "high"))
+                axis.errorbar(
+                    value, networks.index(row["network"]) + 0.15 * (place - (len(offsets) - 1) / 2),
+                    xerr=[[max(value - low, 0)], [max(high - value, 0)]], fmt="o", ms=3, lw=1, color=colours[place],
+                    label=f"clean {100 * row['offset']:+g}",
+                )  # fmt: skip
+        axis.set(title=rf"{ours}, $\delta$ = {written}", xlabel="above the best control (points)",
+                 yticks=range(len(networks)), yticklabels=[_short(n) for n in networks])  # fmt: skip
+    axes[0, 0].invert_yaxis()
+    handles = {
+        label: handle for axis in axes.ravel() for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    if handles:
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6)
+    _save(figure, path, "equal-clean")
     return figure
 
 
@@ -331,12 +394,13 @@ def _curve(rows: list[dict], r: float | str, p: float) -> dict:
     raise ValueError(f"the record has no curve of order p={p:g}; it has {', '.join(str(c['p']) for c in curves)}")
 
 
-def _attacks(network: dict, r: float | str, loss: str, p: float = 2) -> list[dict]:
-    """W-PGD (PGD for p = inf) of one network, norm, loss and order, by radius."""
+def _attacks(network: dict, r: float | str, loss: str, p: float = 2, name: str = "w-pgd") -> list[dict]:
+    """An attack (W-PGD, which is PGD for p = inf) on one network by norm, loss and order, radii ascending."""
+    names = ("w-pgd", "pgd") if name == "w-pgd" else (name,)
     own = [
         a
         for a in network["attacks"]
-        if a["attack"] in ("w-pgd", "pgd") and a["loss"] == loss and float(a["threat"]["r"]) == float(r)
+        if a["attack"] in names and a["loss"] == loss and float(a["threat"]["r"]) == float(r)
         and float(a["threat"]["p"]) == p
     ]  # fmt: skip
     return sorted(own, key=lambda a: a["threat"]["delta"])
@@ -367,7 +431,11 @@ def bounds(path: str | Path, r: float | str = "inf") -> Figure:
 
 
 def sandwich(path: str | Path, r: float | str = "inf", p: float = 2) -> Figure:
-    """Certified <= A_delta <= exact allocation <= W-PGD, with its confidence band and R^l, per network, at one p."""
+    """Certified <= A_delta <= exact allocation <= attacks, with its confidence band and R^l, per network, at one p.
+
+    Drawn as far as the record has them: W-PGD by loss, W-PGD-Budget, AutoAttack (p = inf, so above A_delta for p < inf)
+    on its own images, the mixture bound.
+    """
     path = Path(path)
     found, figure, axes = _per_network(path, "evaluation")
     for axis, network in zip(axes, found["networks"], strict=True):
@@ -376,29 +444,40 @@ def sandwich(path: str | Path, r: float | str = "inf", p: float = 2) -> Figure:
             curve["delta"], _percent(curve["low"]), _percent(curve["high"]), color=AFTER, alpha=0.15, lw=0
         )
         axis.plot(curve["delta"], _percent(curve["accuracy"]), color=AFTER, lw=1.8, label="exact allocation")
+        if "mixture" in curve and p != float("inf"):
+            axis.plot(curve["delta"], _percent(curve["mixture"]), "--", color=AFTER, lw=1, label="mixture bound")
+        for (name, loss), marker in MARKERS.items():
+            own = _attacks(network, r, loss, p, name)
+            if own:
+                label = f"{'PGD' if name == 'w-pgd' and p == float('inf') else ATTACK_NAMES[name]}, {LOSS_NAMES[loss]}"
+                axis.plot([a["threat"]["delta"] for a in own], _percent([a["accuracy"] for a in own]), marker, ms=4.5,
+                          mfc="none", color="#de8f05", label=label)  # fmt: skip
+        own = [a for a in network.get("autoattack", []) if float(a["threat"]["r"]) == float(r)]
+        if own:
+            axis.plot([a["threat"]["delta"] for a in own], _percent([a["accuracy"] for a in own]), "*", ms=6,
+                      color="#cc78bc", label=r"AutoAttack, $p = \infty$")  # fmt: skip
         first = "redlr" if _attacks(network, r, "redlr", p) else "negative-margin"  # of two classes
-        for loss, marker in ((first, "s"), ("ce", "x")):
-            own = _attacks(network, r, loss, p)
-            axis.plot(
-                [a["threat"]["delta"] for a in own], _percent([a["accuracy"] for a in own]), marker, ms=4.5,
-                color="#de8f05", label=f"{'PGD' if p == float('inf') else 'W-PGD'}, {LOSS_NAMES[loss]}",
-            )  # fmt: skip
         own = [a for a in _attacks(network, r, first, p) if a["bounds"]]
         clean = network["clean"]["accuracy"]
         low = _percent([max(a["bounds"]["r_l"], 0) * clean for a in own])
         axis.plot([a["threat"]["delta"] for a in own], low, "k:", lw=1, label=r"first-order $R^l A$")
         if network.get("certified"):
             curve, n = _curve(network["certified"], r, p), _pick(network["certified"], r)["n"]
-            label = "certified" if n == found["n"] else f"certified ({n} of {found['n']} images)"
+            label = "certified" if n == found["n"] else f"certified ({n} of {found['n']})"
             axis.plot(curve["delta"], _percent(curve["accuracy"]), color="#029e73", lw=1.8, label=label)
             if n < found["n"]:  # other images than the blue curve's: mark where that one is on these
-                own = [row for row in _pick(network["certified"], r)["threats"] if float(row["threat"]["p"]) == 2]
+                own = [row for row in _pick(network["certified"], r)["threats"] if float(row["threat"]["p"]) == p]
                 values = _percent([row.get("exact", np.nan) for row in own])
                 axis.plot([row["threat"]["delta"] for row in own], values, "o", mfc="none", ms=5, color=AFTER,
-                          label="exact allocation, the same images")  # fmt: skip
+                          label="exact allocation on these")  # fmt: skip
         axis.set(title=f"{_short(network['network'])}, {_norm(r)}, p = {_order(p)}", xlabel=r"radius $\delta$")
         axis.set(ylabel="accuracy (%)", ylim=(0, 100))
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    shown: dict[str, object] = {}
+    for axis in axes:
+        shown |= dict(zip(*axis.get_legend_handles_labels()[::-1], strict=True))
+    columns = min(3, max(2, len(axes)))
+    figure.set_size_inches(max(figure.get_figwidth(), 2.4 * columns), figure.get_figheight() + 0.05 * len(shown))
+    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=columns)
     _save(figure, path, f"sandwich-{_suffix(r)}")
     return figure
 

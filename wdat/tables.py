@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from wdat import records
-from wdat.plots import LOSS_NAMES, _groups, _suffix
+from wdat.plots import LOSS_NAMES, _groups, _suffix, chosen_runs
 
 SYMBOLS = {
     r"W\_∞": r"$W_\infty$", "W₂": r"$W_2$", "±": r"$\pm$", "δ": r"$\delta$", "Υ": r"$\Upsilon$", "∞": r"$\infty$",
@@ -72,30 +72,63 @@ def percent(value: float, spread: float | None = None, n: int = 1) -> str:
     return f"{100 * value:.1f}" + (f" ± {100 * spread:.1f}" if spread is not None and n > 1 else "")
 
 
-def finetuning(path: str | Path, variants: Sequence[str] | None = None) -> Table:
-    """The table of networks before and after fine-tuning: mean ± standard deviation over seeds, in percent."""
+def finetuning(path: str | Path, methods: Sequence[str] | None = None) -> Table:
+    """Networks before and after fine-tuning: mean ± standard deviation over seeds, in percent.
+
+    Of a method with several settings the one chosen on validation images; † if it loses more than 1 point of clean or
+    0.5 of pointwise accuracy there, as all of its settings do. AutoAttack may have run on fewer seeds.
+    """
     path = Path(path)
     found = records.read(path, "finetuning")["results"]
-    runs = [r for r in found["runs"] if variants is None or r["variant"] in ("before", *variants)]
+    runs = [r for r in chosen_runs(found) if methods is None or r["method"] in ("before", *methods)]
+    exceeding = {(c["network"], c["variant"]) for c in found["chosen"] if not c["kept"]}
     written = [t["written"] for t in found["threats"]]
     columns = {"clean": lambda r: r["after"]["clean"]}
     for key, name in (("autoattack", "AA"), ("pointwise", "W_∞ best"), ("w_pgd", "W₂ W-PGD"), ("exact", "W₂ exact")):
         for d in runs[0]["after"][key]:
-            columns[f"{name} {d}"] = lambda r, key=key, d=d: r["after"][key][d]
+            columns[f"{name} {d}"] = lambda r, key=key, d=d: r["after"][key].get(d)
     columns["worst class"] = lambda r: r["after"]["worst_class"]
     grouped = {name: _groups(runs, value) for name, value in columns.items()}
     upsilon = _groups(runs, lambda r: r["after"]["upsilon"])
     rows = []
     for key in dict.fromkeys((r["network"], r["variant"]) for r in runs):
-        cells = {name: percent(*group[key]) for name, group in grouped.items()}
+        cells = {name: percent(*group[key]) if key in group else "–" for name, group in grouped.items()}
         cost = next((_cost(r) for r in runs if (r["network"], r["variant"]) == key and not r["before"]), "0")
-        rows.append({"network": key[0], "variant": key[1], **cells, "Υ": f"{upsilon[key][0]:.2f}", "passes": cost})
+        name = key[1] + (" †" if key in exceeding else "")
+        rows.append({"network": key[0], "variant": name, **cells, "Υ": f"{upsilon[key][0]:.2f}", "passes": cost})
     n = max(g[2] for g in grouped["clean"].values())
     caption = (
         f"Percent correct on {found['n_test']} test images, mean ± std over {n} seeds. W₂ at δ = {', '.join(written)}; "
         f"worst class under the exact allocation at δ = {written[0]}; passes: gradient passes per training image."
     )
     return Table(pd.DataFrame(rows), caption).write(path)
+
+
+def compared(path: str | Path, offset: float = -0.01) -> Table:
+    """Ours against the best pointwise control at equal clean accuracy, `offset` from that before fine-tuning.
+
+    Differences in points with the interval of a paired bootstrap over test images.
+    """
+    path = Path(path)
+    found = records.read(path, "finetuning")["results"]
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    for row in found["comparison"]:
+        if abs(row["offset"] - offset) > 1e-9:
+            continue
+        cells = rows.setdefault(
+            (row["network"], row["ours"]),
+            {"network": row["network"], "method": row["ours"], "clean": percent(row["clean"])},
+        )
+        best = row["differences"]["best control"]
+        known = best["value"] is not None
+        cells[f"δ = {row['delta']}"] = (
+            f"{_points(best['value'])} [{_points(best['low'])}, {_points(best['high'])}]" if known else "–"
+        )
+    caption = (
+        f"Exact accuracy above the best of {', '.join(found['controls'])}, in points, where both keep clean accuracy "
+        f"{_points(offset)} points from that before; 95 % over the draw of test images, mean of the seeds."
+    )
+    return Table(pd.DataFrame(rows.values()), caption).write(path, "equal-clean")
 
 
 def _cost(run: dict) -> str:
@@ -431,13 +464,14 @@ def _finetuning_numbers(results: dict) -> dict[str, str]:
     worst-class, or KEY.RADIUS with KEY exact, w_pgd, pointwise, autoattack; best.COLUMN is the variant of the highest
     mean, kept.COLUMN the one among those whose mean clean accuracy is at most one point below that before.
     """
-    runs = results["runs"]
+    runs = [run | {"variant": run["method"]} for run in chosen_runs(results)]
     tuned = [run for run in runs if not run["before"]]
     variants = list(dict.fromkeys(run["variant"] for run in tuned))
     networks = list(dict.fromkeys(run["network"] for run in runs))
     found = {"n-train": str(results["n_train"]), "n-test": str(results["n_test"]), "networks": str(len(networks)),
              "seeds": str(len({run["seed"] for run in tuned})), "variants": str(len(variants)),
-             "runs": str(len(tuned))}  # fmt: skip
+             "runs": str(sum(not run["before"] for run in results["runs"])),
+             "diverged": str(len(results["diverged"])), **_comparison_numbers(results)}  # fmt: skip
     columns: dict[str, Callable[[dict], float]] = {
         "clean": lambda run: run["after"]["clean"], "worst-class": lambda run: run["after"]["worst_class"],
     }  # fmt: skip
@@ -446,7 +480,7 @@ def _finetuning_numbers(results: dict) -> dict[str, str]:
         for written, places in (_places(given) if given else {}).items():
             for place in places:
                 found[f"{key}.{place}.delta"] = written
-                columns[f"{key}.{place}"] = lambda run, key=key, d=written: run["after"][key][d]
+                columns[f"{key}.{place}"] = lambda run, key=key, d=written: run["after"][key].get(d)
     for run in tuned:
         found[f"{run['variant']}.passes"] = _cost(run)
     scale = {run["network"]: run["after"]["upsilon"] for run in runs if run["before"] and run["after"]["upsilon"] > 0}
@@ -464,6 +498,8 @@ def _finetuning_numbers(results: dict) -> dict[str, str]:
         for (network, variant), group in groups.items():
             found[f"{network}.{variant}.{column}"] = percent(*group)
         for variant in ("before", *variants):
+            if not any(name == variant for _, name in groups):
+                continue
             own = {network: groups[network, variant][0] for network in networks if (network, variant) in groups}
             means[variant, column] = sum(own.values()) / len(own)
             found[f"{variant}.{column}.mean"] = percent(means[variant, column])
@@ -482,6 +518,34 @@ def _finetuning_numbers(results: dict) -> dict[str, str]:
             found |= {f"{name}.{column}": best, f"{name}.{column}.mean": percent(means[best, column])}
             found[f"{name}.{column}.gain"] = _points(means[best, column] - means["before", column])
             found[f"{name}.{column}.clean"] = percent(means[best, "clean"])
+    return found
+
+
+def _comparison_numbers(results: dict) -> dict[str, str]:
+    """Ours minus the best control at equal clean accuracy: METHOD.equal.OFFSET.RADIUS.{mean,low,high,above,clear}.
+
+    OFFSET is the clean accuracy given up, in points; "above" counts networks with a positive difference, "clear" those
+    whose interval is positive too, "below" those whose interval is negative; "everywhere" those above at all offsets.
+    """
+    found: dict[str, str] = {}
+    places = _places(threat["written"] for threat in results["threats"])
+    rows = [row for row in results["comparison"] if row["differences"]["best control"]["value"] is not None]
+    for ours, delta in dict.fromkeys((row["ours"], row["delta"]) for row in rows):
+        own = [row for row in rows if (row["ours"], row["delta"]) == (ours, delta)]
+        for offset in dict.fromkeys(row["offset"] for row in own):
+            best = {row["network"]: row["differences"]["best control"] for row in own if row["offset"] == offset}
+            for place in places[delta]:
+                key = f"{ours}.equal.{abs(100 * offset):g}.{place}"
+                found |= _spread(key, {network: b["value"] for network, b in best.items()}, _points)
+                found[f"{key}.above"] = f"{sum(b['value'] > 0 for b in best.values())} of {len(best)}"
+                found[f"{key}.clear"] = f"{sum(b['low'] > 0 for b in best.values())} of {len(best)}"
+                found[f"{key}.below"] = f"{sum(b['high'] < 0 for b in best.values())} of {len(best)}"
+        worst: dict[str, float] = {}
+        for row in own:
+            value = row["differences"]["best control"]["value"]
+            worst[row["network"]] = min(value, worst.get(row["network"], value))
+        for place in places[delta]:
+            found[f"{ours}.equal.{place}.everywhere"] = f"{sum(v > 0 for v in worst.values())} of {len(worst)}"
     return found
 
 

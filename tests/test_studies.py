@@ -1,0 +1,90 @@
+"""The fine-tuning study: settings expanded, chosen on validation images alone, diverged runs listed, all resumable."""
+
+import pytest
+import torch
+
+from wdat import studies
+from wdat.data import load_data
+from wdat.networks import Normalised, build
+from wdat.threat import Threat
+
+
+def test_variants_expand_to_settings_of_the_recipe_and_of_its_objective():
+    base = {"objective": {"kind": "w-trades", "delta": "1/16"}, "epochs": 3, "lr": 0.1}
+    plain, first, second = studies.expand(
+        [
+            {"name": "plain", "objective": {"kind": "plain"}},
+            {"name": "at", "objective": {"kind": "at"}, "sweep": [{"delta": 0.1}, {"delta": 0.2, "lr": 0.01}]},
+        ],
+        base,
+    )
+    assert (plain["variant"], plain["method"]) == ("plain", "plain") and plain["recipe"]["objective"] == {
+        "kind": "plain"
+    }
+    assert first["variant"] == "at (delta 0.1)" and first["recipe"]["lr"] == 0.1
+    assert second["recipe"] == {"objective": {"kind": "at", "delta": 0.2}, "epochs": 3, "lr": 0.01}
+    assert second["method"] == "at" and second["variant"] == "at (delta 0.2, lr 0.01)"
+    with pytest.raises(ValueError, match="share a name"):
+        studies.expand([{"name": "a"}, {"name": "a"}], base)
+
+
+def one(clean: float, near: float, exact: float) -> dict:
+    return {
+        "network": "n",
+        "before": False,
+        "validation": {"clean": clean, "pointwise": {"d": near}, "exact": {"t": exact}},
+    }
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"a": one(0.80, 0.5, 0.30), "b": one(0.795, 0.5, 0.35), "c": one(0.70, 0.5, 0.50)}, ("b", True)),
+        ({"a": one(0.80, 0.4, 0.60), "b": one(0.80, 0.497, 0.20)}, ("b", True)),  # pointwise lost
+        ({"a": one(0.60, 0.5, 0.60), "b": one(0.75, 0.5, 0.20)}, ("b", False)),  # none keeps it: the nearest
+    ],
+)
+def test_a_setting_is_chosen_within_the_margins_on_validation_images(settings, expected):
+    before = {**one(0.80, 0.5, 0.2), "before": True}
+    assert studies._choose({k: [v] for k, v in settings.items()}, [before], "n", "t", ["d"]) == expected
+
+
+@pytest.fixture(scope="module")
+def digits():
+    train, test = load_data("digits", "train").take(160, seed=0), load_data("digits", "test").take(60, seed=0)
+    torch.manual_seed(0)
+    network = Normalised([0.5], [0.5], build("digits_cnn", width=4))
+    optimiser = torch.optim.Adam(network.parameters(), 0.01)
+    for _ in range(60):
+        optimiser.zero_grad()
+        torch.nn.functional.cross_entropy(network(train.x), train.y).backward()
+        optimiser.step()
+    return {"small": network.eval()}, train, test
+
+
+def test_the_study_measures_chooses_compares_and_resumes(digits, tmp_path):
+    models, train, test = digits
+    settings = dict(
+        base={"objective": {"kind": "plain"}, "epochs": 1, "lr": 0.01},
+        variants=[
+            {"name": "plain"},
+            {"name": "ours", "objective": {"kind": "w-trades", "steps": 2}, "sweep": [{"delta": 0.02}, {"delta": 0.1}]},
+            {"name": "wild", "lr": 1e30},
+        ],
+        seeds=[0, 1], threats=[Threat("1/16"), Threat("2/16")], ours=["ours"], controls=["plain"],
+        pointwise=["1/16"], steps=2, search={"steps": 3}, draws=30, progress=False,
+    )  # fmt: skip
+    found = studies.finetuning(models, train, test, work=tmp_path, **settings)
+    assert [(r["variant"], r["seed"]) for r in found["runs"]] == [("before", None)] + [
+        (v, s) for v in ("plain", "ours (delta 0.02)", "ours (delta 0.1)") for s in (0, 1)
+    ]
+    assert {(d["variant"], d["seed"]) for d in found["diverged"]} == {("wild", 0), ("wild", 1)}
+    chosen = {c["method"]: c["variant"] for c in found["chosen"]}
+    assert chosen["plain"] == "plain" and chosen["ours"].startswith("ours (") and "wild" not in chosen
+    for row in found["runs"]:
+        assert ("w_pgd" in row["after"]) == (row["variant"] in ("before", *chosen.values()))
+        assert row["after"]["exact"]["2/16"] <= row["after"]["exact"]["1/16"] <= row["after"]["clean"]
+        if "w_pgd" in row["after"]:
+            assert row["after"]["exact"]["2/16"] <= row["after"]["w_pgd"]["2/16"] + 1e-9
+    assert {(c["ours"], c["delta"]) for c in found["comparison"]} == {("ours", "1/16"), ("ours", "2/16")}
+    assert studies.finetuning(models, train, test, work=tmp_path, **settings) == found
