@@ -31,8 +31,9 @@ class Recipe:
         epochs, batch_size: as usual; the last, smaller batch is kept.
         lr, schedule: base learning rate and a name from `wdat.schedules.SCHEDULES`.
         accumulate: micro-batches a step is split into, for networks that do not fit at once; the step is that of the
-            whole batch but for rounding and the inner attacks' random starts. Two things see micro-batches only: batch
-            norm in training mode, and the upsilon rules "batch", "ema" and "memory", which observe each in turn.
+            whole batch but for rounding and the inner attacks' random starts. What sees a micro-batch only: batch norm
+            in training mode, and what is tracked batch by batch (the upsilon rules "batch", "ema" and "memory", the
+            water level), which observes each in turn.
         precision: "bfloat16" runs the layers of the outer forward and backward pass in it (all but the first and last,
             see `wdat.attacks.autocast`); weights, their gradients and the losses stay in float32. That of the inner
             attacks is a setting of their terms.
