@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from wdat import certify
 from wdat.allocation import accuracy_curve
-from wdat.certify import certified_radii, crossing, hidden_bounds, network_steps
+from wdat.certify import certified_radii, crossing, hidden_bounds
+from wdat.graph import network_steps
 from wdat.networks import Normalised, build
 from wdat.radii import minimal_distances
 from wdat.threat import Threat, per_image, pixel_norm, project

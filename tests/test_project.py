@@ -21,7 +21,7 @@ from wdat import reproduce as runner
 ROOT = Path(__file__).parents[1]
 # A module imports only modules named before it; a new module is put in its place here.
 ORDER = [
-    "threat", "losses", "checks", "sensitivity", "trackers", "allocation", "attacks", "dual", "radii", "certify",
+    "threat", "losses", "checks", "sensitivity", "trackers", "allocation", "attacks", "dual", "radii", "graph", "certify",
     "bounds", "objectives", "schedules", "records", "rb", "networks", "data", "models",
     "recipes", "estimates", "finetuning", "parts", "evaluation", "comparison", "studies",
     "plots", "tables", "paper", "reproduce", "cli",
