@@ -1,23 +1,27 @@
 """Minimal distances: exact on linear networks, certified by a second look at every point, cheap as counted."""
 
+import itertools
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.optimize import linprog, minimize
+from scipy.optimize import linprog, minimize, nnls
 from torch import nn
 
 from wdat.allocation import accuracy_curve, adversarial_set
 from wdat.attacks import w_pgd
+from wdat.certify import certified_radii
 from wdat.losses import margin
-from wdat.networks import Normalised, build
+from wdat.models import load_model
 from wdat.radii import box_step, minimal_distances
 from wdat.threat import Threat, pixel_norm
 
 NORMS = [2, math.inf]
+ZOO = Path(__file__).parents[1] / "notebooks" / "zoo"
 
 
 def linear(classes: int, seed: int = 0, size: int = 12) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
@@ -36,6 +40,12 @@ def exact(model: nn.Module, x: torch.Tensor, y: torch.Tensor, r: float) -> torch
     s = 1 if math.isinf(r) else 2
     ratio = (z.gather(1, y[:, None]) - z) / (w[y][:, None] - w[None]).norm(p=s, dim=2)
     return ratio.nan_to_num(math.inf).scatter(1, y[:, None], math.inf).amin(1).clamp_min(0)
+
+
+def third_party(name: str, shared: Path) -> nn.Module:
+    if not (shared / "models" / f"{name}.pt").is_file():
+        pytest.skip(f"no weights of {name} in {shared / 'models'}")
+    return load_model(ZOO / f"{name}.yaml", root=shared / "models")
 
 
 @settings(deadline=None, max_examples=25, derandomize=True)
@@ -88,6 +98,63 @@ def test_linear_networks_are_exact(r, classes):
         assert (gap >= -1e-6).all() or math.isinf(p) or gap.abs().max() < 0.02
 
 
+def least_norm(rows: np.ndarray, bounds: np.ndarray, r: float) -> float:
+    """min ||d||_r over rows @ d >= bounds, or inf: a linear programme, or least-distance programming by NNLS
+    (Lawson and Hanson, Solving Least Squares Problems, chapter 23)."""
+    n = rows.shape[1]
+    if math.isinf(r):
+        box = np.block([[np.eye(n), -np.ones((n, 1))], [-np.eye(n), -np.ones((n, 1))]])
+        a = np.vstack([np.c_[-rows, np.zeros(len(rows))], box])
+        found = linprog([0] * n + [1], a, np.r_[-bounds, np.zeros(2 * n)], bounds=[(None, None)] * n + [(0, None)])
+        return found.fun if found.status == 0 else math.inf
+    target = np.r_[np.zeros(n), 1.0]
+    system = np.vstack([rows.T, bounds])
+    left = system @ nnls(system, target)[0] - target
+    return float(np.linalg.norm(left[:-1] / left[-1])) if -left[-1] > 1e-12 else math.inf
+
+
+def exact_relu(model: nn.Module, image: np.ndarray, label: int, r: float) -> float:
+    """The nearest boundary point of a network with one hidden layer: a convex programme for each activation pattern."""
+    (v, b), (w, c) = (
+        (m.weight.detach().double().numpy(), m.bias.detach().double().numpy()) for m in (model[1], model[3])
+    )
+    nearest, n = math.inf, len(image)
+    for on in itertools.product((0.0, 1.0), repeat=len(b)):
+        signs, linear_part = 2 * np.array(on) - 1, w * np.array(on)
+        for k in set(range(len(c))) - {label}:
+            slope = (linear_part[k] - linear_part[label]) @ v
+            value = (linear_part[k] - linear_part[label]) @ (v @ image + b) + c[k] - c[label]
+            rows = np.vstack([signs[:, None] * v, slope, np.eye(n), -np.eye(n)])
+            bounds = np.r_[-signs * (v @ image + b), -value, -image, image - 1]
+            nearest = min(nearest, least_norm(rows, bounds, r))
+    return nearest
+
+
+@pytest.mark.parametrize("r", NORMS)
+@pytest.mark.parametrize("seed", range(2))
+def test_relu_networks_whose_exact_distances_are_enumerated(r, seed):
+    """Never nearer than the exact distance; reached for most images, with restarts for almost all.
+
+    Not for all: behind units that are off at the image lie minima that no gradient points to.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
+    for layer in (model[1], model[3]):
+        layer.weight.data = torch.randn(layer.weight.shape, generator=generator)
+        layer.bias.data = -layer.weight.data.sum(1) / 2 if layer is model[1] else torch.zeros(3)
+    x = torch.rand(8, 1, 2, 2, generator=generator)
+    model[3].bias.data = -model(x).detach().mean(0)
+    y = model(x).argmax(1)
+    truth = torch.tensor(
+        [exact_relu(model, i.flatten().double().numpy(), int(k), r) for i, k in zip(x, y, strict=True)]
+    )
+    found = minimal_distances(model, x, y, r).distance.double()
+    more = minimal_distances(model, x, y, r, restarts=8, tolerance=0).distance.double()
+    assert truth.isfinite().all() and found.isfinite().all()
+    assert (found >= truth - 1e-5).all() and (more >= truth - 1e-5).all(), "nothing is nearer than the exact distance"
+    assert float((found / truth - 1).median()) < 0.005 and float((more / truth - 1).quantile(0.8)) < 0.005
+
+
 @pytest.mark.parametrize("r", NORMS)
 def test_heading_for_the_nearest_rival_beats_the_runner_up(r):
     """The class of second largest logit is not the nearest when its weight row is close to the own one."""
@@ -112,7 +179,8 @@ def test_every_point_flips_and_lies_in_the_box(tiny_model, tiny_data, r, setting
     assert torch.equal(found.x[~finite], x[~finite])
     assert torch.equal(found.distance == 0, ~found.correct)
     assert torch.equal(found.correct, margin(tiny_model(x), y) > 0)
-    assert 0 <= found.gain <= 1
+    assert all(0 <= gain <= 1 for gain in found.gains) and found.gain == found.gains[-1]
+    assert len(found.gains) == max(1, settings_.get("restarts", 0) + settings_.get("tight", False))
 
 
 @pytest.mark.parametrize("r", NORMS)
@@ -123,12 +191,17 @@ def test_longer_and_tighter_searches_are_nearer_and_report_it(tiny_model, tiny_d
     most = minimal_distances(tiny_model, x, y, r, steps=2, restarts=3, tight=True)
     assert (more.distance <= one.distance).all() and (most.distance <= more.distance).all()
     assert most.distance.sum() < one.distance.sum()
+    finite = one.distance.isfinite() & (one.distance > 0)  # gains are measured, not estimated
+    first = minimal_distances(tiny_model, x, y, r, steps=2, restarts=1)
+    lowered = 1 - first.distance[finite].double() / one.distance[finite]
+    if finite.sum() == (first.distance.isfinite() & first.correct).sum():
+        assert first.gain == pytest.approx(float(lowered.mean()), abs=1e-6)
     again = minimal_distances(tiny_model, x, y, r, steps=10, restarts=5)
-    assert again.gain < 0.01 and minimal_distances(tiny_model, x, y, r, steps=2).gain > again.gain
+    assert again.gain < 0.01 and one.gain > again.gain and len(again.gains) == 5
 
 
 @pytest.mark.parametrize("r", NORMS)
-def test_passes_are_what_a_hook_counts(tiny_model, tiny_data, r):
+def test_passes_are_what_a_hook_counts(tiny_model, tiny_data, r, monkeypatch):
     x, y = tiny_data
     count = {"forward": 0, "backward": 0}
 
@@ -139,10 +212,14 @@ def test_passes_are_what_a_hook_counts(tiny_model, tiny_data, r):
 
     handle = tiny_model.register_forward_hook(hook)
     found = minimal_distances(tiny_model, x, y, r, steps=5, rivals=3, restarts=1, batch_size=48, tolerance=0)
-    handle.remove()
     assert found.passes * len(x) == count["forward"] + count["backward"]
     n, correct = len(x), int(found.correct.sum())
-    assert found.passes * n == n * (1 + 3) + correct * (2 * 4 + 1) + correct * (2 * 5 + 1)
+    least = n * (1 + 3) + correct * (2 * 4 + 1) + correct * (2 * 5 + 1)
+    assert least <= found.passes * n < least + correct * 2 * 4  # less than one other class in question an image
+    monkeypatch.setattr("wdat.radii.RIVALRY", math.inf)
+    all_ = minimal_distances(tiny_model, x, y, r, steps=5, rivals=3, restarts=1, batch_size=48, tolerance=0)
+    handle.remove()
+    assert all_.passes * n == least + correct * 2 * 2 * 4
 
 
 def test_converged_and_unreachable_images_are_not_searched_again(tiny_model, tiny_data):
@@ -208,11 +285,7 @@ def test_bad_input_is_a_sentence(tiny_model, tiny_data):
 @pytest.mark.parametrize("r", NORMS)
 def test_below_the_authors_attack_on_a_real_network(shared, png_test, r):
     """resnet2b, 300 images: the exact allocation lies below W-PGD at every radius, at a fraction of its passes."""
-    path = shared / "models" / "resnet2b.pt"
-    if not path.is_file():
-        pytest.skip(f"no weights at {path}")
-    model = Normalised([0.4914, 0.4822, 0.4465], [0.2471, 0.2435, 0.2616], build("resnet2b"))
-    model.network.load_state_dict(torch.load(path, weights_only=True))
+    model = third_party("resnet2b", shared)
     x, y = png_test[0][:300], png_test[1][:300]
     found = minimal_distances(model, x, y, r)
     for delta in ["1/255", "4/255"] if math.isinf(r) else ["1/16", "1/4"]:
@@ -223,3 +296,31 @@ def test_below_the_authors_attack_on_a_real_network(shared, png_test, r):
         again = float((margin(model(claimed.x), y) > 0).double().mean())
         assert claimed.accuracy <= again <= claimed.accuracy + 1 / len(x) + 1e-12
         assert float(threat.distance(threat.norm(claimed.x - x))) <= threat.delta * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("r", NORMS)
+def test_default_search_has_converged_on_a_real_network_and_certificates_lie_below(shared, png_test, r):
+    """Within half a point of a search of eight times its passes, and above the certified radii of a few images."""
+    model = third_party("cifar_cnn_a_mix", shared)
+    x, y = png_test[0][::10], png_test[1][::10]
+    short = minimal_distances(model, x, y, r)
+    long = minimal_distances(model, x, y, r, steps=30, rivals=9, restarts=4, tolerance=0)
+    assert short.passes <= 5 + 34 * float(short.correct.double().mean()) and long.passes >= 7 * short.passes
+    best = torch.minimum(short.distance, long.distance)
+    deltas = [k / 255 for k in (1, 2, 4, 6, 8)] if math.isinf(r) else [1 / 16, 1 / 8, 1 / 4, 1 / 2]
+    for delta in deltas:
+        assert float(accuracy_curve(short.distance, delta, 2) - accuracy_curve(best, delta, 2)) <= 0.005
+    few = short.correct.nonzero()[:3, 0]
+    certified = certified_radii(model, x[few], y[few], r)
+    assert (certified <= best[few]).all() and certified.max() > 0
+
+
+@pytest.mark.parametrize("r", NORMS)
+def test_an_image_within_rounding_of_the_boundary_is_flipped(r):
+    """Its linearised distance is far below what a flip needs to survive another device's rounding."""
+    model, x, _ = linear(3, seed=1)
+    z = model(x[:1]).detach()[0]
+    y = z.argmax().view(1)
+    model[1].bias.data += torch.where(torch.arange(3) == y, -(z.topk(2).values[0] - z.topk(2).values[1]) + 2e-6, 0.0)
+    found = minimal_distances(model, x[:1], y, r)
+    assert found.correct.all() and 0 < float(found.distance) < 1e-3
