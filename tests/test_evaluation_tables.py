@@ -1,0 +1,93 @@
+"""Tables and figures of an evaluation's record: ranks, failing bounds, probes, and everything the sandwich can show."""
+
+import matplotlib.pyplot as plt
+import pytest
+
+from wdat import plots, records, tables
+from wdat.threat import Threat
+
+CLEAN = 0.8
+
+
+def network(name: str, two: list[float], inf: list[float], r_l: list[float], **extra) -> dict:
+    """A record's entry with accuracies under W_2 and W_inf at 1/16 and 2/16, and first-order bounds there."""
+    threats = [Threat(d, 2).describe() for d in ("1/16", "2/16")]
+    curves = [
+        {"p": p, "delta": [0, 1 / 16, 2 / 16], **{key: [CLEAN, *a] for key in ("accuracy", "low", "high", "mixture")}}
+        for p, a in ((2, two), ("inf", inf))
+    ]
+    bounds = [{"r_u": 1.0, "r_tilde_l": b, "r_bar_l": b, "r_l": b} for b in r_l]
+    rows = [
+        {"threat": t, "accuracy": a, "band": [a, a], "water_level": 0.1, "per_class": {}, "deterministic": a}
+        for t, a in zip(threats, two, strict=True)
+    ]
+    attacks = [
+        {"attack": kind, "loss": loss, "steps": 2, "threat": t, "accuracy": CLEAN, "bounds": b, "loss_value": 0.0}
+        for kind, loss in (("w-pgd", "redlr"), ("w-pgd", "dlr"), ("w-pgd", "ce"), ("w-pgd-budget", "redlr"))
+        for t, b in zip(threats, bounds, strict=True)
+    ]
+    exact = {"r": "inf", "n": 10, "threats": rows, "curves": curves, "mean_distance": 0.1}
+    return {"network": name, "clean": {"accuracy": CLEAN}, "attacks": attacks, "exact": [exact], **extra}
+
+
+def written(tmp_path, *networks: dict):
+    return records.write(tmp_path / "06_x.json", "evaluation", {"n": 10, "networks": list(networks)})
+
+
+def test_ranks_count_reversed_pairs(tmp_path):
+    path = written(
+        tmp_path,
+        network("a", [0.6, 0.3], [0.7, 0.5], [0, 0]),
+        network("b", [0.5, 0.2], [0.6, 0.6], [0, 0]),
+        network("c", [0.4, 0.1], [0.5, 0.7], [0, 0]),
+    )
+    rows = tables.ranks(path).frame.to_dict("records")
+    assert [row["δ"] for row in rows] == ["1/16", "2/16"]
+    assert [row["Kendall's τ"] for row in rows] == ["1.00", "-1.00"]
+    assert [row["pairs reversed"] for row in rows] == ["0 of 3", "3 of 3"]
+    found = tables.numbers(tmp_path)
+    assert found["06_x.linf.small.tau"] == "1.00" and found["06_x.linf.large.reversed"] == "3 of 3"
+
+
+def test_the_first_radius_at_which_a_bound_fails_is_named(tmp_path):
+    path = written(
+        tmp_path,
+        network("holds", [0.6, 0.4], [0.6, 0.4], [0.75, 0.5]),  # exactly R: a bound still
+        network("fails", [0.6, 0.4], [0.6, 0.4], [0.7, 0.6]),
+    )
+    rows = {row["network"]: row for row in tables.failures(path).frame.to_dict("records")}
+    assert rows["holds"]["ReDLR"] == "–" and rows["fails"]["ReDLR"] == "2/16 (0.60 > 0.50)"
+    found = tables.numbers(tmp_path)
+    assert found["06_x.fails.linf.redlr.fails-at"] == "2/16" and found["06_x.holds.linf.redlr.fails-at"] == "none"
+    assert (tmp_path / "06_x-failures.tex").read_text().count(r"$>$") == 3  # of each loss
+
+
+def test_probes_are_added_up(tmp_path):
+    rows = [{"network": "a", "r": r, "images": 5, "probes": 60_000, "violations": v} for r, v in (("inf", 0), (2, 1))]
+    checks = {"sets": [], "convergence": [], "probes": rows}
+    path = records.write(tmp_path / "06_verification.json", "verification", checks)
+    assert list(tables.probed(path).frame["violations"]) == ["0", "1"]
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_the_sandwich_shows_everything_the_record_has_and_its_legend_fits(tmp_path, count):
+    auto = [{"threat": Threat("1/16", "inf").describe(), "accuracy": 0.5, "n": 4}]
+    own = network("net", [0.6, 0.4], [0.6, 0.4], [0.5, 0.2], autoattack=auto)
+    own["certified"] = [{**own["exact"][0], "n": 4}]
+    figure = plots.sandwich(written(tmp_path, *[own | {"network": f"net{k}"} for k in range(count)]))
+    figure.canvas.draw()
+    (legend,) = figure.legends
+    shown = {text.get_text() for text in legend.get_texts()}
+    assert shown >= {
+        "exact allocation",
+        "mixture bound",
+        "W-PGD, ReDLR",
+        "W-PGD, DLR",
+        "W-PGD, CE",
+        "certified (4 of 10)",
+    }
+    assert any(text.startswith("AutoAttack") for text in shown) and "W-PGD-Budget, ReDLR" in shown
+    box, whole = legend.get_window_extent(), figure.bbox
+    assert whole.x0 <= box.x0 and box.x1 <= whole.x1 and whole.y0 <= box.y0
+    assert all(axis.get_window_extent().y0 > box.y1 and axis.get_window_extent().height > 90 for axis in figure.axes)
+    plt.close(figure)
