@@ -1,66 +1,90 @@
-"""The checks of notebook 06: what they report agrees with the pieces, reuses what is known, and can find fault."""
-
-import functools
-from pathlib import Path
+"""The fine-tuning study: settings expanded, chosen on validation images alone, diverged runs listed, all resumable."""
 
 import pytest
+import torch
 
-from wdat import parts, studies
-from wdat.data import from_tensors
-from wdat.models import load_model
-from wdat.radii import minimal_distances
+from wdat import studies
+from wdat.data import load_data
+from wdat.networks import Normalised, build
 from wdat.threat import Threat
 
-ROOT = Path(__file__).parents[1]
 
-
-@pytest.fixture
-def data(tiny_data):
-    return from_tensors(*tiny_data, name="tiny")
-
-
-def test_probes_find_no_violation_inside_certified_balls_and_many_beyond(tiny_model, data, tmp_path, monkeypatch):
-    rows = studies.probed_certificates({"tiny": tiny_model}, data, ["inf", "2"], tmp_path, 40, restarts=3, steps=30)
-    for row in rows:
-        assert row["images"] > 20 and row["violations"] == 0
-        assert row["probes"] == row["images"] * 4 * 31
-    real = parts.certified_radii
-    monkeypatch.setattr(parts, "certified_radii", lambda *a, **k: 10 * real(*a, **k))
-    wrong = studies.probed_certificates({"tiny": tiny_model}, data, ["inf", "2"], tmp_path / "other", 40)
-    assert all(row["violations"] > row["images"] for row in wrong)
-
-
-def test_a_longer_search_shares_the_short_one_and_gains_what_is_said(tiny_model, data, tmp_path, monkeypatch):
-    threats, calls, real = [Threat("1/64", 2), Threat("1/16", 2, 2)], [], minimal_distances
-
-    @functools.wraps(real)
-    def counted(model, x, y, r, **settings):
-        calls.append(settings.get("restarts", 0))
-        return real(model, x, y, r, **settings)
-
-    monkeypatch.setattr(parts, "minimal_distances", counted)
-    search = {"steps": 3, "rivals": 1}
-    studies.across_networks(
-        {"tiny": tiny_model}, data, threats, tmp_path, losses=("ce",), steps=1, search=search, progress=False
+def test_variants_expand_to_settings_of_the_recipe_and_of_its_objective():
+    base = {"objective": {"kind": "w-trades", "delta": "1/16"}, "epochs": 3, "lr": 0.1}
+    plain, first, second = studies.expand(
+        [
+            {"name": "plain", "objective": {"kind": "plain"}},
+            {"name": "at", "objective": {"kind": "at"}, "sweep": [{"delta": 0.1}, {"delta": 0.2, "lr": 0.01}]},
+        ],
+        base,
     )
-    assert calls == [0, 0]  # one search for each norm
-    rows = studies.convergence({"tiny": tiny_model}, data, threats, tmp_path, search, longer=8)
-    (sets,) = studies.verified_sets({"tiny": tiny_model}, data, threats[0], tmp_path, search)
-    assert calls == [0, 0, 3, 3]  # and one longer search for each
-    for row in rows:
-        (found,) = row["threats"]
-        assert row["longer_passes"] > 4 * row["passes"] and found["longer"] <= found["accuracy"]
-        assert len(row["gains"]) == 3 and all(0 <= gain < 1 for gain in row["gains"])
-    assert sets["measured"] == pytest.approx(sets["claimed"]) and sets["measured_cost"] <= threats[0].delta * (1 + 1e-6)
-    assert [sets["claimed"]] == [row["threats"][0]["accuracy"] for row in rows if row["r"] == "inf"]
+    assert (plain["variant"], plain["method"]) == ("plain", "plain") and plain["recipe"]["objective"] == {
+        "kind": "plain"
+    }
+    assert first["variant"] == "at (delta 0.1)" and first["recipe"]["lr"] == 0.1
+    assert second["recipe"] == {"objective": {"kind": "at", "delta": 0.2}, "epochs": 3, "lr": 0.01}
+    assert second["method"] == "at" and second["variant"] == "at (delta 0.2, lr 0.01)"
+    with pytest.raises(ValueError, match="share a name"):
+        studies.expand([{"name": "a"}, {"name": "a"}], base)
 
 
-@pytest.mark.parametrize("name, r", [("cifar_conv_small_pgd", "inf"), ("cifar_cnn_a_adv4", "2")])
-def test_certificates_of_third_party_networks_withstand_probes(name, r, shared: Path, png_test, tmp_path):
-    weights = shared / "models"
-    if not (weights / f"{name}.pt").is_file():
-        pytest.skip(f"no weights at {weights}")
-    model = load_model(ROOT / f"notebooks/zoo/{name}.yaml", root=weights)
-    part = from_tensors(png_test[0][:10], png_test[1][:10])
-    (row,) = studies.probed_certificates({name: model}, part, [r], tmp_path, 10, restarts=4, steps=40)
-    assert row["violations"] == 0 and row["images"] >= 4 and row["probes"] >= 800
+def one(clean: float, near: float, exact: float) -> dict:
+    return {
+        "network": "n",
+        "before": False,
+        "validation": {"clean": clean, "pointwise": {"d": near}, "exact": {"t": exact}},
+    }
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"a": one(0.80, 0.5, 0.30), "b": one(0.795, 0.5, 0.35), "c": one(0.70, 0.5, 0.50)}, ("b", True)),
+        ({"a": one(0.80, 0.4, 0.60), "b": one(0.80, 0.497, 0.20)}, ("b", True)),  # pointwise lost
+        ({"a": one(0.60, 0.5, 0.60), "b": one(0.75, 0.5, 0.20)}, ("b", False)),  # none keeps it: the nearest
+    ],
+)
+def test_a_setting_is_chosen_within_the_margins_on_validation_images(settings, expected):
+    before = {**one(0.80, 0.5, 0.2), "before": True}
+    assert studies._choose({k: [v] for k, v in settings.items()}, [before], "n", "t", ["d"]) == expected
+
+
+@pytest.fixture(scope="module")
+def digits():
+    train, test = load_data("digits", "train").take(160, seed=0), load_data("digits", "test").take(60, seed=0)
+    torch.manual_seed(0)
+    network = Normalised([0.5], [0.5], build("digits_cnn", width=4))
+    optimiser = torch.optim.Adam(network.parameters(), 0.01)
+    for _ in range(60):
+        optimiser.zero_grad()
+        torch.nn.functional.cross_entropy(network(train.x), train.y).backward()
+        optimiser.step()
+    return {"small": network.eval()}, train, test
+
+
+def test_the_study_measures_chooses_compares_and_resumes(digits, tmp_path):
+    models, train, test = digits
+    settings = dict(
+        base={"objective": {"kind": "plain"}, "epochs": 1, "lr": 0.01},
+        variants=[
+            {"name": "plain"},
+            {"name": "ours", "objective": {"kind": "w-trades", "steps": 2}, "sweep": [{"delta": 0.02}, {"delta": 0.1}]},
+            {"name": "wild", "lr": 1e30},
+        ],
+        seeds=[0, 1], threats=[Threat("1/16"), Threat("2/16")], ours=["ours"], controls=["plain"],
+        pointwise=["1/16"], steps=2, search={"steps": 3}, draws=30, progress=False,
+    )  # fmt: skip
+    found = studies.finetuning(models, train, test, work=tmp_path, **settings)
+    assert [(r["variant"], r["seed"]) for r in found["runs"]] == [("before", None)] + [
+        (v, s) for v in ("plain", "ours (delta 0.02)", "ours (delta 0.1)") for s in (0, 1)
+    ]
+    assert {(d["variant"], d["seed"]) for d in found["diverged"]} == {("wild", 0), ("wild", 1)}
+    chosen = {c["method"]: c["variant"] for c in found["chosen"]}
+    assert chosen["plain"] == "plain" and chosen["ours"].startswith("ours (") and "wild" not in chosen
+    for row in found["runs"]:
+        assert ("w_pgd" in row["after"]) == (row["variant"] in ("before", *chosen.values()))
+        assert row["after"]["exact"]["2/16"] <= row["after"]["exact"]["1/16"] <= row["after"]["clean"]
+        if "w_pgd" in row["after"]:
+            assert row["after"]["exact"]["2/16"] <= row["after"]["w_pgd"]["2/16"] + 1e-9
+    assert {(c["ours"], c["delta"]) for c in found["comparison"]} == {("ours", "1/16"), ("ours", "2/16")}
+    assert studies.finetuning(models, train, test, work=tmp_path, **settings) == found

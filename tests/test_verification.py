@@ -1,0 +1,66 @@
+"""The checks of notebook 06: what they report agrees with the pieces, reuses what is known, and can find fault."""
+
+import functools
+from pathlib import Path
+
+import pytest
+
+from wdat import parts, studies
+from wdat.data import from_tensors
+from wdat.models import load_model
+from wdat.radii import minimal_distances
+from wdat.threat import Threat
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def data(tiny_data):
+    return from_tensors(*tiny_data, name="tiny")
+
+
+def test_probes_find_no_violation_inside_certified_balls_and_many_beyond(tiny_model, data, tmp_path, monkeypatch):
+    rows = studies.probed_certificates({"tiny": tiny_model}, data, ["inf", "2"], tmp_path, 40, restarts=3, steps=30)
+    for row in rows:
+        assert row["images"] > 20 and row["violations"] == 0
+        assert row["probes"] == row["images"] * 4 * 31
+    real = parts.certified_radii
+    monkeypatch.setattr(parts, "certified_radii", lambda *a, **k: 10 * real(*a, **k))
+    wrong = studies.probed_certificates({"tiny": tiny_model}, data, ["inf", "2"], tmp_path / "other", 40)
+    assert all(row["violations"] > row["images"] for row in wrong)
+
+
+def test_a_longer_search_shares_the_short_one_and_gains_what_is_said(tiny_model, data, tmp_path, monkeypatch):
+    threats, calls, real = [Threat("1/64", 2), Threat("1/16", 2, 2)], [], minimal_distances
+
+    @functools.wraps(real)
+    def counted(model, x, y, r, **settings):
+        calls.append(settings.get("restarts", 0))
+        return real(model, x, y, r, **settings)
+
+    monkeypatch.setattr(parts, "minimal_distances", counted)
+    search = {"steps": 3, "rivals": 1}
+    studies.across_networks(
+        {"tiny": tiny_model}, data, threats, tmp_path, losses=("ce",), steps=1, search=search, progress=False
+    )
+    assert calls == [0, 0]  # one search for each norm
+    rows = studies.convergence({"tiny": tiny_model}, data, threats, tmp_path, search, longer=8)
+    (sets,) = studies.verified_sets({"tiny": tiny_model}, data, threats[0], tmp_path, search)
+    assert calls == [0, 0, 3, 3]  # and one longer search for each
+    for row in rows:
+        (found,) = row["threats"]
+        assert row["longer_passes"] > 4 * row["passes"] and found["longer"] <= found["accuracy"]
+        assert len(row["gains"]) == 3 and all(0 <= gain < 1 for gain in row["gains"])
+    assert sets["measured"] == pytest.approx(sets["claimed"]) and sets["measured_cost"] <= threats[0].delta * (1 + 1e-6)
+    assert [sets["claimed"]] == [row["threats"][0]["accuracy"] for row in rows if row["r"] == "inf"]
+
+
+@pytest.mark.parametrize("name, r", [("cifar_conv_small_pgd", "inf"), ("cifar_cnn_a_adv4", "2")])
+def test_certificates_of_third_party_networks_withstand_probes(name, r, shared: Path, png_test, tmp_path):
+    weights = shared / "models"
+    if not (weights / f"{name}.pt").is_file():
+        pytest.skip(f"no weights at {weights}")
+    model = load_model(ROOT / f"notebooks/zoo/{name}.yaml", root=weights)
+    part = from_tensors(png_test[0][:10], png_test[1][:10])
+    (row,) = studies.probed_certificates({name: model}, part, [r], tmp_path, 10, restarts=4, steps=40)
+    assert row["violations"] == 0 and row["images"] >= 4 and row["probes"] >= 800
