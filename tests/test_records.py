@@ -36,6 +36,13 @@ def test_what_is_written_is_what_is_read(tmp_path_factory, results):
     assert record["results"] == results
 
 
+def test_numbers_of_a_list_share_a_line(tmp_path):
+    results = {"curve": list(range(500)), "images": [[[1, 2], [None, True]]], "odd": ["[\n 1,\n 2\n]", []]}
+    path = records.write(tmp_path / "r.json", "k", results)
+    assert records.read(path)["results"] == results
+    assert len(path.read_text().split('"provenance"')[0].splitlines()) < 30
+
+
 def test_floats_keep_every_bit(tmp_path):
     values = [*torch.rand(100, generator=torch.Generator().manual_seed(0), dtype=torch.float64).tolist(), 5e-324, 1e308]
     assert records.read(records.write(tmp_path / "r.json", "k", values))["results"] == values

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import tempfile
 import time
@@ -148,7 +149,10 @@ def write(
         "results": plain(results, "results"),
         "provenance": provenance(device),
     }
-    return write_file(path, json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False)
+    # lists of numbers on one line each; no string can hold the line breaks that mark them
+    text = re.sub(r'\[\n\s*([^][{}"]+?)\n\s*\]', lambda found: "[" + " ".join(found[1].split()) + "]", text)
+    return write_file(path, text + "\n")
 
 
 def read(path: str | Path, kind: str | None = None) -> dict[str, Any]:
