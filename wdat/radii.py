@@ -185,7 +185,7 @@ class _Search:
             gaps = logits.gather(1, y[:, None]) - logits.gather(1, order)
             for k in range(count):
                 gradients += torch.autograd.grad(gaps[:, k].sum(), leaf, retain_graph=k + 1 < count)
-        gradient, gaps = torch.stack(gradients, 1).flatten(2), gaps.detach()
+        gradient, gaps = torch.stack(gradients, 1).flatten(2), gaps.detach() + self.aim(z)[:, None]
         if not gradient.isfinite().all():
             raise ValueError("the margin's gradient in the images is NaN or infinite; look at weights and layers")
         norm = gradient.norm(1 if math.isinf(r) else 2, dim=2).float()
@@ -256,6 +256,7 @@ class _Search:
                 images = now.view(len(now), *self.x.shape[1:])
                 gradient, value, logits = input_gradient(self.model, images, self.y[index], gap)
                 gradient = gradient.flatten(1)
+                value = value + self.aim(logits)
                 self.judge(index, now, logits)
                 self.passes += 2 * len(index)
             else:
@@ -272,6 +273,10 @@ class _Search:
             mix = MIXTURE * math.sqrt(1 - done)
             now = ((1 - mix) * (now + beyond * self.onto(now, mean, value)) + mix * from_clean).clamp(0, 1)
         return now, mean, estimate
+
+    def aim(self, logits: Tensor) -> Tensor:
+        """How far below 0 the search wants a margin, (n,): twice what a flip needs."""
+        return 2 * SLACK * logits.abs().amax(1)
 
     def onto(self, x: Tensor, gradient: Tensor, value: Tensor) -> Tensor:
         """Smallest step from x onto the hyperplane value + <gradient, step> = 0, from whichever side."""
