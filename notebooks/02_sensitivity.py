@@ -26,6 +26,7 @@ recipe = {}  # W-TRADES fine-tuning during which the rules are compared, setting
 rules = {}  # name -> settings of wdat.trackers.Rule
 every = 5  # steps between measurements of the true upsilon
 seed = 0
+batch_size = 128
 out = "figures/digits"
 work = ".wdat/digits/work"
 
@@ -42,7 +43,7 @@ test = studies.load_images(data, "test", root, test_root, n_test)
 models = studies.load_networks(networks, root, weights, device, dataset=dataset, threat=threat)
 results = studies.sensitivity(
     models, test, r=parse_number(r), orders=[parse_number(p) for p in orders], losses=losses, sizes=sizes,
-    repeats=repeats, seed=seed,
+    repeats=repeats, seed=seed, batch_size=batch_size,
 )  # fmt: skip
 record = records.write(root / out / "02_sensitivity.json", "sensitivity", results, {"networks": networks}, seeds=[seed])
 
@@ -54,7 +55,9 @@ record = records.write(root / out / "02_sensitivity.json", "sensitivity", result
 plots.sensitivity(record)
 
 # %%
-drift = studies.upsilon_rules(list(models.values())[-1], train, recipe=recipe, rules=rules, every=every, seed=seed)
+drift = studies.upsilon_rules(
+    list(models.values())[-1], train, recipe=recipe, rules=rules, every=every, seed=seed, batch_size=batch_size
+)
 record = records.write(root / out / "02_upsilon_rules.json", "upsilon-rules", drift, recipe, seeds=[seed])
 
 # %% [markdown]

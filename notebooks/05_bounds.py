@@ -19,6 +19,7 @@ deltas = ["1/64", "1/32", "1/16", "2/16", "3/16"]
 losses = ["redlr", "ce"]
 steps = 50
 search = {}  # settings of wdat.radii.minimal_distances
+batch_size = 128
 out = "figures/digits"
 work = ".wdat/digits/work"
 
@@ -34,7 +35,7 @@ test = studies.load_images(data, "test", root, test_root, n_test)
 models = studies.load_networks(networks, root, weights, device, dataset=dataset, threat=threat)
 results = studies.across_networks(
     models, test, [Threat(d, 2, r) for d in deltas], root / work / "05", losses=losses, steps=steps, search=search,
-    orders=[2], curve=61,
+    orders=[2], curve=61, batch_size=batch_size,
 )  # fmt: skip
 record = records.write(root / out / "05_bounds.json", "evaluation", results, {"networks": networks})
 

@@ -17,7 +17,7 @@ dataset = "cifar10"  # of RobustBench names, with their threat
 threat = "Linf"
 norms = ["inf", "2"]  # pixel norms
 deltas = {"inf": ["1/32", "1/16", "2/16", "3/16"], "2": ["1/4", "1/2", "1"]}
-losses = ["redlr", "ce"]
+losses = ["redlr", "ce", "dlr"]
 steps = 50
 budget_attack = True  # also W-PGD-Budget
 dual = True  # also the dual attack on the loss
@@ -26,6 +26,7 @@ certified = 100  # images to certify
 attacked = []  # radii of AutoAttack, pointwise, in the first norm
 autoattacked = 100  # images it is run on
 longer = 10  # how many times longer the search is that tests convergence
+batch_size = 128
 out = "figures/digits"
 work = ".wdat/digits/work"
 
@@ -43,6 +44,7 @@ results = studies.across_networks(
     models, test, [Threat(d, 2, r) for r in norms for d in deltas[r]] + [Threat(d, "inf", norms[0]) for d in attacked],
     root / work / "06", losses=losses, steps=steps, budget_attack=budget_attack, dual=dual, search=search,
     certified=certified, autoattacked=autoattacked, orders=[1, 2, float("inf")], curve=121,
+    batch_size=batch_size,
 )  # fmt: skip
 record = records.write(root / out / "06_how_robust.json", "evaluation", results, {"networks": networks})
 
@@ -90,11 +92,19 @@ tables.failures(record)
 # %%
 middle = Threat(deltas[norms[0]][1], 2, norms[0])
 checks = {
-    "sets": studies.verified_sets(models, test, middle, root / work / "06", search),
+    "sets": studies.verified_sets(models, test, middle, root / work / "06", search, batch_size),
     "convergence": studies.convergence(
-        models, test, [Threat(d, 2, r) for r in norms for d in deltas[r]], root / work / "06", search, longer
+        models,
+        test,
+        [Threat(d, 2, r) for r in norms for d in deltas[r]],
+        root / work / "06",
+        search,
+        longer,
+        batch_size,
     ),
-    "probes": studies.probed_certificates(models, test, norms, root / work / "06", certified) if certified else [],
+    "probes": studies.probed_certificates(models, test, norms, root / work / "06", certified, batch_size=batch_size)
+    if certified
+    else [],
 }
 record = records.write(root / out / "06_verification.json", "verification", checks, {"networks": networks})
 
