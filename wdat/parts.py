@@ -21,7 +21,7 @@ from wdat.records import write_tensors
 
 Part = dict[str, Tensor | float]
 PART = 256  # images in a part, about
-CERTIFY = 300  # what a certificate costs an image, in forward passes: rough, for the progress bar alone
+CERTIFY = 3000  # what a certificate costs an image, in forward passes: rough, for the progress bar alone
 COMPUTING = ("threat", "losses", "checks", "sensitivity", "attacks", "dual", "radii", "graph", "certify", "rb",
              "parts", "evaluation")  # fmt: skip
 
