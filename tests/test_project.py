@@ -21,10 +21,10 @@ from wdat import reproduce as runner
 ROOT = Path(__file__).parents[1]
 # A module imports only modules named before it; a new module is put in its place here.
 ORDER = [
-    "threat", "losses", "checks", "sensitivity", "trackers", "allocation", "attacks", "dual", "radii", "graph", "certify",
-    "bounds", "objectives", "schedules", "records", "rb", "networks", "data", "models",
-    "recipes", "estimates", "finetuning", "parts", "evaluation", "comparison", "studies",
-    "plots", "tables", "paper", "reproduce", "cli",
+    "threat", "losses", "checks", "sensitivity", "trackers", "allocation", "attacks", "dual", "radii", "graph",
+    "certify", "bounds", "objectives", "schedules", "records", "rb", "networks", "data", "models", "recipes",
+    "estimates", "finetuning", "parts", "evaluation", "comparison", "studies", "plots", "tables", "paper", "reproduce",
+    "cli",
 ]  # fmt: skip
 TORCH_FREE = ("records", "plots", "tables", "paper", "reproduce", "cli")
 MODULES = {path.stem: path for path in sorted((ROOT / "wdat").glob("*.py"))}

@@ -49,6 +49,7 @@ class Pixels:
 
     @property
     def device(self) -> torch.device:
+        """Where the pixels are."""
         return self.whole.device
 
 
