@@ -78,6 +78,13 @@ plots.ranks(record)
 tables.ranks(record)
 
 # %% [markdown]
+# **The loss.** The dual attack shares the budget out by prices: each image gets the radius at which its loss is worth
+# what the radius costs. Both are lower bounds on V(δ).
+
+# %%
+tables.dual(record)
+
+# %% [markdown]
 # **Where first-order bounds fail.** The smallest radius at which R^l lies above the exact allocation, which itself
 # bounds the true ratio from above.
 

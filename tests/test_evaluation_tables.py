@@ -62,6 +62,23 @@ def test_the_first_radius_at_which_a_bound_fails_is_named(tmp_path):
     assert (tmp_path / "06_x-failures.tex").read_text().count(r"$>$") == 3  # of each loss
 
 
+def test_the_dual_attack_is_compared_with_the_best_iterate_of_w_pgd(tmp_path):
+    own = network("net", [0.6, 0.4], [0.6, 0.4], [0, 0])
+    own["clean"]["losses"] = {"ce": {"v0": 0.5, "w0": 2.0}}
+    for attack in own["attacks"]:
+        attack["highest_loss"] = 1.25 if attack["loss"] == "ce" else 99.0
+    own["dual"] = [
+        {"threat": row["threat"], "loss_value": value, "estimate": 2.0, "accuracy": 0.5}
+        for row, value in zip(own["exact"][0]["threats"], (1.5, 1.0), strict=True)
+    ]
+    rows = tables.dual(written(tmp_path, own)).frame.to_dict("records")
+    assert [(row["V(0)"], row["W-PGD"], row["dual attack"]) for row in rows] == [
+        ("0.500", "1.250", "1.500"), ("0.500", "1.250", "1.000"),
+    ]  # fmt: skip
+    found = tables.numbers(tmp_path)
+    assert found["06_x.linf.dual.above"] == "1 of 2" and found["06_x.linf.dual.gain.mean"] == "0.0"
+
+
 def test_probes_are_added_up(tmp_path):
     rows = [{"network": "a", "r": r, "images": 5, "probes": 60_000, "violations": v} for r, v in (("inf", 0), (2, 1))]
     checks = {"sets": [], "convergence": [], "probes": rows}

@@ -261,6 +261,21 @@ def ranks(path: str | Path) -> Table:
     return Table(pd.DataFrame(rows, columns=columns), caption).write(path, "ranks")
 
 
+def dual(path: str | Path) -> Table:
+    """Mean cross-entropy V(δ) reached by W-PGD (its highest iterate) and by the dual attack, and its estimate."""
+    path = Path(path)
+    rows = [
+        {
+            "network": row["network"], "norm": row["norm"], "δ": row["written"], "V(0)": f"{row['v0']:.3f}",
+            "W-PGD": f"{row['w-pgd']:.3f}", "dual attack": f"{row['dual']:.3f}", "estimate": f"{row['estimate']:.3f}",
+        }
+        for row in _dual(records.read(path, "evaluation")["results"])
+    ]  # fmt: skip
+    columns = ["network", "norm", "δ", "V(0)", "W-PGD", "dual attack", "estimate"]
+    caption = "Mean cross-entropy under W₂ threats: clean, by W-PGD, by the dual attack; the dual's own estimate."
+    return Table(pd.DataFrame(rows, columns=columns), caption).write(path, "dual")
+
+
 def failures(path: str | Path) -> Table:
     """The smallest radius measured at which the first-order R^l of each loss lies above the exact allocation, W₂."""
     path = Path(path)
@@ -585,6 +600,11 @@ def _evaluation_numbers(results: dict) -> dict[str, str]:
         for place in _places(row["written"] for row in _ranks(results) if row["r"] == rank["r"])[rank["written"]]:
             found[f"l{rank['r']:g}.{place}.tau"] = f"{rank['tau']:.2f}"
             found[f"l{rank['r']:g}.{place}.reversed"] = f"{rank['reversed']} of {rank['pairs']}"
+    for r in {row["r"] for row in _dual(results)}:
+        rows = [row for row in _dual(results) if row["r"] == r]
+        gains = {f"{row['network']} at {row['written']}": row["dual"] / row["w-pgd"] - 1 for row in rows}
+        found |= _spread(f"l{r:g}.dual.gain", gains)
+        found[f"l{r:g}.dual.above"] = f"{sum(gain > 0 for gain in gains.values())} of {len(gains)}"
     for row in _failures(results):
         found[f"{row['network']}.l{row['r']:g}.{row['loss']}.fails-at"] = row["written"] or "none"
     return found
@@ -685,6 +705,22 @@ def _ranks(results: dict) -> list[dict]:
                 "norm": f"l{'∞' if r == float('inf') else format(r, 'g')}", "r": r, "written": ball["written"],
                 "tau": float(agree.mean()), "reversed": int((agree < 0).sum()), "pairs": len(agree),
             })  # fmt: skip
+    return found
+
+
+def _dual(results: dict) -> list[dict]:
+    """V(delta) of the cross-entropy by the dual attack and by W-PGD, where both were run, by network and W_2 threat."""
+    found = []
+    for network in results["networks"]:
+        attacks = {_ball(a["threat"]): a for a in network["attacks"] if a["attack"] == "w-pgd" and a["loss"] == "ce"}
+        for row in network.get("dual", []):
+            written, r, p = _ball(row["threat"])
+            if p == 2 and (written, r, p) in attacks:
+                found.append({
+                    "network": network["network"], "norm": f"l{'∞' if r == float('inf') else format(r, 'g')}", "r": r,
+                    "written": written, "v0": network["clean"]["losses"]["ce"]["v0"], "dual": row["loss_value"],
+                    "w-pgd": attacks[written, r, p]["highest_loss"], "estimate": row["estimate"],
+                })  # fmt: skip
     return found
 
 
