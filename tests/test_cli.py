@@ -1,0 +1,70 @@
+"""`wdat evaluate` as a user runs it: the set it hands out, what it prints of it, and resuming after an interruption."""
+
+import json
+
+import pytest
+import torch
+
+import wdat
+from wdat import cli, evaluation
+from wdat.networks import build
+
+RUN = ["evaluate", "net.yaml", "--data", "digits", "--n", "40", "--steps", "3", "--delta", "1/16", "2/16"]
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A working folder with a card of a network that is right on some digits."""
+    monkeypatch.chdir(tmp_path)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        network = build("digits_cnn", width=2)
+        data = wdat.load_data("digits", "train", n=400)
+        optimiser = torch.optim.Adam(network.parameters(), 0.02)
+        for _ in range(40):
+            optimiser.zero_grad()
+            torch.nn.functional.cross_entropy(network(data.x), data.y).backward()
+            optimiser.step()
+    wdat.save_model(network, tmp_path / "net.yaml", architecture="digits_cnn", arguments={"width": 2})
+    return tmp_path
+
+
+def test_the_set_written_can_be_verified_by_others(place, capsys):
+    assert cli.main([*RUN, "--save-set", "sets/one.pt", "--dual", "--certified", "5"]) == 0
+    said = capsys.readouterr().out
+    saved, data = torch.load("sets/one.pt", weights_only=True), wdat.load_data("digits", "test", n=40)
+    assert saved["threat"]["written"] == "1/16" and saved["data"] == data.sha256
+    with torch.no_grad():
+        right = wdat.load_model("net.yaml")(saved["points"]).argmax(1) == saved["y"]
+    accuracy = float(saved["mass"][right].sum())
+    moved = (saved["points"] - data.x[saved["index"]]).flatten(1).abs().amax(1).double()
+    assert float((saved["mass"] * moved**2).sum() ** 0.5) <= 1 / 16 * (1 + 1e-6)
+    (network,) = json.loads((place / "results/net.json").read_text())["results"]["networks"]
+    assert network["set"]["measured"] == pytest.approx(accuracy, abs=1e-12)
+    assert network["exact"][0]["threats"][0]["accuracy"] == pytest.approx(accuracy)
+    assert accuracy < network["clean"]["accuracy"]
+    (line,) = [line for line in said.splitlines() if line.startswith("sets/one.pt")]
+    assert f"claims {100 * accuracy:.2f} % correct" in line and f"measured: {100 * accuracy:.2f} %" in line
+    assert line.endswith("inside [0, 1]")
+    assert [row["loss"] for row in network["dual"]] == ["ce", "ce"] and network["certified"][0]["n"] == 5
+    assert sorted(path.suffix for path in (place / "results").iterdir() if path.stem == "net") == [
+        ".json",
+        ".md",
+        ".tex",
+    ]
+
+
+def test_an_interrupted_command_continues(place, capsys, monkeypatch):
+    calls, real = [], evaluation.attack
+
+    def counted(*arguments, **settings):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*arguments, **settings)
+
+    monkeypatch.setattr(evaluation, "attack", counted)
+    assert cli.main(RUN) == 130 and "to resume" in capsys.readouterr().err
+    assert (place / "results/net.parts").is_dir()
+    assert cli.main(RUN) == 0 and len(calls) == 2 * 3 + 1  # radii times losses, and the one that was interrupted
+    assert not (place / "results/net.parts").exists()
