@@ -449,7 +449,7 @@ def convergence(
     """
     rows, short_search = [], search or {}
     steps = search_settings(short_search)["steps"]
-    long_search = short_search | {"steps": 2 * steps, "rivals": 9, "restarts": longer // 2 - 1, "tolerance": 0.0}
+    long_search = short_search | {"steps": 2 * steps, "rivals": 9, "restarts": longer // 2 + 1, "tolerance": 0.0}
     for name, model in models.items():
         for r in sorted({t.r for t in threats}):
             short, long = (
