@@ -23,12 +23,12 @@ base = {}  # recipe, settings of wdat.finetuning.Recipe
 variants = []  # [{"name": ..., settings that differ from base}]
 shown = []  # variants in the figure of histories; none means the first six
 seeds = [0]
-measure = {}  # further settings of wdat.studies.finetuning
+measure = {}  # further settings of wdat.sweeps.finetuning
 out = "figures/digits"
 work = ".wdat/digits/work"
 
 # %%
-from wdat import plots, records, studies, tables
+from wdat import plots, records, studies, sweeps, tables
 from wdat.threat import Threat
 
 root, device = records.root(), records.pick_device()
@@ -38,7 +38,7 @@ print(records.device_line())
 train = studies.load_images(data, "train", root, train_root, n_train)
 test = studies.load_images(data, "test", root, test_root, n_test)
 models = studies.load_networks(networks[:1], root, weights, device, dataset=dataset, threat=threat)
-results = studies.finetuning(
+results = sweeps.finetuning(
     models, train, test, base=base, variants=variants, seeds=seeds, threats=[Threat(d, 2, r) for d in deltas],
     work=root / work / "03", **measure,
 )  # fmt: skip

@@ -21,16 +21,16 @@ threat = "Linf"
 r = "inf"
 deltas = ["1/16", "2/16", "3/16"]  # W_2 radii of the evaluation
 base = {}  # recipe, settings of wdat.finetuning.Recipe
-variants = []  # [{"name": ..., settings that differ from base, "sweep": [{...}, ...]}], see wdat.studies.expand
+variants = []  # [{"name": ..., settings that differ from base, "sweep": [{...}, ...]}], see wdat.sweeps.expand
 ours = []  # methods to compare ...
 controls = []  # ... with these at equal clean accuracy
 seeds = [0, 1, 2]
-measure = {}  # further settings of wdat.studies.finetuning
+measure = {}  # further settings of wdat.sweeps.finetuning
 out = "figures/digits"
 work = ".wdat/digits/work"
 
 # %%
-from wdat import plots, records, studies, tables
+from wdat import plots, records, studies, sweeps, tables
 from wdat.threat import Threat
 
 root, device = records.root(), records.pick_device()
@@ -40,7 +40,7 @@ print(records.device_line())
 train = studies.load_images(data, "train", root, train_root, n_train)
 test = studies.load_images(data, "test", root, test_root, n_test)
 models = studies.load_networks(networks, root, weights, device, dataset=dataset, threat=threat)
-results = studies.finetuning(
+results = sweeps.finetuning(
     models, train, test, base=base, variants=variants, seeds=seeds, threats=[Threat(d, 2, r) for d in deltas],
     work=root / work / "04", ours=ours, controls=controls, **measure,
 )  # fmt: skip

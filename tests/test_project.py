@@ -23,8 +23,8 @@ ROOT = Path(__file__).parents[1]
 ORDER = [
     "threat", "losses", "checks", "sensitivity", "trackers", "allocation", "attacks", "dual", "radii", "graph",
     "certify", "bounds", "objectives", "schedules", "records", "rb", "networks", "data", "models", "recipes",
-    "estimates", "finetuning", "parts", "evaluation", "comparison", "studies", "plots", "tables", "paper", "reproduce",
-    "cli",
+    "estimates", "finetuning", "parts", "evaluation", "comparison", "sweeps", "studies", "plots", "tables", "paper",
+    "reproduce", "cli",
 ]  # fmt: skip
 TORCH_FREE = ("records", "plots", "tables", "paper", "reproduce", "cli")
 MODULES = {path.stem: path for path in sorted((ROOT / "wdat").glob("*.py"))}

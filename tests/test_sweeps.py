@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from wdat import studies
+from wdat import sweeps
 from wdat.data import load_data
 from wdat.networks import Normalised, build
 from wdat.threat import Threat
@@ -11,7 +11,7 @@ from wdat.threat import Threat
 
 def test_variants_expand_to_settings_of_the_recipe_and_of_its_objective():
     base = {"objective": {"kind": "w-trades", "delta": "1/16"}, "epochs": 3, "lr": 0.1}
-    plain, first, second = studies.expand(
+    plain, first, second = sweeps.expand(
         [
             {"name": "plain", "objective": {"kind": "plain"}},
             {"name": "at", "objective": {"kind": "at"}, "sweep": [{"delta": 0.1}, {"delta": 0.2, "lr": 0.01}]},
@@ -25,7 +25,7 @@ def test_variants_expand_to_settings_of_the_recipe_and_of_its_objective():
     assert second["recipe"] == {"objective": {"kind": "at", "delta": 0.2}, "epochs": 3, "lr": 0.01}
     assert second["method"] == "at" and second["variant"] == "at (delta 0.2, lr 0.01)"
     with pytest.raises(ValueError, match="share a name"):
-        studies.expand([{"name": "a"}, {"name": "a"}], base)
+        sweeps.expand([{"name": "a"}, {"name": "a"}], base)
 
 
 def one(clean: float, near: float, exact: float) -> dict:
@@ -46,7 +46,7 @@ def one(clean: float, near: float, exact: float) -> dict:
 )
 def test_a_setting_is_chosen_within_the_margins_on_validation_images(settings, expected):
     before = {**one(0.80, 0.5, 0.2), "before": True}
-    assert studies._choose({k: [v] for k, v in settings.items()}, [before], "n", "t", ["d"]) == expected
+    assert sweeps._choose({k: [v] for k, v in settings.items()}, [before], "n", "t", ["d"]) == expected
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_the_study_measures_chooses_compares_and_resumes(digits, tmp_path):
         seeds=[0, 1], threats=[Threat("1/16"), Threat("2/16")], ours=["ours"], controls=["plain"],
         pointwise=["1/16"], steps=2, search={"steps": 3}, draws=30, progress=False,
     )  # fmt: skip
-    found = studies.finetuning(models, train, test, work=tmp_path, **settings)
+    found = sweeps.finetuning(models, train, test, work=tmp_path, **settings)
     assert [(r["variant"], r["seed"]) for r in found["runs"]] == [("before", None)] + [
         (v, s) for v in ("plain", "ours (delta 0.02)", "ours (delta 0.1)") for s in (0, 1)
     ]
@@ -87,4 +87,4 @@ def test_the_study_measures_chooses_compares_and_resumes(digits, tmp_path):
         if "w_pgd" in row["after"]:
             assert row["after"]["exact"]["2/16"] <= row["after"]["w_pgd"]["2/16"] + 1e-9
     assert {(c["ours"], c["delta"]) for c in found["comparison"]} == {("ours", "1/16"), ("ours", "2/16")}
-    assert studies.finetuning(models, train, test, work=tmp_path, **settings) == found
+    assert sweeps.finetuning(models, train, test, work=tmp_path, **settings) == found

@@ -1,0 +1,201 @@
+"""Methods swept along their settings: fine-tune networks, measure, choose on validation images, compare.
+
+The experiment of notebooks 03 and 04; `wdat.studies` has the others. A dict of plain numbers comes out.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from wdat.allocation import accuracy_curve, class_accuracy, water_level
+from wdat.attacks import w_pgd
+from wdat.comparison import equal_clean
+from wdat.data import Data, draw
+from wdat.evaluation import autoattack_accuracy, clean_pass
+from wdat.finetuning import Diverged, finetune
+from wdat.parts import Parts
+from wdat.radii import minimal_distances
+from wdat.recipes import Recipe, make_recipe
+from wdat.threat import Threat
+
+RECIPE_KEYS = {field.name for field in fields(Recipe)}
+
+
+def summarise(data: Data, distance: Tensor, threats: Sequence[Threat], pointwise: Sequence[str] = ()) -> dict:
+    """What minimal distances (N,) on a data set say of a network, accuracies as fractions by radius as written.
+
+    "clean"; "exact" and "water_level" at the threats; "pointwise", the share of images farther than each radius; the
+    "worst_class" under the exact allocation of the first threat.
+    """
+    first = threats[0]
+    classes = class_accuracy(distance, data.y, first.delta, first.p, len(data.classes))
+    return {
+        "clean": float((distance > 0).double().mean()),
+        "exact": {t.written: float(accuracy_curve(distance, t.delta, t.p)) for t in threats},
+        "water_level": {t.written: float(water_level(distance, t.delta, t.p)) for t in threats},
+        "pointwise": {d: float(accuracy_curve(distance, d, float("inf"))) for d in pointwise},
+        "worst_class": float(classes[~classes.isnan()].min()),
+    }
+
+
+def attacked(
+    model: nn.Module, data: Data, distance: Tensor, threats: Sequence[Threat], *, steps: int = 50,
+    autoattacked: Sequence[str] = (), images: int = 0, batch_size: int = 128,
+) -> dict:  # fmt: skip
+    """The dearer columns: "w_pgd" (ReDLR) at the threats, "upsilon" of ReDLR, "autoattack" (standard) at radii.
+
+    AutoAttack runs on `images` images, drawn with seed 0 (0: all); "nearest" is the pointwise accuracy on the same
+    ones by minimal distances (N,).
+    """
+    first, n = threats[0], images or len(data)
+    clean = clean_pass(model, data, ("redlr",), batch_size)
+    part, same = data.take(n, seed=0), distance[draw(len(data), n, 0)]
+    return {
+        "w_pgd": {
+            t.written: w_pgd(model, data.x, data.y, t, steps=steps, batch_size=batch_size).accuracy for t in threats
+        },
+        "upsilon": float(first.upsilon(clean[f"norms.redlr.{first.s:g}"])),
+        "autoattack": {
+            d: autoattack_accuracy(model, part, Threat(d, float("inf"), first.r), "standard", batch_size)["accuracy"]
+            for d in autoattacked
+        },
+        "nearest": {d: float(accuracy_curve(same, d, float("inf"))) for d in autoattacked},
+    }
+
+
+def expand(variants: Sequence[dict], base: dict) -> list[dict]:
+    """Variants as recipes: {"variant", "method", "recipe"}, one for every setting of a variant's "sweep".
+
+    A variant is {"name": ..., and whatever of the recipe `base` it changes}; "sweep": [{changes of its objective or
+    of the recipe}, ...] makes it a method with several settings, in the knob's order.
+    """
+    found = []
+    for variant in variants:
+        own = {**base, **{k: v for k, v in variant.items() if k not in ("name", "sweep")}}
+        for setting in variant.get("sweep", [{}]):
+            objective = {k: v for k, v in setting.items() if k not in RECIPE_KEYS}
+            recipe = {**own, **{k: v for k, v in setting.items() if k in RECIPE_KEYS}}
+            recipe["objective"] = {**own.get("objective", {}), **objective}
+            label = ", ".join(f"{k} {v}" for k, v in setting.items())
+            found.append({
+                "variant": f"{variant['name']} ({label})" if label else variant["name"], "method": variant["name"],
+                "recipe": recipe,
+            })  # fmt: skip
+    if len({f["variant"] for f in found}) < len(found):
+        raise ValueError(f"two variants share a name: {', '.join(f['variant'] for f in found)}")
+    return found
+
+
+def finetuning(
+    models: dict[str, nn.Module], train: Data, test: Data, *, base: dict, variants: Sequence[dict],
+    seeds: Sequence[int], threats: Sequence[Threat], work: Path, validation: float = 0.1,
+    ours: Sequence[str] = (), controls: Sequence[str] = (), pointwise: Sequence[str] = (),
+    autoattacked: Sequence[str] = (), autoattack_images: int = 0, steps: int = 50, search: dict | None = None,
+    batch_size: int = 128, draws: int = 1000, progress: bool = True,
+) -> dict:  # fmt: skip
+    """Fine-tune every network by every variant and seed; the same measurements before and after.
+
+    Every run is measured by its minimal distances, on the test images and on validation images cut from the training
+    data. Of a method with several settings (see `expand`) one is chosen for each network, on validation images alone:
+    the highest exact accuracy under the middle threat among the settings that lose at most 1 point of clean and 0.5 of
+    pointwise accuracy (at the first of `pointwise`), else the one that exceeds these margins least. Chosen runs are
+    also measured by W-PGD, and those of the first seed by AutoAttack. Methods in `ours` are compared
+    with all `controls` at equal clean accuracy (`wdat.comparison`). A run that diverges is listed, with its setting
+    out of the comparison. Everything resumes from `work`.
+    """
+    rest, held = train.split_off(validation, seed=0)
+    middle, r = threats[(len(threats) - 1) // 2], threats[0].r
+    recipes, settings = expand(variants, base), {**(search or {}), "batch_size": batch_size}
+    runs, diverged, chosen, comparison = [], [], [], []
+
+    def measure(network: str, model: nn.Module) -> tuple[dict, dict[str, Tensor]]:
+        near, rows = {}, {}
+        for part, data in (("after", test), ("validation", held)):
+            near[part] = Parts(work / "parts", model).get(
+                f"distances {r} {sorted(settings.items())} {data.sha256}",
+                lambda: {"distance": minimal_distances(model, data.x, data.y, r, **settings).distance},  # noqa: B023
+            )["distance"]
+            rows[part] = summarise(data, near[part], threats, pointwise)
+        return {"network": network, **rows}, near
+
+    def attack_too(run: dict, model: nn.Module, near: Tensor, first: bool) -> None:
+        radii = list(autoattacked) if first else []
+        run["after"] |= Parts(work / "parts", model).get(
+            f"attacked {[repr(t) for t in threats]} {steps} {radii} {autoattack_images} {test.sha256}",
+            lambda: attacked(model, test, near, threats, steps=steps, autoattacked=radii, images=autoattack_images,
+                             batch_size=batch_size),
+        )  # fmt: skip
+
+    with tqdm(total=len(models) * (1 + len(recipes) * len(seeds)), desc="runs", disable=not progress) as bar:
+        for network, model in models.items():
+            row, before = measure(network, model)
+            attack_too(row, model, before["after"], True)
+            runs.append({"variant": "before", "method": "before", "seed": None, "before": True, **row})
+            bar.update()
+            found: dict[str, list[dict]] = {}
+            networks, near_test = {}, {}
+            for item in recipes:
+                for seed in seeds:
+                    name = re.sub(r"[^\w.-]+", "_", f"{network}.{item['variant']}.{seed}")
+                    bar.set_postfix_str(name)
+                    recipe = make_recipe(item["recipe"], seed)
+                    try:
+                        done = finetune(model, rest, recipe, validation=held, validation_threat=middle,
+                                        checkpoint=work / f"{name}.checkpoint", progress=False)  # fmt: skip
+                    except Diverged as error:
+                        diverged.append({"network": network, "variant": item["variant"], "seed": seed,
+                                         "epoch": error.epoch})  # fmt: skip
+                        bar.update()
+                        continue
+                    row, near = measure(network, done.model)
+                    run = {**item, "seed": seed, "before": False, "cost": recipe.objective.cost,
+                           "epochs": recipe.epochs, "history": done.history, **row}  # fmt: skip
+                    runs.append(run)
+                    found.setdefault(item["variant"], []).append(run)
+                    networks[item["variant"], seed] = done.model
+                    near_test.setdefault(item["variant"], []).append(near["after"])
+                    bar.update()
+            whole = {name: own for name, own in found.items() if len(own) == len(seeds)}
+            for method in dict.fromkeys(item["method"] for item in recipes):
+                options = {name: own for name, own in whole.items() if own[0]["method"] == method}
+                if not options:
+                    continue
+                name, kept = _choose(options, runs, network, middle.written, pointwise)
+                chosen.append({"network": network, "method": method, "variant": name, "kept": kept})
+                for number, run in enumerate(options[name]):
+                    attack_too(run, networks[name, run["seed"]], near_test[name][number], not number)
+            curves = {
+                method: [near_test[n] for n in whole if whole[n][0]["method"] == method]
+                for method in (*ours, *controls)
+            }
+            for method in ours:
+                own = {name: c for name, c in curves.items() if c and (name == method or name in controls)}
+                for threat in threats if method in own and len(own) > 1 else ():
+                    rows = equal_clean(own, before["after"], method, threat.delta, threat.p, draws=draws)
+                    comparison += [{"network": network, "ours": method, "delta": threat.written, **r} for r in rows]
+    return {"n_train": len(rest), "n_validation": len(held), "n_test": len(test), "runs": runs, "diverged": diverged,
+            "chosen": chosen, "comparison": comparison, "ours": list(ours), "controls": list(controls),
+            "threats": [t.describe() for t in threats], "steps": steps}  # fmt: skip
+
+
+def _choose(
+    settings: dict[str, list[dict]], runs: list[dict], network: str, written: str, pointwise: Sequence[str]
+) -> tuple[str, bool]:
+    """The setting chosen on validation images, and whether it stays within the margins; see `finetuning`."""
+    start = next(run["validation"] for run in runs if run["network"] == network and run["before"])
+
+    def mean(own: list[dict], value: Callable[[dict], float]) -> float:
+        return sum(value(run["validation"]) for run in own) / len(own)
+
+    def excess(own: list[dict]) -> float:
+        lost = [start["clean"] - mean(own, lambda v: v["clean"]) - 0.01]
+        lost += [start["pointwise"][d] - mean(own, lambda v: v["pointwise"][d]) - 0.005 for d in pointwise[:1]]  # noqa: B023
+        return max(0.0, *lost)
+
+    ranked = {name: (-excess(own), mean(own, lambda v: v["exact"][written])) for name, own in settings.items()}
+    best = max(ranked, key=ranked.get)
+    return best, ranked[best][0] == 0
