@@ -353,7 +353,7 @@ def main(arguments: list[str] | None = None) -> None:
             draw(path).write(path, name)
     plots.benchmark(path)
     if path.parent == HERE:
-        tables.fill(HERE / "README.md")
+        publish.fill(HERE / "README.md")
     print(f"wrote {path}")
 
 
