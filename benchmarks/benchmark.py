@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.counting import Clock, Live, counted, timed
 from benchmarks.scale import scale
 from benchmarks.work import POINTWISE, STEPS, THREAT, bare, library, peers, repeats
-from wdat import plots, publish, records, tables
+from wdat import plots, records, tables
 from wdat.attacks import PRECISIONS, attack
 from wdat.checks import frozen
 from wdat.data import load_data
@@ -269,7 +269,7 @@ def precision_table(path: Path) -> tables.Table:
         "network": [row["network"] for row in rows],
         "threat": threats,
         "loss": [plots.LOSS_NAMES[row["loss"]] for row in rows],
-        "float32": [percent(row["float32"]) for row in rows],
+        "float32": [tables.percent(row["float32"]) for row in rows],
         "bfloat16": [f"{100 * (row['bfloat16'] - row['float32']):+.1f}" for row in rows],
         "pixels ± 1e-6": [f"{100 * (row['perturbed'] - row['float32']):+.1f}" for row in rows],
     }
