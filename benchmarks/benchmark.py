@@ -26,13 +26,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.counting import Clock, Live, counted, timed
 from benchmarks.scale import scale
 from benchmarks.work import POINTWISE, STEPS, THREAT, bare, library, peers, repeats
-from wdat import plots, records, tables
+from wdat import plots, publish, records, tables
 from wdat.attacks import PRECISIONS, attack
 from wdat.checks import frozen
 from wdat.data import load_data
 from wdat.losses import ce
 from wdat.models import load_model
 from wdat.networks import build
+from wdat.rows import percent
 from wdat.sensitivity import dual_norms
 from wdat.studies import upsilon_rules
 from wdat.threat import Threat
@@ -269,7 +270,7 @@ def precision_table(path: Path) -> tables.Table:
         "network": [row["network"] for row in rows],
         "threat": threats,
         "loss": [plots.LOSS_NAMES[row["loss"]] for row in rows],
-        "float32": [tables.percent(row["float32"]) for row in rows],
+        "float32": [percent(row["float32"]) for row in rows],
         "bfloat16": [f"{100 * (row['bfloat16'] - row['float32']):+.1f}" for row in rows],
         "pixels ± 1e-6": [f"{100 * (row['perturbed'] - row['float32']):+.1f}" for row in rows],
     }
@@ -353,7 +354,7 @@ def main(arguments: list[str] | None = None) -> None:
             draw(path).write(path, name)
     plots.benchmark(path)
     if path.parent == HERE:
-        tables.fill(HERE / "README.md")
+        publish.fill(HERE / "README.md")
     print(f"wrote {path}")
 
 

@@ -23,10 +23,10 @@ ROOT = Path(__file__).parents[1]
 ORDER = [
     "threat", "losses", "checks", "sensitivity", "trackers", "allocation", "attacks", "dual", "radii", "graph",
     "certify", "bounds", "objectives", "schedules", "records", "rb", "networks", "data", "models", "recipes",
-    "estimates", "finetuning", "parts", "evaluation", "comparison", "sweeps", "studies", "plots", "tables", "paper",
-    "reproduce", "cli",
+    "estimates", "finetuning", "parts", "evaluation", "comparison", "sweeps", "studies", "rows", "plots", "tables",
+    "publish", "paper", "reproduce", "cli",
 ]  # fmt: skip
-TORCH_FREE = ("records", "plots", "tables", "paper", "reproduce", "cli")
+TORCH_FREE = ("records", "rows", "plots", "tables", "publish", "paper", "reproduce", "cli")
 MODULES = {path.stem: path for path in sorted((ROOT / "wdat").glob("*.py"))}
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.py"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]

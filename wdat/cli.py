@@ -20,11 +20,11 @@ def _reproduce(sub: Any) -> None:
     verb.add_argument("-P", dest="parameters", action="append", default=[], type=_pair, metavar="NAME=VALUE")
 
     def run(args: argparse.Namespace) -> None:
-        from wdat import records, tables
+        from wdat import publish, records
         from wdat.reproduce import reproduce
 
         reproduce(args.profile, args.only, args.force, parameters=dict(args.parameters), threads=args.threads)
-        tables.publish(records.root(), args.profile)
+        publish.publish(records.root(), args.profile)
 
     verb.set_defaults(run=run)
 

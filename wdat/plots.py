@@ -4,7 +4,7 @@ NAME.json -> NAME.pdf and NAME.png (or NAME-SUFFIX). No torch and no model: what
 Accuracies are fractions in records and percentages here.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -20,8 +20,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 from wdat import records
+from wdat.rows import LOSS_NAMES, mean_std, norm_name
 
-LOSS_NAMES = {"ce": "CE", "dlr": "DLR", "redlr": "ReDLR", "kl": "KL", "negative-margin": "margin"}
 ATTACK_NAMES = {"w-pgd": "W-PGD", "w-pgd-budget": "W-PGD-Budget"}
 MARKERS = {
     ("w-pgd", "redlr"): "s", ("w-pgd", "negative-margin"): "s", ("w-pgd", "ce"): "x", ("w-pgd", "dlr"): "+",
@@ -208,24 +208,6 @@ def rules(path: str | Path) -> Figure:
     return figure
 
 
-def chosen_runs(found: dict) -> list[dict]:
-    """Runs of the settings chosen on validation images, and those before fine-tuning, of a "finetuning" record."""
-    chosen = {(c["network"], c["variant"]) for c in found["chosen"]}
-    return [run for run in found["runs"] if run["before"] or (run["network"], run["variant"]) in chosen]
-
-
-def _groups(runs: list[dict], key: Callable[[dict], float | None]) -> dict[tuple[str, str], tuple[float, float, int]]:
-    """Mean, standard deviation (0 for one run) and count of a number by (network, variant), in running order.
-
-    Runs without it (None) do not count.
-    """
-    found: dict[tuple[str, str], list[float]] = {}
-    for run in runs:
-        if (value := key(run)) is not None:
-            found.setdefault((run["network"], run["variant"]), []).append(value)
-    return {k: (float(np.mean(v)), float(np.std(v, ddof=1)) if len(v) > 1 else 0.0, len(v)) for k, v in found.items()}
-
-
 def tradeoff(path: str | Path) -> Figure:
     """Robust against clean accuracy: a column a network, a line a method along its settings, bars of one std.
 
@@ -241,12 +223,12 @@ def tradeoff(path: str | Path) -> Figure:
     rows = rows[1:] or rows
     rows += [("pointwise", d, rf"$W_\infty$ accuracy at {d} (%)") for d in list(runs[0]["after"]["pointwise"])[:1]]
     figure, axes = _canvas(len(rows), len(networks), width=2.3, height=2.0, sharex="col")
-    clean = _groups(runs, lambda run: run["after"]["clean"])
+    clean = mean_std(runs, lambda run: run["after"]["clean"])
     colours = dict(zip(methods, sns.color_palette("colorblind", max(len(methods), 1)), strict=False))
     settings = {m: list(dict.fromkeys(run["variant"] for run in runs if run["method"] == m)) for m in methods}
     for line, (kind, written, label) in zip(axes, rows, strict=True):
-        robust = _groups(runs, lambda run: run["after"][kind].get(written))  # noqa: B023
-        strongest = _groups(runs, lambda run: run["after"].get("autoattack", {}).get(written))  # noqa: B023
+        robust = mean_std(runs, lambda run: run["after"][kind].get(written))  # noqa: B023
+        strongest = mean_std(runs, lambda run: run["after"].get("autoattack", {}).get(written))  # noqa: B023
         for axis, network in zip(line, networks, strict=True):
             x, y = 100 * clean[network, "before"][0], 100 * robust[network, "before"][0]
             axis.plot(x, y, "*", ms=10, color=BEFORE, label="before")
@@ -317,7 +299,7 @@ def variants(path: str | Path) -> Figure:
         panels.append((rf"exact $A_\delta$, $\delta$ = {d}", lambda run, d=d: run["after"]["exact"][d]))
     figure, axes = _canvas(1, len(panels), width=2.0, height=0.9 + 0.19 * len(names), sharey=True)
     for axis, (title, value) in zip(axes[0], panels, strict=True):
-        groups = _groups(runs, value)
+        groups = mean_std(runs, value)
         axis.axvline(100 * groups[runs[0]["network"], "before"][0], color=BEFORE, lw=1.2)
         for row, name in enumerate(names):
             mean, spread, _ = groups[runs[0]["network"], name]
@@ -406,10 +388,6 @@ def _attacks(network: dict, r: float | str, loss: str, p: float = 2, name: str =
     return sorted(own, key=lambda a: a["threat"]["delta"])
 
 
-def _suffix(r: float | str) -> str:
-    return f"l{float(r):g}"
-
-
 def bounds(path: str | Path, r: float | str = "inf") -> Figure:
     """R^u and the first-order lower bounds against the ratio R from the exact allocation, over delta, per network."""
     path = Path(path)
@@ -478,7 +456,7 @@ def sandwich(path: str | Path, r: float | str = "inf", p: float = 2) -> Figure:
     columns = min(3, max(2, len(axes)))
     figure.set_size_inches(max(figure.get_figwidth(), 2.4 * columns), figure.get_figheight() + 0.05 * len(shown))
     figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=columns)
-    _save(figure, path, f"sandwich-{_suffix(r)}")
+    _save(figure, path, f"sandwich-{norm_name(r)}")
     return figure
 
 
@@ -495,7 +473,7 @@ def curves(path: str | Path, r: float | str = "inf") -> Figure:
         axis.set(title=f"p = {_order(p)}", xlabel=rf"radius $\delta$ ({_norm(r)})")
     axes[0, 0].set_ylabel(r"exact $A_\delta$ (%)")
     axes[0, -1].legend()
-    _save(figure, path, f"curves-{_suffix(r)}")
+    _save(figure, path, f"curves-{norm_name(r)}")
     return figure
 
 
@@ -518,7 +496,7 @@ def ranks(path: str | Path, r: float | str = "inf") -> Figure:
     axes[0, 0].set_ylabel("rank (1 = most robust)")
     axes[0, 0].invert_yaxis()
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    _save(figure, path, f"ranks-{_suffix(r)}")
+    _save(figure, path, f"ranks-{norm_name(r)}")
     return figure
 
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from nbformat import NotebookNode
 
 DEFAULT = "digits"
-DRAWING = ("wdat/plots.py", "wdat/tables.py")  # read records and change no network
+DRAWING = ("wdat/rows.py", "wdat/plots.py", "wdat/tables.py")  # read records and change no network
 SHOWN = {".pdf", ".png", ".tex", ".md"}  # drawn from records: outputs, but no later notebook's input
 
 

@@ -1,0 +1,142 @@
+"""What records say, row by row: what tables, figures and the paper's numbers share. No torch."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+LOSS_NAMES = {"ce": "CE", "dlr": "DLR", "redlr": "ReDLR", "kl": "KL", "negative-margin": "margin"}
+
+
+def chosen_runs(found: dict) -> list[dict]:
+    """Runs of the settings chosen on validation images, and those before fine-tuning, of a "finetuning" record."""
+    chosen = {(c["network"], c["variant"]) for c in found["chosen"]}
+    return [run for run in found["runs"] if run["before"] or (run["network"], run["variant"]) in chosen]
+
+
+def mean_std(runs: list[dict], key: Callable[[dict], float | None]) -> dict[tuple[str, str], tuple[float, float, int]]:
+    """Mean, standard deviation (0 for one run) and count of a number by (network, variant), in running order.
+
+    Runs without it (None) do not count.
+    """
+    found: dict[tuple[str, str], list[float]] = {}
+    for run in runs:
+        if (value := key(run)) is not None:
+            found.setdefault((run["network"], run["variant"]), []).append(value)
+    return {k: (float(np.mean(v)), float(np.std(v, ddof=1)) if len(v) > 1 else 0.0, len(v)) for k, v in found.items()}
+
+
+def norm_name(r: float | str) -> str:
+    """A pixel norm in file names: linf, l2."""
+    return f"l{float(r):g}"
+
+
+def percent(value: float, spread: float | None = None, n: int = 1) -> str:
+    """A fraction as a percentage with one decimal, with ± one standard deviation when there are several runs."""
+    return f"{100 * value:.1f}" + (f" ± {100 * spread:.1f}" if spread is not None and n > 1 else "")
+
+
+def signed(value: float) -> str:
+    """A difference of fractions in percentage points, with its sign."""
+    return f"{100 * value:+.1f}"
+
+
+def three(value: float) -> str:
+    """Three significant digits."""
+    return f"{value:.3g}"
+
+
+def ball(threat: dict) -> tuple[str, float, float]:
+    """What tells one threat of a record from another: delta as written, r, p."""
+    return threat["written"], float(threat["r"]), float(threat["p"])
+
+
+def passes_of(run: dict) -> str:
+    """Gradient passes per training image: input gradients, and full passes, over all epochs."""
+    return str(run["epochs"] * (run["cost"]["gradients"] + run["cost"]["full"]))
+
+
+def norms_of(results: dict) -> list[float]:
+    """Pixel norms with an exact allocation, in order."""
+    return list(dict.fromkeys(float(e["r"]) for network in results["networks"] for e in network.get("exact", [])))
+
+
+def evaluation_rows(results: dict, r: float) -> list[dict]:
+    """One row per network and radius of p = 2 that has a W-PGD (ReDLR) accuracy, radii ascending within a network."""
+    rows = []
+    for network in results["networks"]:
+        attacks = {
+            (a["loss"], a["threat"]["written"]): a for a in network["attacks"]
+            if a["attack"] == "w-pgd" and float(a["threat"]["r"]) == r and float(a["threat"]["p"]) == 2
+        }  # fmt: skip
+        exact = next(e for e in network["exact"] if float(e["r"]) == r)
+        certified = next((c for c in network.get("certified", []) if float(c["r"]) == r), None)
+        for i, row in sorted(enumerate(exact["threats"]), key=lambda pair: pair[1]["threat"]["delta"]):
+            written = row["threat"]["written"]
+            if float(row["threat"]["p"]) != 2 or ("redlr", written) not in attacks:
+                continue
+            rows.append({
+                "network": network["network"], "written": written, "exact": row["accuracy"],
+                "clean": network["clean"]["accuracy"],
+                "w-pgd": attacks["redlr", written]["accuracy"],
+                "certified": certified["threats"][i]["accuracy"] if certified else None,
+                "same": certified["threats"][i].get("exact", row["accuracy"]) if certified else None,
+                "ratio": row["accuracy"] / network["clean"]["accuracy"] if network["clean"]["accuracy"] else 0.0,
+                "bounds": {loss: a["bounds"] for (loss, w), a in attacks.items() if w == written and a["bounds"]},
+                "band": (row["band"][1] - row["band"][0]) / 2,
+            })  # fmt: skip
+    return rows
+
+
+def rank_rows(results: dict) -> list[dict]:
+    """At each radius of p = 2: Kendall's tau-a of the networks' exact accuracies under p = 2 and p = inf, pairs."""
+    found = []
+    for r in norms_of(results):
+        exact = [next(e for e in network["exact"] if float(e["r"]) == r) for network in results["networks"]]
+        curves = [{float(c["p"]): c for c in e["curves"]} for e in exact]
+        if len(exact) < 2 or not all({2.0, float("inf")} <= set(own) for own in curves):
+            continue
+        for ball in [row["threat"] for row in exact[0]["threats"] if float(row["threat"]["p"]) == 2]:
+            one, other = (
+                np.array([np.interp(ball["delta"], own[p]["delta"], own[p]["accuracy"]) for own in curves])
+                for p in (2.0, float("inf"))
+            )
+            upper = np.triu_indices(len(exact), 1)
+            agree = (np.sign(one[:, None] - one) * np.sign(other[:, None] - other))[upper]
+            found.append({
+                "norm": f"l{'∞' if r == float('inf') else format(r, 'g')}", "r": r, "written": ball["written"],
+                "tau": float(agree.mean()), "reversed": int((agree < 0).sum()), "pairs": len(agree),
+            })  # fmt: skip
+    return found
+
+
+def dual_rows(results: dict) -> list[dict]:
+    """V(delta) of the cross-entropy by the dual attack and by W-PGD, where both were run, by network and W_2 threat."""
+    found = []
+    for network in results["networks"]:
+        attacks = {ball(a["threat"]): a for a in network["attacks"] if a["attack"] == "w-pgd" and a["loss"] == "ce"}
+        for row in network.get("dual", []):
+            written, r, p = ball(row["threat"])
+            if p == 2 and (written, r, p) in attacks:
+                found.append({
+                    "network": network["network"], "norm": f"l{'∞' if r == float('inf') else format(r, 'g')}", "r": r,
+                    "written": written, "v0": network["clean"]["losses"]["ce"]["v0"], "dual": row["loss_value"],
+                    "w-pgd": attacks[written, r, p]["highest_loss"], "estimate": row["estimate"],
+                })  # fmt: skip
+    return found
+
+
+def failure_rows(results: dict) -> list[dict]:
+    """For each network, norm and loss: the first radius of p = 2 whose R^l exceeds the exact ratio (None: no one)."""
+    found = []
+    for r in norms_of(results):
+        rows = evaluation_rows(results, r)
+        for network, loss in dict.fromkeys((row["network"], loss) for row in rows for loss in row["bounds"]):
+            own = [row for row in rows if row["network"] == network and loss in row["bounds"]]
+            above = (row for row in own if row["bounds"][loss]["r_l"] > row["ratio"] + 1e-9)
+            first = next(above, None)
+            found.append({
+                "network": network, "norm": f"l{'∞' if r == float('inf') else format(r, 'g')}", "r": r, "loss": loss,
+                "written": first and first["written"], "bound": first and first["bounds"][loss]["r_l"],
+                "ratio": first and first["ratio"],
+            })  # fmt: skip
+    return found
