@@ -40,6 +40,7 @@ print(records.device_line())
 train = studies.load_images(data, "train", root, train_root, n_train)
 test = studies.load_images(data, "test", root, test_root, n_test)
 models = studies.load_networks(networks, root, weights, device, dataset=dataset, threat=threat)
+print(sweeps.forecast(models, train, base=base, variants=variants, seeds=seeds))
 results = sweeps.finetuning(
     models, train, test, base=base, variants=variants, seeds=seeds, threats=[Threat(d, 2, r) for d in deltas],
     work=root / work / "04", ours=ours, controls=controls, **measure,

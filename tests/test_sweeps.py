@@ -88,3 +88,13 @@ def test_the_study_measures_chooses_compares_and_resumes(digits, tmp_path):
             assert row["after"]["exact"]["2/16"] <= row["after"]["w_pgd"]["2/16"] + 1e-9
     assert {(c["ours"], c["delta"]) for c in found["comparison"]} == {("ours", "1/16"), ("ours", "2/16")}
     assert sweeps.finetuning(models, train, test, work=tmp_path, **settings) == found
+
+
+def test_the_forecast_names_runs_memory_and_time(digits):
+    models, train, _ = digits
+    variants = [
+        {"name": "plain", "objective": {"kind": "plain"}},
+        {"name": "at", "objective": {"kind": "at", "delta": 0.1}},
+    ]
+    text = sweeps.forecast(models, train, base={"epochs": 2}, variants=variants, seeds=[0, 1])
+    assert text.startswith("4 runs; the dearest, at,") and "small: " in text and "160 images" in text

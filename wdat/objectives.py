@@ -169,9 +169,10 @@ class WaterLevel:
 
     @property
     def cost(self) -> dict[str, int]:
-        """Backward passes to the images, and the forward that judges the result, of the inner search; at most.
+        """Backward passes to the images, and the forward that judges the result, of the inner search.
 
-        One for each move and, before the first, one for each rival class compared beyond the first.
+        One for each move and, before the first, one for each rival class compared beyond the first, for images that are
+        classified correctly; an image torn between classes takes up to 6 more for each further one.
         """
         return {"gradients": self.steps + self.rivals - 1 + (self.outer == "margin"), "forwards": 1}
 

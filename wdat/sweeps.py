@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -15,6 +16,7 @@ from wdat.allocation import accuracy_curve, class_accuracy, water_level
 from wdat.attacks import w_pgd
 from wdat.comparison import equal_clean
 from wdat.data import Data, draw
+from wdat.estimates import estimate
 from wdat.evaluation import autoattack_accuracy, clean_pass
 from wdat.finetuning import Diverged, finetune
 from wdat.parts import Parts
@@ -88,6 +90,24 @@ def expand(variants: Sequence[dict], base: dict) -> list[dict]:
     if len({f["variant"] for f in found}) < len(found):
         raise ValueError(f"two variants share a name: {', '.join(f['variant'] for f in found)}")
     return found
+
+
+def forecast(
+    models: dict[str, nn.Module], train: Data, *, base: dict, variants: Sequence[dict], seeds: Sequence[int]
+) -> str:
+    """How many runs `finetuning` makes, and what the dearest of them takes on each network: time and memory, in words.
+
+    Estimated from a few random images (`wdat.estimates`); measurements before and after come on top.
+    """
+    items = expand(variants, base)
+    recipes = {item["variant"]: make_recipe(item["recipe"], 0) for item in items}
+    name = max(recipes, key=lambda key: recipes[key].epochs * sum(recipes[key].objective.cost.values()))
+    lines = [f"{len(models) * len(items) * len(seeds)} runs; the dearest, {name}, on each network:"]
+    shape = train.batch(torch.arange(1))[0].shape[1:]
+    lines += [
+        f"{key}: {estimate(model, recipes[name], shape, len(train))['sentence']}" for key, model in models.items()
+    ]
+    return "\n".join(lines)
 
 
 def finetuning(
