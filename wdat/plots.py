@@ -212,7 +212,8 @@ def tradeoff(path: str | Path) -> Figure:
     """Robust against clean accuracy: a column a network, a line a method along its settings, bars of one std.
 
     Rows: exact accuracy at every W_p radius but the first, and the pointwise accuracy at the first pointwise radius by
-    the nearest flipping points, crosses by AutoAttack. Rings mark the settings chosen on validation images.
+    the nearest flipping points, crosses by AutoAttack. Rings mark the settings chosen on validation images. Settings
+    that lose more than 10 points of clean accuracy are not drawn.
     """
     path = Path(path)
     found = records.read(path, "finetuning")["results"]
@@ -234,6 +235,7 @@ def tradeoff(path: str | Path) -> Figure:
             axis.plot(x, y, "*", ms=10, color=BEFORE, label="before")
             for method in methods:
                 own = [(network, name) for name in settings[method] if (network, name) in robust]
+                own = [key for key in own if 100 * clean[key][0] >= x - 10]
                 points = 100 * np.array([[clean[k][:2], robust[k][:2]] for k in own]).reshape(-1, 2, 2)
                 axis.errorbar(*points[:, :, 0].T, *points[:, ::-1, 1].T, fmt="o-", ms=3, lw=1, elinewidth=0.5,
                               color=colours[method], label=method)  # fmt: skip
