@@ -46,11 +46,11 @@ def test_a_longer_search_shares_the_short_one_and_gains_what_is_said(tiny_model,
     assert calls == [0, 0]  # one search for each norm
     rows = studies.convergence({"tiny": tiny_model}, data, threats, tmp_path, search, longer=8)
     (sets,) = studies.verified_sets({"tiny": tiny_model}, data, threats[0], tmp_path, search)
-    assert calls == [0, 0, 3, 3]  # and one longer search for each
+    assert calls == [0, 0, 5, 5]  # and one longer search for each
     for row in rows:
         (found,) = row["threats"]
         assert row["longer_passes"] > 4 * row["passes"] and found["longer"] <= found["accuracy"]
-        assert len(row["gains"]) == 3 and all(0 <= gain < 1 for gain in row["gains"])
+        assert len(row["gains"]) == 5 and all(0 <= gain < 1 for gain in row["gains"])
     assert sets["measured"] == pytest.approx(sets["claimed"]) and sets["measured_cost"] <= threats[0].delta * (1 + 1e-6)
     assert [sets["claimed"]] == [row["threats"][0]["accuracy"] for row in rows if row["r"] == "inf"]
 
