@@ -25,6 +25,11 @@ def mean_std(runs: list[dict], key: Callable[[dict], float | None]) -> dict[tupl
     return {k: (float(np.mean(v)), float(np.std(v, ddof=1)) if len(v) > 1 else 0.0, len(v)) for k, v in found.items()}
 
 
+def norm_symbol(r: float | str) -> str:
+    """A pixel norm in tables: l∞, l2."""
+    return norm_name(r).replace("inf", "∞")
+
+
 def norm_name(r: float | str) -> str:
     """A pixel norm in file names: linf, l2."""
     return f"l{float(r):g}"
@@ -103,7 +108,7 @@ def rank_rows(results: dict) -> list[dict]:
             upper = np.triu_indices(len(exact), 1)
             agree = (np.sign(one[:, None] - one) * np.sign(other[:, None] - other))[upper]
             found.append({
-                "norm": f"l{'∞' if r == float('inf') else format(r, 'g')}", "r": r, "written": ball["written"],
+                "norm": norm_symbol(r), "r": r, "written": ball["written"],
                 "tau": float(agree.mean()), "reversed": int((agree < 0).sum()), "pairs": len(agree),
             })  # fmt: skip
     return found
@@ -118,7 +123,7 @@ def dual_rows(results: dict) -> list[dict]:
             written, r, p = ball(row["threat"])
             if p == 2 and (written, r, p) in attacks:
                 found.append({
-                    "network": network["network"], "norm": f"l{'∞' if r == float('inf') else format(r, 'g')}", "r": r,
+                    "network": network["network"], "norm": norm_symbol(r), "r": r,
                     "written": written, "v0": network["clean"]["losses"]["ce"]["v0"], "dual": row["loss_value"],
                     "w-pgd": attacks[written, r, p]["highest_loss"], "estimate": row["estimate"],
                 })  # fmt: skip
@@ -135,7 +140,7 @@ def failure_rows(results: dict) -> list[dict]:
             above = (row for row in own if row["bounds"][loss]["r_l"] > row["ratio"] + 1e-9)
             first = next(above, None)
             found.append({
-                "network": network, "norm": f"l{'∞' if r == float('inf') else format(r, 'g')}", "r": r, "loss": loss,
+                "network": network, "norm": norm_symbol(r), "r": r, "loss": loss,
                 "written": first and first["written"], "bound": first and first["bounds"][loss]["r_l"],
                 "ratio": first and first["ratio"],
             })  # fmt: skip

@@ -20,6 +20,7 @@ from wdat.rows import (
     failure_rows,
     mean_std,
     norm_name,
+    norm_symbol,
     passes_of,
     percent,
     rank_rows,
@@ -164,7 +165,7 @@ def evaluation(path: str | Path) -> Table:
                     continue
                 low, high = row["band"]
                 cells = {
-                    "network": network["network"], "norm": "l∞" if key[1] == float("inf") else f"l{key[1]:g}",
+                    "network": network["network"], "norm": norm_symbol(key[1]),
                     "p": "∞" if key[2] == float("inf") else f"{key[2]:g}", "δ": key[0],
                     "clean": percent(network["clean"]["accuracy"]),
                     "W-PGD": percent(attacks[key]["accuracy"]), "exact": percent(row["accuracy"]),
@@ -219,7 +220,7 @@ def converged(path: str | Path) -> Table:
         gains = {t["threat"]["written"]: t["accuracy"] - t["longer"] for t in row["threats"]}
         worst = max(gains, key=gains.get)
         rows.append({
-            "network": row["network"], "norm": f"l{'∞' if row['r'] == 'inf' else format(float(row['r']), 'g')}",
+            "network": row["network"], "norm": norm_symbol(row["r"]),
             "passes": f"{row['passes']:.0f}", "longer": f"{row['longer_passes']:.0f}",
             "largest gain (points)": f"{100 * gains[worst]:.2f}", "at δ": worst,
             "last restart (% of d)": f"{100 * row['gains'][-1]:.2f}" if row.get("gains") else "–",
@@ -235,7 +236,7 @@ def probed(path: str | Path) -> Table:
     found = records.read(path, "verification")["results"]
     rows = [
         {
-            "network": row["network"], "norm": f"l{'∞' if row['r'] == 'inf' else format(float(row['r']), 'g')}",
+            "network": row["network"], "norm": norm_symbol(row["r"]),
             "certified images": str(row["images"]), "probes": str(row["probes"]), "violations": str(row["violations"]),
         }
         for row in found.get("probes", [])
