@@ -17,7 +17,7 @@ arguments = {}  # of the architecture
 recipes = {}  # name -> settings of wdat.finetuning.Recipe
 seed = 0
 out = "figures/digits"  # below the repository
-work = ".wdat/digits/work"
+work = ".wdat/digits/made"
 
 # %%
 from wdat import records, studies, tables

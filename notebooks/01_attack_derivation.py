@@ -12,7 +12,7 @@
 data = "digits"
 test_root = ""  # folder of the test images; not used by digits
 n_test = 0  # images; 0 means all
-networks = [".wdat/digits/work/zoo/trades.yaml"]  # the first is studied
+networks = [".wdat/digits/made/zoo/trades.yaml"]  # the first is studied
 weights = ""  # folder of the weights, if they do not lie beside the cards
 dataset = "cifar10"  # of RobustBench names, with their threat
 threat = "Linf"
@@ -22,7 +22,7 @@ losses = ["ce", "dlr", "redlr"]
 deltas = ["1/160", "1/80", "1/40", "1/20", "1/10"]  # radii of the ball, in pixel units of [0, 1]
 steps = 50  # of W-PGD
 out = "figures/digits"
-work = ".wdat/digits/work"
+work = ".wdat/digits/made"
 
 # %%
 from wdat import plots, records, studies

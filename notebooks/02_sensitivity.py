@@ -13,7 +13,7 @@ train_root = ""
 test_root = ""
 n_train = 0  # images; 0 means all
 n_test = 0
-networks = [".wdat/digits/work/zoo/standard.yaml", ".wdat/digits/work/zoo/trades.yaml"]
+networks = [".wdat/digits/made/zoo/standard.yaml", ".wdat/digits/made/zoo/trades.yaml"]
 weights = ""
 dataset = "cifar10"  # of RobustBench names, with their threat
 threat = "Linf"
@@ -28,7 +28,7 @@ every = 5  # steps between measurements of the true upsilon
 seed = 0
 batch_size = 128
 out = "figures/digits"
-work = ".wdat/digits/work"
+work = ".wdat/digits/made"
 
 # %%
 from wdat import plots, records, studies

@@ -13,7 +13,7 @@ train_root = ""
 test_root = ""
 n_train = 0  # images; 0 means all
 n_test = 0
-networks = [".wdat/digits/work/zoo/trades.yaml"]
+networks = [".wdat/digits/made/zoo/trades.yaml"]
 weights = ""
 dataset = "cifar10"  # of RobustBench names, with their threat
 threat = "Linf"
@@ -25,7 +25,7 @@ shown = []  # variants in the figure of histories; none means the first six
 seeds = [0]
 measure = {}  # further settings of wdat.sweeps.finetuning
 out = "figures/digits"
-work = ".wdat/digits/work"
+work = ".wdat/digits/made"
 
 # %%
 from wdat import plots, records, studies, sweeps, tables

@@ -14,7 +14,7 @@ train_root = ""
 test_root = ""
 n_train = 0  # images; 0 means all
 n_test = 0
-networks = [".wdat/digits/work/zoo/trades.yaml"]
+networks = [".wdat/digits/made/zoo/trades.yaml"]
 weights = ""
 dataset = "cifar10"  # of RobustBench names, with their threat
 threat = "Linf"
@@ -27,7 +27,7 @@ controls = []  # ... with these at equal clean accuracy
 seeds = [0, 1, 2]
 measure = {}  # further settings of wdat.sweeps.finetuning
 out = "figures/digits"
-work = ".wdat/digits/work"
+work = ".wdat/digits/made"
 
 # %%
 from wdat import plots, records, studies, sweeps, tables

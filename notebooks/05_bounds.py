@@ -10,7 +10,7 @@
 data = "digits"
 test_root = ""
 n_test = 0  # images; 0 means all
-networks = [".wdat/digits/work/zoo/trades.yaml"]
+networks = [".wdat/digits/made/zoo/trades.yaml"]
 weights = ""
 dataset = "cifar10"  # of RobustBench names, with their threat
 threat = "Linf"
@@ -21,7 +21,7 @@ steps = 50
 search = {}  # settings of wdat.radii.minimal_distances
 batch_size = 128
 out = "figures/digits"
-work = ".wdat/digits/work"
+work = ".wdat/digits/made"
 
 # %%
 from wdat import plots, records, studies

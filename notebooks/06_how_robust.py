@@ -11,7 +11,7 @@
 data = "digits"
 test_root = ""
 n_test = 0  # images; 0 means all
-networks = [".wdat/digits/work/zoo/trades.yaml"]
+networks = [".wdat/digits/made/zoo/trades.yaml"]
 weights = ""
 dataset = "cifar10"  # of RobustBench names, with their threat
 threat = "Linf"
@@ -28,7 +28,7 @@ autoattacked = 100  # images it is run on
 longer = 10  # how many times longer the search is that tests convergence
 batch_size = 128
 out = "figures/digits"
-work = ".wdat/digits/work"
+work = ".wdat/digits/made"
 
 # %%
 from wdat import plots, records, studies, tables

@@ -26,7 +26,7 @@ HEAD = """# %% [markdown]
 # %% tags=["parameters"]
 n = 1  # images
 out = "figures/digits"
-work = ".wdat/digits/work"
+work = ".wdat/digits/made"
 
 # %%
 import json, os, sys
@@ -147,7 +147,7 @@ while not (root / "go").exists():
     time.sleep(0.05)"""
     notebook(repo, "02_second", wait)
     process = subprocess.Popen([sys.executable, "-m", "wdat.cli", "reproduce"], stdout=subprocess.DEVNULL)
-    started = repo / ".wdat/digits/work/started"
+    started = repo / ".wdat/digits/made/started"
     deadline = time.monotonic() + 60
     while not (started.exists() and started.read_text()):
         assert process.poll() is None and time.monotonic() < deadline
@@ -228,9 +228,9 @@ def test_what_only_the_provenance_of_a_record_says_changes_nothing_downstream(re
 
 
 def test_files_of_other_conditions_are_removed_and_those_of_a_resumed_run_kept(repo, pretend, capsys, monkeypatch):
-    network, figure = repo / ".wdat/digits/work/network.pt", repo / "figures/digits/a-old.pdf"
+    network, figure = repo / ".wdat/digits/made/network.pt", repo / "figures/digits/a-old.pdf"
     files = dict(pretend["01_first"])
-    pretend["01_first"] |= {".wdat/digits/work/network.pt": "weights", "figures/digits/a-old.pdf": "drawn"}
+    pretend["01_first"] |= {".wdat/digits/made/network.pt": "weights", "figures/digits/a-old.pdf": "drawn"}
     reproduce()
     pretend["01_first"] = files  # from now on the network would be found, and not trained again
     (repo / "figures/digits/a.json").unlink()
@@ -240,13 +240,13 @@ def test_files_of_other_conditions_are_removed_and_those_of_a_resumed_run_kept(r
     assert reproduce(only=["1"]) == ["01_first"] and network.exists()  # drawing changes no network
     said(capsys)
     assert reproduce(parameters={"n": 7}, only=["1"]) == ["01_first"]
-    assert "removed 1 outdated file(s) from .wdat/digits/work\n" in said(capsys)
+    assert "removed 1 outdated file(s) from .wdat/digits/made\n" in said(capsys)
     assert not network.exists() and not figure.exists()
     assert (repo / "figures/digits/b.json").exists() and (repo / "figures/digits/a.json").exists()
 
 
 def test_files_of_a_run_cut_short_stay_with_their_notebook(repo, pretend, monkeypatch):
-    checkpoint, execute = repo / ".wdat/digits/work/checkpoint.pt", runner._execute
+    checkpoint, execute = repo / ".wdat/digits/made/checkpoint.pt", runner._execute
 
     def cut(*_) -> None:
         checkpoint.write_text("half")
@@ -328,7 +328,7 @@ def test_only_what_a_notebook_declares_is_passed(repo, pretend, monkeypatch):
         runner, "_execute", lambda s, e, p, *rest: passed.update({s.stem: p}) or execute(s, e, p, *rest)
     )
     reproduce(parameters={"sizes": [3]})
-    assert passed["01_first"] == {"n": 5, "out": "figures/digits", "work": ".wdat/digits/work"}
+    assert passed["01_first"] == {"n": 5, "out": "figures/digits", "work": ".wdat/digits/made"}
     assert passed["02_second"] == {"lr": 0.001, "sizes": [3]}
 
 

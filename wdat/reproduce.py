@@ -2,7 +2,7 @@
 
 `notebooks/NN_name.py` is the source, `notebooks/profiles/<profile>.yaml` its settings: `common: {...}` for every
 notebook that declares the parameter, one section per notebook name for its own, and `threads`. Figures go to
-`figures/<profile>/`, scratch files (networks, checkpoints) to `.wdat/<profile>/work/`, the executed copies to
+`figures/<profile>/`, scratch files (networks, checkpoints) to `.wdat/<profile>/made/`, the executed copies to
 `notebooks/NN_name.ipynb` for the default profile and `.wdat/<profile>/notebooks/` for the others.
 
 A notebook is done when it ran to its end, and stays done while its code, its parameters, the `wdat` modules it
@@ -71,7 +71,7 @@ def reproduce(
     settings = read_profile(root, profile, sources)
     chosen = _choose(sources, only)
     scratch = root / ".wdat" / profile
-    places = {"out": str(out or f"figures/{profile}"), "work": f".wdat/{profile}/work"}
+    places = {"out": str(out or f"figures/{profile}"), "work": f".wdat/{profile}/made"}
     passed = _parameters(sources, chosen, settings, places, parameters or {})
     executed = {name: _executed_copy(root, profile, name) for name in sources}
     folders = {name: [root / (places | passed[name])[key] for key in places] for name in chosen}
