@@ -142,10 +142,14 @@ def test_images_that_nothing_flips(tiny_model, data):
 
 def test_a_diverging_run_stops_instead_of_returning_nan(tiny_model, data, tmp_path):
     recipe = wdat.Recipe(plain(), epochs=9, lr=1e20)
-    with pytest.raises(ValueError, match=r"epoch \d is (nan|inf): training diverged; lower lr=1e\+20 and delete .*run"):
+    with pytest.raises(
+        ValueError, match=r"epoch \d is (nan|inf): training diverged; lower lr=1e\+20 or set clip=1 and delete .*run"
+    ):
         wdat.finetune(tiny_model, data, recipe, checkpoint=tmp_path / "run", progress=False)
     with pytest.raises(ValueError, match="augment=-1"):
         wdat.Recipe(recipe.objective, augment=-1)
+    with pytest.raises(ValueError, match="clip=-1"):
+        wdat.Recipe(recipe.objective, clip=-1.0)
 
 
 # The command

@@ -19,7 +19,7 @@ from wdat.checks import frozen
 from wdat.data import from_tensors
 from wdat.evaluation import evaluate
 from wdat.losses import ce, margin
-from wdat.objectives import at, combined, plain, trades, w_trades, water_level
+from wdat.objectives import at, combined, mart, plain, trades, w_trades, water_level
 from wdat.radii import minimal_distances
 from wdat.sensitivity import MovingAverage, dual_norms, input_gradient, upsilon
 from wdat.threat import Threat
@@ -83,7 +83,7 @@ def test_minimal_distances_report_the_passes_they_made(rivals, restarts):
 @pytest.mark.parametrize("make", [relu, batch_norm])
 @pytest.mark.parametrize(
     "objective",
-    [plain(), at(0.1, steps=3), trades(0.1, steps=3), w_trades(Threat(0.1), steps=3),
+    [plain(), at(0.1, steps=3), mart(0.1, steps=3), trades(0.1, steps=3), w_trades(Threat(0.1), steps=3),
      combined(Threat(0.1), 0.1, steps=3), w_trades(Threat(0.1), steps=3, inner="ce", outer="ce"),
      water_level(Threat(0.1), steps=4)],
     ids=lambda o: o.name,

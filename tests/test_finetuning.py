@@ -113,20 +113,26 @@ def test_the_last_layer_is_the_last_linear_one():
 # What it does
 
 
+@pytest.mark.parametrize("clip", [0.0, 0.05, 1e3])
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_plain_fine_tuning_is_sgd(schedule):
-    """One full batch a step, against SGD written out: velocity, decay, learning rate of the schedule."""
+def test_plain_fine_tuning_is_sgd(schedule, clip):
+    """One full batch a step, against SGD written out: velocity, decay, clipping, learning rate of the schedule."""
     model = smooth()
     train = data(model)
-    recipe = Recipe(plain(), epochs=6, batch_size=N, lr=0.1, schedule=schedule, momentum=0.9, weight_decay=1e-2)
+    recipe = Recipe(plain(), epochs=6, batch_size=N, lr=0.1, schedule=schedule, momentum=0.9, weight_decay=1e-2,
+                    clip=clip)  # fmt: skip
     found = run(model, train, recipe)
     other = copy.deepcopy(model)
     velocity = [torch.zeros_like(p) for p in other.parameters()]
     for epoch in range(6):
         rate = SCHEDULES[schedule](float(epoch), 6, 0.1)
         loss = F.cross_entropy(other(train.x), train.y)
-        for p, v, g in zip(other.parameters(), velocity, torch.autograd.grad(loss, other.parameters()), strict=True):
-            v.mul_(0.9).add_(g + 1e-2 * p.detach())
+        gradients = torch.autograd.grad(loss, other.parameters())
+        length = float(torch.cat([g.flatten() for g in gradients]).norm())
+        scale = min(1.0, clip / length) if clip else 1.0
+        assert (scale < 1) == (clip == 0.05)
+        for p, v, g in zip(other.parameters(), velocity, gradients, strict=True):
+            v.mul_(0.9).add_(scale * g + 1e-2 * p.detach())
             p.data.sub_(rate * v)
         assert found.history[epoch]["lr"] == pytest.approx(rate)
         assert found.history[epoch]["loss"] == pytest.approx(float(loss.detach()), rel=1e-5)
@@ -339,7 +345,7 @@ def test_nothing_is_left_changed(fails):
 
 RECIPES = {
     "plain": Recipe(plain(distil=0.5), **QUICK),
-    "at": Recipe(at(0.05, steps=2), schedule="slow-start-fast-decay", **QUICK),
+    "at": Recipe(at(0.05, steps=2), schedule="slow-start-fast-decay", clip=0.1, **QUICK),
     "trades": Recipe(trades(0.05, steps=2), augment=1, flip=True, **QUICK),
     "full": Recipe(w_trades(THREAT, steps=2), upsilon=Rule("full", every=3, subset=11), **QUICK),
     "full-ce": Recipe(w_trades(Threat(0.2, 3, 2), steps=2, budget_loss="ce", outer="ce"), **QUICK),
@@ -533,7 +539,9 @@ def test_a_run_that_diverges_says_in_which_epoch(objective, lr, tmp_path):
     model, path = relu(), tmp_path / "run.pt"
     recipe = Recipe(objective, **QUICK | {"lr": lr, "epochs": 40, "schedule": "constant"})
     validation = data(model, 10, seed=3) if lr > 1e4 else None
-    with pytest.raises(Diverged, match=r"training diverged; lower lr=[1e+\d]+ and delete .*run\.pt") as caught:
+    with pytest.raises(
+        Diverged, match=r"training diverged; lower lr=[1e+\d]+ or set clip=1 and delete .*run\.pt"
+    ) as caught:
         run(model, data(model), recipe, checkpoint=path, validation=validation)
     found = caught.value
     assert [row["epoch"] for row in found.history] == list(range(1, found.epoch)) and found.epoch <= 40

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from nets import generator, quick
 
-from wdat.losses import LOSSES, ce, dlr, get_loss, kl, margin, negative_margin, redlr
+from wdat.losses import LOSSES, boosted_ce, ce, dlr, get_loss, kl, margin, negative_margin, redlr
 
 random_logits = given(seed=st.integers(0, 10**6), n=st.integers(1, 20), m=st.integers(3, 10))
 
@@ -45,6 +45,16 @@ def test_formulas(seed, n, m):
     assert torch.equal(negative_margin(z, y), -margin(z, y))
     p, q = rows.softmax(1), rows.roll(1, 1).softmax(1)
     torch.testing.assert_close(kl(z.roll(1, 1), z).detach(), (p * (p / q).log()).sum(1))
+
+
+@random_logits
+@quick
+def test_the_boosted_cross_entropy_is_that_of_mart_where_its_formula_can_be_computed(seed, n, m):
+    z, y = logits_of(seed, n, m)
+    p = z.detach().softmax(1)
+    rival = p.scatter(1, y[:, None], 0.0).amax(1)
+    torch.testing.assert_close(boosted_ce(z, y).detach(), -p[range(n), y].log() - (1 - rival).log())
+    assert boosted_ce(1e4 * z, y).isfinite().all()  # the rival's probability is 1 to all digits
 
 
 @random_logits

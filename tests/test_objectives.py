@@ -22,6 +22,7 @@ from wdat.objectives import (
     at,
     combined,
     make_objective,
+    mart,
     plain,
     trades,
     w_trades,
@@ -141,6 +142,23 @@ def test_adversarial_training_is_ce_on_pgd_examples(r):
     same(gradients, [p.grad for p in other.parameters()])
     assert float(log["0.moved^p"]) == pytest.approx(float(pixel_norm(x_adv - x, r).sum()), rel=1e-5)
     assert float(log["correct"]) == float((other(x_adv).argmax(1) == y).sum())  # no clean images were seen
+
+
+@pytest.mark.parametrize("beta", [1.0, 5.0])
+def test_mart_is_its_published_loss_on_pgd_examples(beta):
+    model, x, y = case()
+    loss, _, gradients, _ = step(mart(0.1, beta=beta, steps=4), model, x, y, seed=5)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(5)
+        x_adv = pgd(model, x, y, 0.1, INF, steps=4, start="random", keep="last").x
+    other = copy.deepcopy(model)
+    p, q = other(x).softmax(1), other(x_adv).softmax(1)
+    rival = q.scatter(1, y[:, None], 0.0).amax(1)
+    true, own = q[range(N), y], p[range(N), y]
+    expected = (-true.log() - (1 - rival).log() + beta * (p * (p / q).log()).sum(1) * (1 - own)).mean()
+    expected.backward()
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-4, atol=1e-5)
+    same(gradients, [w.grad for w in other.parameters()], rtol=1e-3, atol=1e-5)
 
 
 def test_terms_add_up():
@@ -403,6 +421,7 @@ def test_the_water_level_objective():
     [
         (plain(), 0, 0, 1),
         (at(0.1, steps=4), 4, 0, 1),
+        (mart(0.1, steps=4), 4, 0, 2),
         (trades(0.1, steps=4), 4, 1, 2),  # the forward: clean logits, the target of the inner KL
         (w_trades(Threat(0.1, 2), steps=4), 5, 0, 2),  # which the budgets' gradient gives for nothing
         (w_trades(Threat(0.1, 2), steps=4, inner="ce", outer="ce"), 5, 0, 2),
@@ -522,7 +541,9 @@ def test_kl_term_is_differentiated_in_both_arguments():
         (lambda: Objective("x", clean=0.0), "one weight of the objective > 0"),
         (lambda: at(0.1, weight=0.0), "one weight of the objective > 0"),
         (lambda: plain(distil=-1.0), "distil=-1.0"),
-        (lambda: make_objective({"kind": "mart"}), "unknown objective 'mart'; known: plain, at, trades"),
+        (lambda: Term(Threat(0.1), outer="margin"), "outer loss 'margin' must be one of kl, ce, mart"),
+        (lambda: WaterLevel(Threat(0.1), outer="mart"), "outer loss 'mart' must be one of kl, ce, margin"),
+        (lambda: make_objective({"kind": "smart"}), "unknown objective 'smart'; known: plain, at, trades"),
         (lambda: make_objective({"kind": "w-trades"}), "needs delta"),
         (lambda: make_objective({"kind": "trades", "delta": 0.1, "colour": 1}), "colour"),
     ],

@@ -31,6 +31,7 @@ _HOME = {
     "finetune": "finetuning",
     "at": "objectives",
     "trades": "objectives",
+    "mart": "objectives",
     "w_trades": "objectives",
     "combined": "objectives",
     "water_level": "objectives",

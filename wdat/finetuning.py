@@ -141,7 +141,8 @@ def finetune(
             save()  # a path that can not be written to is known now, not after an epoch
 
         def diverged(what: str, now: str) -> Diverged:
-            remedy = f"lower lr={recipe.lr:g}" + (f" and delete {path}" if path else "")
+            remedy = f"lower lr={recipe.lr:g}" + ("" if recipe.clip else " or set clip=1")
+            remedy += f" and delete {path}" if path else ""
             return Diverged(f"{what} of epoch {epoch + 1} is {now}: training diverged; {remedy}", epoch + 1, history)
 
         @contextmanager
@@ -179,6 +180,8 @@ def finetune(
                         (loss * (len(a) / len(x))).backward()
                         for key, value in log.items():
                             sums[key] = sums.get(key, 0) + value
+                    if recipe.clip:
+                        nn.utils.clip_grad_norm_(weights, recipe.clip)
                     optimiser.step()
                 done += 1
                 bar.update()

@@ -55,6 +55,17 @@ def kl(logits: Tensor, reference: Tensor) -> Tensor:
     return (log_p.exp() * (log_p - F.log_softmax(logits, 1))).sum(1)
 
 
+def boosted_ce(logits: Tensor, labels: Tensor) -> Tensor:
+    """-log p_y - log(1 - max_{k != y} p_k), (N, m), (N,) -> (N,): cross-entropy that pushes the rival down too.
+
+    Of MART, Wang et al., ICLR 2020, eq. 8.
+    """
+    log_p = F.log_softmax(logits, 1)
+    rival = log_p.scatter(1, labels[:, None], -torch.inf).argmax(1, keepdim=True)
+    rest = log_p.scatter(1, rival, -torch.inf).logsumexp(1)  # finite where 1 - max p_k would round to 0
+    return F.nll_loss(log_p, labels, reduction="none") - rest
+
+
 LOSSES: dict[str, Loss] = {"ce": ce, "dlr": dlr, "redlr": redlr, "negative-margin": negative_margin, "kl": kl}
 
 

@@ -7,12 +7,13 @@
 | `plain`                  | 1     | none                                                             |
 | `at`                     | 0     | CE on PGD examples in delta-balls                                |
 | `trades`                 | 1     | beta * KL(p(x) || p(x')), p = inf                                |
+| `mart`                   | 0     | boosted CE + beta * (1 - p_y(x)) KL(p(x) || p(x')), p = inf      |
 | `w_trades`               | 1     | the same with p < inf: eps_i = delta (||g_i||_s / upsilon)^(q-1) |
 | `combined`               | 1     | both, each with its weight                                       |
 | `water_level`            | 1     | CE at the nearest flipping point of images below the water level |
 
-Sources: Madry et al. 1706.06083; TRADES, Zhang et al. 1901.08573; W-TRADES, 2502.09352; margin maximisation,
-Ding et al. 1812.02637, of which the water level is the distributional version.
+Sources: Madry et al. 1706.06083; TRADES, Zhang et al. 1901.08573; MART, Wang et al., ICLR 2020; W-TRADES, 2502.09352;
+margin maximisation, Ding et al. 1812.02637, of which the water level is the distributional version.
 """
 
 from collections.abc import Callable
@@ -25,13 +26,28 @@ from torch import Tensor, nn
 from wdat.allocation import water_level as allocated_level
 from wdat.attacks import PRECISIONS, STEP_RATIO, autocast, projected_gradient, random_start
 from wdat.checks import frozen
-from wdat.losses import ce, get_loss, kl, margin
+from wdat.losses import boosted_ce, ce, get_loss, kl, margin
 from wdat.radii import minimal_distances
 from wdat.sensitivity import input_gradient
 from wdat.threat import Threat, per_image, pixel_norm, project
 from wdat.trackers import Tracker
 
-OUTER = ("kl", "ce")
+Outer = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+
+
+def _mart(logits: Tensor, y: Tensor, clean_logits: Tensor, weight: float) -> Tensor:
+    unsure = 1 - clean_logits.softmax(1).gather(1, y[:, None])[:, 0]
+    return boosted_ce(logits, y) / weight + unsure * kl(logits, clean_logits)  # beta is that of the second part alone
+
+
+OUTER: dict[str, Outer] = {  # of logits at x', labels, clean logits and the term's weight, image by image
+    "kl": lambda logits, y, clean_logits, weight: kl(logits, clean_logits),
+    "ce": lambda logits, y, clean_logits, weight: ce(logits, y),
+    "mart": _mart,
+    "margin": lambda logits, y, clean_logits, weight: -margin(logits, y),
+}
+BOTH = ("kl", "mart")  # those that look at the clean logits
+FIRST_ORDER, NEAREST = ("kl", "ce", "mart"), ("kl", "ce", "margin")  # those of each kind of term
 
 
 @dataclass(frozen=True)
@@ -50,7 +66,8 @@ class Term:
     Args:
         threat: W_p ball; p = inf is AT or TRADES.
         weight: beta.
-        outer: "kl" (against the clean prediction, both differentiated) or "ce", at the adversarial image.
+        outer: "kl" (against the clean prediction, both differentiated), "ce" or "mart" (boosted CE of weight 1, and
+            the KL of images by how unsure of them the network is, of weight beta), at the adversarial image.
         inner: loss the inner attack climbs; "kl" needs `start` > 0 or "random", its gradient being 0 at x.
         budget_loss: loss whose clean gradients give the budgets.
         steps, step_ratio: K inner steps of step_ratio * eps_i / K.
@@ -72,8 +89,8 @@ class Term:
     precision: str = "float32"
 
     def __post_init__(self) -> None:
-        if self.outer not in OUTER:
-            raise ValueError(f"outer loss {self.outer!r} must be one of {', '.join(OUTER)}")
+        if self.outer not in FIRST_ORDER:
+            raise ValueError(f"outer loss {self.outer!r} must be one of {', '.join(FIRST_ORDER)}")
         if get_loss(self.budget_loss) is kl:
             raise ValueError('budget_loss="kl" has zero gradient at clean images; use "redlr" or "ce"')
         if get_loss(self.inner) is kl and self.start == 0:
@@ -159,8 +176,8 @@ class WaterLevel:
     def __post_init__(self) -> None:
         if self.threat.pointwise:
             raise ValueError("water-level training needs p < inf; use trades or at for the pointwise threat")
-        if self.outer not in (*OUTER, "margin"):
-            raise ValueError(f"outer loss {self.outer!r} must be one of {', '.join(OUTER)}, margin")
+        if self.outer not in NEAREST:
+            raise ValueError(f"outer loss {self.outer!r} must be one of {', '.join(NEAREST)}")
         if self.steps < 1 or self.rivals < 1 or self.weight < 0 or (self.level is not None and self.level <= 0):
             raise ValueError(
                 f"steps={self.steps}, rivals={self.rivals} must be >= 1, weight={self.weight} >= 0 and "
@@ -225,7 +242,7 @@ class Objective:
     @property
     def needs_clean(self) -> bool:
         """Whether the outer forward includes the clean images."""
-        return self.clean > 0 or self.distil > 0 or any(t.outer == "kl" for t in self.terms)
+        return self.clean > 0 or self.distil > 0 or any(t.outer in BOTH for t in self.terms)
 
     @property
     def cost(self) -> dict[str, int]:
@@ -272,10 +289,7 @@ class Objective:
                 reference = teacher(x).float()
             loss = loss + self.distil * kl(clean_logits, reference).mean()
         for number, (term, f, logits) in enumerate(zip(self.terms, found, outputs, strict=True)):
-            if term.outer == "kl":
-                values = kl(logits, clean_logits)
-            else:
-                values = ce(logits, y) if term.outer == "ce" else -margin(logits, y)
+            values = OUTER[term.outer](logits, y, clean_logits, term.weight)
             values = values if f.weights is None else values * f.weights
             loss = loss + term.weight * values.mean()
             log |= {f"{number}.{key}": v.detach().double() for key, v in f.log.items()}
@@ -306,6 +320,13 @@ def trades(
     return Objective("trades", (Term(Threat(delta, float("inf"), r), beta, **settings),), distil=distil)
 
 
+def mart(delta: float | str, r: float = float("inf"), beta: float = 5.0, distil: float = 0.0, **settings) -> Objective:
+    """MART: boosted CE on PGD examples, KL weighted by 1 - p_y(x), uniform random start. Settings: those of `Term`."""
+    settings = {"inner": "ce", "start": "random", **settings}
+    term = Term(Threat(delta, float("inf"), r), beta, outer="mart", **settings)
+    return Objective("mart", (term,), clean=0.0, distil=distil)
+
+
 def w_trades(threat: Threat, beta: float = 6.0, distil: float = 0.0, **settings) -> Objective:
     """TRADES with Wasserstein budgets. Settings: those of `Term`."""
     return Objective("w-trades", (Term(threat, beta, **settings),), distil=distil)
@@ -327,10 +348,10 @@ def water_level(threat: Threat, beta: float = 4.0, distil: float = 0.0, **settin
 def make_objective(settings: dict) -> Objective:
     """An objective from plain values, as notebooks and the command line give them.
 
-    {"kind": "plain" | "at" | "trades" | "w-trades" | "combined" | "water-level", "delta": "8/255", "p": 2, "r": "inf",
-    and any further setting of that objective}. ValueError names what is unknown or missing.
+    {"kind": "plain" | "at" | "trades" | "mart" | "w-trades" | "combined" | "water-level", "delta": "8/255", "p": 2,
+    "r": "inf", and any further setting of that objective}. ValueError names what is unknown or missing.
     """
-    makers = {"plain": plain, "at": at, "trades": trades, "w-trades": w_trades, "combined": combined,
+    makers = {"plain": plain, "at": at, "trades": trades, "mart": mart, "w-trades": w_trades, "combined": combined,
               "water-level": water_level}  # fmt: skip
     rest = dict(settings)
     kind = rest.pop("kind", None)

@@ -38,6 +38,8 @@ class Recipe:
             see `wdat.attacks.autocast`); weights, their gradients and the losses stay in float32. That of the inner
             attacks is a setting of their terms.
         momentum, weight_decay: of SGD (decay 0 switches it off).
+        clip: largest l2 norm of a step's gradient over all weights, longer ones are scaled down to it; 0: no limit. The
+            first steps of an adversarial objective from a sharp network are where a run diverges.
         init: "none", "perturb" (all weights, Gaussian noise of `init_scale` times each tensor's root mean square) or
             "rerandomise" (the last layer's own initialisation). A trained network sits at a stationary point.
         layers: "all", or "last" for the last linear layer, the rest (batch norm too) held.
@@ -56,6 +58,7 @@ class Recipe:
     schedule: str = "cosine"
     momentum: float = 0.9
     weight_decay: float = 5e-4
+    clip: float = 0.0
     init: str = "none"
     init_scale: float = 0.05
     layers: str = "all"
@@ -74,8 +77,8 @@ class Recipe:
                 f"accumulate={self.accumulate} must be from 1 to the batch size, {self.batch_size}, and precision="
                 f"{self.precision!r} one of {', '.join(PRECISIONS)}"
             )
-        if self.augment < 0:
-            raise ValueError(f"augment={self.augment} is a shift in pixels; it must be >= 0")
+        if self.augment < 0 or not self.clip >= 0:
+            raise ValueError(f"augment={self.augment}, a shift in pixels, and clip={self.clip} must be >= 0")
         get_schedule(self.schedule)
 
     @property
