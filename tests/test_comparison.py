@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wdat.allocation import accuracy_curve
-from wdat.comparison import bootstrap_counts, equal_clean, frontier, resampled_accuracy
+from wdat.comparison import BEST_OF_OURS, bootstrap_counts, equal_clean, frontier, resampled_accuracy
 
 
 def some_distances(n: int, seed: int = 0) -> torch.Tensor:
@@ -41,7 +41,7 @@ def test_frontier_joins_neighbours_and_disposes_freely():
 def test_a_method_equal_to_a_control_differs_by_nothing_and_a_farther_one_wins():
     d = some_distances(300)
     runs = {"ours": [[d, d], [d * 1.1, d * 1.1]], "same": [[d], [d * 1.1]], "weaker": [[d * 0.9], [d * 0.8]]}
-    (row,) = equal_clean(runs, d, "ours", 0.1, offsets=(0.0,), draws=200)
+    (row,) = equal_clean(runs, d, ["ours"], ["same", "weaker", "diverged"], 0.1, offsets=(0.0,), draws=200)
     assert row["clean"] == pytest.approx(float((d > 0).double().mean()))
     same, weaker, best = (row["differences"][name] for name in ("same", "weaker", "best control"))
     assert same == pytest.approx({"value": 0.0, "low": 0.0, "high": 0.0}, abs=1e-9) and best == pytest.approx(
@@ -54,7 +54,23 @@ def test_a_method_equal_to_a_control_differs_by_nothing_and_a_farther_one_wins()
 def test_unreached_clean_accuracy_is_none_not_a_number():
     d = some_distances(100)
     low = torch.where(torch.arange(100) < 50, torch.zeros(()), d)
-    (row,) = equal_clean({"ours": [[d]], "low": [[low]]}, d, "ours", 0.1, offsets=(0.0,), draws=50)
+    (row,) = equal_clean({"ours": [[d]], "low": [[low]]}, d, ["ours"], ["low"], 0.1, offsets=(0.0,), draws=50)
     assert row["accuracy"]["low"] is None and row["differences"]["low"]["value"] is None
-    with pytest.raises(ValueError, match="compared with other methods"):
-        equal_clean({"ours": [[d]]}, d, "ours", 0.1)
+    with pytest.raises(ValueError, match="the runs are of ours"):
+        equal_clean({"ours": [[d]]}, d, ["ours"], ["low"], 0.1)
+
+
+def test_the_best_of_several_is_the_highest_at_that_clean_accuracy_on_both_sides():
+    d = some_distances(300)
+    low = torch.where(torch.arange(300) < 100, torch.zeros(()), 1.5 * d)  # far, at a clean accuracy not asked for
+    runs = {"a": [[d * 1.1]], "b": [[d * 1.3]], "c": [[low]], "x": [[d]], "y": [[d * 1.2]]}
+    rows = equal_clean(runs, d, ["a", "b", "c"], ["x", "y"], 0.1, offsets=(0.0, -0.5), draws=50)
+    assert [(row["ours"], row["offset"]) for row in rows] == [
+        (name, offset) for offset in (0.0, -0.5) for name in ("a", "b", "c", BEST_OF_OURS)
+    ]
+    here, there = ({row["ours"]: row for row in rows if row["offset"] == offset} for offset in (0.0, -0.5))
+    assert here[BEST_OF_OURS]["differences"] == here["b"]["differences"] and here["c"]["accuracy"]["c"] is None
+    assert here["a"]["differences"]["best control"] == here["a"]["differences"]["y"]
+    assert here["a"]["differences"]["best control"]["high"] < 0 < here["b"]["differences"]["best control"]["low"]
+    robust = {name: float(accuracy_curve(settings[0][0], 0.1, 2.0)) for name, settings in runs.items()}
+    assert there[BEST_OF_OURS]["accuracy"][BEST_OF_OURS] == pytest.approx(max(robust[n] for n in "abc"))

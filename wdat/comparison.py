@@ -13,6 +13,7 @@ from torch import Tensor
 
 from wdat.threat import parse_number
 
+BEST_OF_OURS = "the best of ours"
 FAR = 1e9  # in place of inf ("nothing flips it"), so that an image drawn 0 times costs 0
 
 
@@ -57,43 +58,53 @@ def frontier(clean: Tensor, robust: Tensor, at: Tensor) -> Tensor:
 
 
 def equal_clean(
-    runs: dict[str, Sequence[Sequence[Tensor]]], before: Tensor, ours: str, delta: float | str, p: float = 2,
-    offsets: Sequence[float] = (-0.03, -0.02, -0.01, 0.0), draws: int = 1000, seed: int = 0, level: float = 0.95,
+    runs: dict[str, Sequence[Sequence[Tensor]]], before: Tensor, ours: Sequence[str], controls: Sequence[str],
+    delta: float | str, p: float = 2, offsets: Sequence[float] = (-0.03, -0.02, -0.01, 0.0), draws: int = 1000,
+    seed: int = 0, level: float = 0.95,
 ) -> list[dict]:  # fmt: skip
-    """One method against each of the others, and against the best of them, at clean accuracy before plus `offsets`.
+    """Each of our methods against each control, and the best against the best, at clean accuracy before plus `offsets`.
 
     Args:
         runs: for every method its settings in the knob's order, for every setting the minimal distances (N,) of each
             seed's network on the same N test images. Seeds are averaged (the intervals are over test images).
         before: minimal distances (N,) before fine-tuning; every replicate has its own clean accuracy before.
-        ours: the method compared; every other name in `runs` is a control.
+        ours, controls: names in `runs`; those that are not there (none of their runs ended well) are left out.
 
-    Returns a row for each offset: "offset", "clean", "accuracy" by method, and "differences" by control and for
-    "best control", each {"value", "low", "high"} (None where a method does not reach that clean accuracy).
-    ValueError if `ours` is not among the methods or there is no control.
+    Returns a row for each of ours, and for `BEST_OF_OURS` if there are several, and each offset: "ours", "offset",
+    "clean", "accuracy" by method, and "differences" by control and for "best control", each {"value", "low", "high"}
+    (None where a method does not reach that clean accuracy). Both bests are taken anew in every replicate, so that
+    neither is flattered by having been picked on these images. ValueError if nothing of either side is in `runs`.
     """
-    if ours not in runs or len(runs) < 2:
-        raise ValueError(f"{ours!r} is to be compared with other methods; the runs are of {', '.join(runs) or 'none'}")
+    ours, controls = ([name for name in names if name in runs] for names in (ours, controls))
+    if not ours or not controls:
+        raise ValueError(
+            f"methods of ours and controls are to be compared; the runs are of {', '.join(runs) or 'none'}"
+        )
     counts = bootstrap_counts(len(before), draws, seed)
     start = resampled_accuracy(before, counts, 0, p)
 
-    def points(settings: Sequence[Sequence[Tensor]], radius: float | str) -> Tensor:
+    def points(name: str, radius: float | str) -> Tensor:
         return torch.stack([
-            torch.stack([resampled_accuracy(d, counts, radius, p) for d in seeds]).mean(0) for seeds in settings
+            torch.stack([resampled_accuracy(d, counts, radius, p) for d in seeds]).mean(0) for seeds in runs[name]
         ])  # fmt: skip
 
-    curves = {name: (points(settings, 0), points(settings, delta)) for name, settings in runs.items()}
+    curves = {name: (points(name, 0), points(name, delta)) for name in (*ours, *controls)}
     rows = []
     for offset in offsets:
-        at = start + offset
-        found = {name: frontier(*curve, at) for name, curve in curves.items()}
-        controls = {name: values for name, values in found.items() if name != ours}
-        controls["best control"] = torch.stack(list(controls.values())).amax(0)
-        rows.append({
-            "offset": offset, "clean": float(at[0]),
-            "accuracy": {name: _finite(values[0]) for name, values in found.items()},
-            "differences": {name: _interval(found[ours] - values, level) for name, values in controls.items()},
-        })  # fmt: skip
+        found = {name: frontier(*curve, start + offset) for name, curve in curves.items()}
+        against = {name: found[name] for name in controls}
+        against["best control"] = torch.stack(list(against.values())).amax(0)
+        own = {name: found[name] for name in ours}
+        if len(ours) > 1:
+            own[BEST_OF_OURS] = torch.stack(list(own.values())).amax(0)
+        rows += [
+            {
+                "ours": name, "offset": offset, "clean": float(start[0] + offset),
+                "accuracy": {n: _finite(v[0]) for n, v in {name: values, **against}.items()},
+                "differences": {n: _interval(values - v, level) for n, v in against.items()},
+            }
+            for name, values in own.items()
+        ]  # fmt: skip
     return rows
 
 

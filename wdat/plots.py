@@ -262,17 +262,18 @@ def _autoattack_excess(after: dict, written: str) -> float | None:
 
 
 def equal_clean(path: str | Path) -> Figure:
-    """Ours minus the best control at equal clean accuracy, in points: a panel a radius, networks below one another.
+    """Ours, and the best of ours, minus the best control at equal clean accuracy, in points: a column a radius.
 
     Colours: how much clean accuracy is given up; bars: 95 % of a paired bootstrap over test images.
     """
     path = Path(path)
     found = records.read(path, "finetuning")["results"]
-    panels = [(ours, t["written"]) for ours in found["ours"] for t in found["threats"]]
+    compared = list(dict.fromkeys(row["ours"] for row in found["comparison"]))
+    panels = [(ours, t["written"]) for ours in compared for t in found["threats"]]
     networks = list(dict.fromkeys(row["network"] for row in found["comparison"]))
     offsets = sorted({row["offset"] for row in found["comparison"]}, reverse=True)
     colours = sns.color_palette("viridis", max(len(offsets), 1))
-    figure, axes = _canvas(len(found["ours"]), len(found["threats"]), height=0.8 + 0.3 * len(networks), sharey=True)
+    figure, axes = _canvas(len(compared), len(found["threats"]), height=0.8 + 0.3 * len(networks), sharey=True)
     for axis, (ours, written) in zip(axes.ravel(), panels, strict=True):
         axis.axvline(0, color=BEFORE, lw=1)
         for row in found["comparison"]:

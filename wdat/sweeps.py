@@ -4,7 +4,7 @@ The experiment of notebooks 03 and 04; `wdat.studies` has the others. A dict of 
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from wdat.comparison import equal_clean
 from wdat.data import Data, draw
 from wdat.estimates import estimate
 from wdat.evaluation import autoattack_accuracy, clean_pass
-from wdat.finetuning import Diverged, finetune
+from wdat.finetuning import Diverged, Finetuned, finetune
 from wdat.parts import Parts
 from wdat.radii import minimal_distances
 from wdat.recipes import Recipe, make_recipe
@@ -133,7 +133,7 @@ def finetuning(
     runs, diverged, chosen, comparison = [], [], [], []
 
     def measure(network: str, model: nn.Module) -> tuple[dict, dict[str, Tensor]]:
-        near, rows = {}, {}
+        near, rows = {}, {}  # kept without the points themselves, 12 kB an image: there are hundreds of runs
         for part, data in (("after", test), ("validation", held)):
             near[part] = Parts(work / "parts", model).get(
                 f"distances {r} {sorted(settings.items())} {data.sha256}",
@@ -158,48 +158,53 @@ def finetuning(
             bar.update()
             found: dict[str, list[dict]] = {}
             networks, near_test = {}, {}
-            for item in recipes:
-                for seed in seeds:
-                    name = re.sub(r"[^\w.-]+", "_", f"{network}.{item['variant']}.{seed}")
-                    bar.set_postfix_str(name)
-                    recipe = make_recipe(item["recipe"], seed)
-                    try:
-                        done = finetune(model, rest, recipe, validation=held, validation_threat=middle,
-                                        checkpoint=work / f"{name}.checkpoint", progress=False)  # fmt: skip
-                    except Diverged as error:
-                        diverged.append({"network": network, "variant": item["variant"], "seed": seed,
-                                         "epoch": error.epoch})  # fmt: skip
-                        bar.update()
-                        continue
-                    row, near = measure(network, done.model)
-                    run = {**item, "seed": seed, "before": False, "cost": recipe.objective.cost,
-                           "epochs": recipe.epochs, "history": done.history, **row}  # fmt: skip
-                    runs.append(run)
-                    found.setdefault(item["variant"], []).append(run)
-                    networks[item["variant"], seed] = done.model
-                    near_test.setdefault(item["variant"], []).append(near["after"])
-                    bar.update()
-            whole = {name: own for name, own in found.items() if len(own) == len(seeds)}
+            for item, recipe, done in _tuned(network, model, rest, held, recipes, seeds, middle, work, bar):
+                name = item["variant"]
+                if isinstance(done, Diverged):
+                    diverged.append({"network": network, "variant": name, "seed": recipe.seed, "epoch": done.epoch})
+                    continue
+                row, near = measure(network, done.model)
+                run = {**item, "seed": recipe.seed, "before": False, "cost": recipe.objective.cost,
+                       "epochs": recipe.epochs, "history": done.history, **row}  # fmt: skip
+                runs.append(run)
+                found.setdefault(name, []).append(run)
+                networks.setdefault(name, []).append(done.model)
+                near_test.setdefault(name, []).append(near["after"])
+            whole = [name for name, own in found.items() if len(own) == len(seeds)]
+            curves = {}
             for method in dict.fromkeys(item["method"] for item in recipes):
-                options = {name: own for name, own in whole.items() if own[0]["method"] == method}
+                options = {name: found[name] for name in whole if found[name][0]["method"] == method}
                 if not options:
                     continue
+                curves[method] = [near_test[name] for name in options]
                 name, kept = _choose(options, runs, network, middle.written, pointwise)
                 chosen.append({"network": network, "method": method, "variant": name, "kept": kept})
-                for number, run in enumerate(options[name]):
-                    attack_too(run, networks[name, run["seed"]], near_test[name][number], not number)
-            curves = {
-                method: [near_test[n] for n in whole if whole[n][0]["method"] == method]
-                for method in (*ours, *controls)
-            }
-            for method in ours:
-                own = {name: c for name, c in curves.items() if c and (name == method or name in controls)}
-                for threat in threats if method in own and len(own) > 1 else ():
-                    rows = equal_clean(own, before["after"], method, threat.delta, threat.p, draws=draws)
-                    comparison += [{"network": network, "ours": method, "delta": threat.written, **r} for r in rows]
+                for number, parts in enumerate(zip(options[name], networks[name], near_test[name], strict=True)):
+                    attack_too(*parts, not number)
+            for threat in threats if curves.keys() & set(ours) and curves.keys() & set(controls) else ():
+                rows = equal_clean(curves, before["after"], ours, controls, threat.delta, threat.p, draws=draws)
+                comparison += [{"network": network, "delta": threat.written, **row} for row in rows]
     return {"n_train": len(rest), "n_validation": len(held), "n_test": len(test), "runs": runs, "diverged": diverged,
             "chosen": chosen, "comparison": comparison, "ours": list(ours), "controls": list(controls),
             "threats": [t.describe() for t in threats], "steps": steps}  # fmt: skip
+
+
+def _tuned(
+    network: str, model: nn.Module, train: Data, validation: Data, items: Sequence[dict], seeds: Sequence[int],
+    threat: Threat, work: Path, bar: tqdm,
+) -> Iterator[tuple[dict, Recipe, Finetuned | Diverged]]:  # fmt: skip
+    """Every run of one network, as it ends; resumed from the checkpoints in `work`."""
+    for item in items:
+        for seed in seeds:
+            name = re.sub(r"[^\w.-]+", "_", f"{network}.{item['variant']}.{seed}")
+            bar.set_postfix_str(name)
+            recipe = make_recipe(item["recipe"], seed)
+            try:
+                yield item, recipe, finetune(model, train, recipe, validation=validation, validation_threat=threat,
+                                             checkpoint=work / f"{name}.checkpoint", progress=False)  # fmt: skip
+            except Diverged as error:
+                yield item, recipe, error
+            bar.update()
 
 
 def _choose(
