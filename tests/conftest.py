@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from repository import notebook
 from torch import Tensor, nn
+
+from wdat import execution, records
 
 torch.set_num_threads(1)  # busy OpenMP threads of parallel tests wait on each other, a hundred times slower than one
 
@@ -69,3 +72,31 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+@pytest.fixture
+def repo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A repository of two notebooks; the second reads what the first wrote."""
+    (tmp_path / "notebooks" / "profiles").mkdir(parents=True)
+    (tmp_path / "pyproject.toml").write_text('[project]\nname = "wdat"\n')
+    (tmp_path / "notebooks" / "profiles" / "digits.yaml").write_text("common: {n: 2}\n")
+    notebook(tmp_path, "01_first", "(out / 'a.json').write_text(json.dumps({'n': n}))")
+    notebook(tmp_path, "02_second", "(out / 'b.json').write_text((out / 'a.json').read_text())")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def pretend(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, str]]:
+    """Notebooks that only pretend to run: each writes the files that `writes` names for it, with that content."""
+    writes = {"01_first": {"figures/digits/a.json": "1"}, "02_second": {"figures/digits/b.json": "1"}}
+
+    def execute(source, executed, passed, scratch, kernel, root):
+        for path, content in writes[source.stem].items():
+            (root / path).parent.mkdir(parents=True, exist_ok=True)
+            (root / path).write_text(content)
+        code = execution.load(source)
+        records.write_file(executed, execution.tidy(code, root))
+
+    monkeypatch.setattr(execution, "execute", execute)
+    return writes

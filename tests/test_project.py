@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from wdat import records
+from wdat import records, staleness
 from wdat import reproduce as runner
 
 ROOT = Path(__file__).parents[1]
@@ -24,9 +24,9 @@ ORDER = [
     "threat", "losses", "checks", "sensitivity", "trackers", "allocation", "attacks", "dual", "radii", "graph",
     "certify", "bounds", "objectives", "schedules", "records", "rb", "networks", "data", "models", "recipes",
     "estimates", "finetuning", "parts", "evaluation", "comparison", "sweeps", "studies", "rows", "plots", "tables",
-    "publish", "paper", "reproduce", "cli",
+    "publish", "paper", "execution", "staleness", "reproduce", "cli",
 ]  # fmt: skip
-TORCH_FREE = ("records", "rows", "plots", "tables", "publish", "paper", "reproduce", "cli")
+TORCH_FREE = ("records", "rows", "plots", "tables", "publish", "paper", "execution", "staleness", "reproduce", "cli")
 MODULES = {path.stem: path for path in sorted((ROOT / "wdat").glob("*.py"))}
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.py"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -52,7 +52,7 @@ def tracked() -> list[Path]:
 @pytest.mark.parametrize("module", sorted(set(MODULES) - {"__init__"}))
 def test_a_module_imports_only_downwards(module):
     assert module in ORDER, f"wdat/{module}.py has no place in the order of imports: put it into ORDER"
-    used = runner._imports(parse(MODULES[module]), set(MODULES)) - {"__init__"}
+    used = staleness._imports(parse(MODULES[module]), set(MODULES)) - {"__init__"}
     assert used <= set(ORDER[: ORDER.index(module)]), f"{module} imports upwards"
 
 
@@ -136,7 +136,7 @@ def test_every_figure_and_table_lies_beside_the_record_it_is_drawn_from():
     for folder in {path.parent for path in (ROOT / "figures").rglob("*.*")}:
         stems = [path.stem for path in folder.glob("*.json")]
         for path in folder.iterdir():
-            if path.suffix in runner.SHOWN and path.name != "numbers.tex":  # drawn from all of them
+            if path.suffix in staleness.SHOWN and path.name != "numbers.tex":  # drawn from all of them
                 assert any(path.stem == stem or path.stem.startswith(stem + "-") for stem in stems), (
                     f"{path} has no record"
                 )

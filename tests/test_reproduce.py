@@ -1,8 +1,6 @@
 """The runner, the command line and the paper's builder, on tiny repositories made for the purpose."""
 
 import fcntl
-import io
-import json
 import os
 import shutil
 import signal
@@ -12,132 +10,12 @@ import tarfile
 import time
 from pathlib import Path
 
-import jupytext
-import nbformat
 import pytest
+from repository import notebook, said
 
-from wdat import cli, paper, records
+from wdat import cli, execution, paper
 from wdat import reproduce as runner
-from wdat.reproduce import CellFailed, reproduce
-
-HEAD = """# %% [markdown]
-# # A title
-
-# %% tags=["parameters"]
-n = 1  # images
-out = "figures/digits"
-work = ".wdat/digits/made"
-
-# %%
-import json, os, sys
-from pathlib import Path
-root = Path.cwd().parent
-out, work = root / out, root / work
-"""
-
-
-@pytest.fixture
-def repo(tmp_path, monkeypatch):
-    """A repository of two notebooks; the second reads what the first wrote."""
-    (tmp_path / "notebooks" / "profiles").mkdir(parents=True)
-    (tmp_path / "pyproject.toml").write_text('[project]\nname = "wdat"\n')
-    (tmp_path / "notebooks" / "profiles" / "digits.yaml").write_text("common: {n: 2}\n")
-    notebook(tmp_path, "01_first", "(out / 'a.json').write_text(json.dumps({'n': n}))")
-    notebook(tmp_path, "02_second", "(out / 'b.json').write_text((out / 'a.json').read_text())")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def notebook(root: Path, name: str, *cells: str, head: str = HEAD) -> Path:
-    path = root / "notebooks" / f"{name}.py"
-    path.write_text(head + "".join(f"\n# %%\n{cell}\n" for cell in cells))
-    return path
-
-
-@pytest.fixture
-def pretend(monkeypatch):
-    """Notebooks that only pretend to run: each writes the files that `writes` names for it, with that content."""
-    writes = {"01_first": {"figures/digits/a.json": "1"}, "02_second": {"figures/digits/b.json": "1"}}
-
-    def execute(source, executed, passed, scratch, kernel, root):
-        for path, content in writes[source.stem].items():
-            (root / path).parent.mkdir(parents=True, exist_ok=True)
-            (root / path).write_text(content)
-        code = jupytext.read(source)
-        records.write_file(executed, runner._tidy(code, root))
-
-    monkeypatch.setattr(runner, "_execute", execute)
-    return writes
-
-
-def said(capsys) -> str:
-    return capsys.readouterr().out
-
-
-# Real kernels
-
-
-def test_notebooks_run_in_this_interpreter_without_ports_and_leave_no_trace_of_the_machine(repo, monkeypatch, capsys):
-    home = repo / "home"
-    home.mkdir()
-    monkeypatch.setenv("HOME", str(home))
-    look = """from ipykernel.connect import get_connection_info
-print(root, sys.prefix)
-found = {"n": n, "python": sys.executable, "threads": os.environ["OMP_NUM_THREADS"], "folder": os.getcwd()}
-found |= {"transport": json.loads(get_connection_info())["transport"], "command": os.environ["WDAT_COMMAND"]}
-(out / "a.json").write_text(json.dumps(found))"""
-    source = notebook(repo, "01_first", look)
-    assert reproduce() == ["01_first", "02_second"]
-    log = said(capsys)
-    assert log.startswith("device: ")
-    assert "[1/2] 01_first … (not run yet)" in log and "[2/2] 02_second done in 0:0" in log
-    assert json.loads((repo / "figures/digits/b.json").read_text()) == {
-        "n": 2,
-        "python": sys.executable,
-        "threads": "1",
-        "folder": str(repo / "notebooks"),
-        "transport": "ipc",
-        "command": "wdat reproduce --profile digits --only 01",
-    }
-    assert not list(home.iterdir())
-    text = source.with_suffix(".ipynb").read_text()
-    assert str(repo) not in text and sys.prefix not in text and "papermill" not in text
-    executed = nbformat.reads(text, as_version=4)
-    nbformat.validate(executed)
-    ran = [
-        c.source
-        for c in executed.cells
-        if c.cell_type == "code" and "injected-parameters" not in c.metadata.get("tags", [])
-    ]
-    assert ran == [c.source for c in jupytext.read(source).cells if c.cell_type == "code"]
-
-    assert reproduce() == []
-    assert said(capsys).count(": up to date") == 2
-
-
-def test_a_failing_cell_is_two_lines_and_exit_code_1(repo, capsys):
-    notebook(repo, "02_second", "print('so far')", "x = 1\ny = x / (x - n + 1)\nz = 3")
-    assert cli.main(["reproduce"]) == 1
-    error = capsys.readouterr().err.splitlines()
-    assert len(error) == 2
-    assert (
-        error[0]
-        == "wdat: 02_second failed in cell [5], line 2 `y = x / (x - n + 1)`: ZeroDivisionError: division by zero"
-    )
-    assert ".wdat/digits/notebooks/02_second.partial.ipynb" in error[1]
-    partial = (repo / ".wdat/digits/notebooks/02_second.partial.ipynb").read_text()
-    assert "so far" in partial and "ZeroDivisionError" in partial
-    assert not (repo / "notebooks/02_second.ipynb").exists()
-    assert cli.main(["reproduce", "-P", "n=1"]) == 0  # the parameter changes both
-    assert not (repo / ".wdat/digits/notebooks/02_second.partial.ipynb").exists()
-
-
-def test_a_dead_kernel_is_reported_as_such(repo):
-    notebook(repo, "01_first", "os.kill(os.getpid(), 9)")
-    with pytest.raises(
-        CellFailed, match=r"01_first stopped with its kernel .*out of memory\?\)\nas far as it ran: .wdat"
-    ):
-        reproduce(only=["1"])
+from wdat.reproduce import reproduce
 
 
 def test_a_killed_run_resumes_after_the_last_finished_notebook(repo, capsys):
@@ -166,133 +44,26 @@ while not (root / "go").exists():
     assert "01_first: up to date" in log and "02_second … (not finished)" in log and "removed" not in log
 
 
-# What makes a notebook run again
-
-
-def test_every_rerun_says_why(repo, pretend, capsys, monkeypatch):
-    def again(why: str, ran: list[str], **arguments) -> None:
-        assert reproduce(**arguments) == ran
-        assert why in said(capsys)
-
-    first, profile = repo / "notebooks/01_first.py", repo / "notebooks/profiles/digits.yaml"
-    again("[1/2] 01_first … (not run yet)", ["01_first", "02_second"])
-    again("[2/2] 02_second: up to date", [])
-    again("(forced)", ["02_second"], only=["02"], force=True)
-    profile.write_text("common: {n: 2}\n01_first: {n: 3}\n")
-    again("01_first … (parameters changed (n: 2 → 3))", ["01_first"])
-    again("parameters changed (n: 3 → 4)", ["01_first", "02_second"], parameters={"n": 4})
-    reproduce()
-    first.write_text(first.read_text() + "\nprint()\n")
-    again("01_first … (code changed)", ["01_first"])
-    (repo / "figures/digits/a.json").unlink()
-    again("01_first … (output missing: figures/digits/a.json)", ["01_first"])
-    (repo / "figures/digits/b.json").write_text("by hand")
-    again("02_second … (output changed: figures/digits/b.json)", ["02_second"])
-    (repo / "requirements.lock.txt").write_text("torch==0\n")
-    again("requirements.lock.txt changed", ["01_first", "02_second"])
-    pretend["01_first"]["figures/digits/a.json"] = "2"
-    again("01_first … (forced)", ["01_first"], only=["01"], force=True)
-    again("02_second … (earlier results changed: figures/digits/a.json)", ["02_second"])
-    notebook(repo, "01_first", "from wdat import records", head=HEAD)
-    reproduce()
-    library = runner.library
-    monkeypatch.setattr(runner, "library", lambda code: {k: "new" for k in library(code) if "records" in k})
-    again("01_first … (library changed: wdat/__init__.py, wdat/records.py)", ["01_first"])
-
-
-def test_changed_prose_keeps_the_outputs(repo, capsys):
-    reproduce(only=["01"])
-    source = repo / "notebooks/01_first.py"
-    before = nbformat.read(source.with_suffix(".ipynb"), as_version=4)
-    source.write_text(source.read_text().replace("A title", "A better title"))
-    assert reproduce(only=["01"]) == []
-    assert "01_first … (text changed)" in said(capsys)
-    after = nbformat.read(source.with_suffix(".ipynb"), as_version=4)
-    assert after.cells[0].source == "# A better title"
-    assert after.cells[1:] == before.cells[1:]
-    assert reproduce(only=["01"]) == []
-    assert ": up to date" in said(capsys)
-
-
-def test_what_only_the_provenance_of_a_record_says_changes_nothing_downstream(repo, pretend, capsys):
-    record = {"results": 1, "provenance": {"date": "today"}}
-    pretend["01_first"]["figures/digits/a.json"] = json.dumps(record)
-    reproduce()
-    pretend["01_first"]["figures/digits/a.json"] = json.dumps(record | {"provenance": {"date": "tomorrow"}})
-    assert reproduce(only=["01"], force=True) == ["01_first"]
-    assert reproduce() == []
-    pretend["01_first"]["figures/digits/a.json"] = json.dumps(record | {"results": 2})
-    assert reproduce(only=["01"], force=True) == ["01_first"]
-    assert reproduce() == ["02_second"]
-    assert "earlier results changed: figures/digits/a.json" in said(capsys)
-
-
-def test_files_of_other_conditions_are_removed_and_those_of_a_resumed_run_kept(repo, pretend, capsys, monkeypatch):
-    network, figure = repo / ".wdat/digits/made/network.pt", repo / "figures/digits/a-old.pdf"
-    files = dict(pretend["01_first"])
-    pretend["01_first"] |= {".wdat/digits/made/network.pt": "weights", "figures/digits/a-old.pdf": "drawn"}
-    reproduce()
-    pretend["01_first"] = files  # from now on the network would be found, and not trained again
-    (repo / "figures/digits/a.json").unlink()
-    assert reproduce() == ["01_first"] and network.exists() and figure.exists()
-    library = runner.library
-    monkeypatch.setattr(runner, "library", lambda code: library(code) | {"wdat/plots.py": "new"})
-    assert reproduce(only=["1"]) == ["01_first"] and network.exists()  # drawing changes no network
-    said(capsys)
-    assert reproduce(parameters={"n": 7}, only=["1"]) == ["01_first"]
-    assert "removed 1 outdated file(s) from .wdat/digits/made\n" in said(capsys)
-    assert not network.exists() and not figure.exists()
-    assert (repo / "figures/digits/b.json").exists() and (repo / "figures/digits/a.json").exists()
-
-
 def test_files_of_a_run_cut_short_stay_with_their_notebook(repo, pretend, monkeypatch):
-    checkpoint, execute = repo / ".wdat/digits/made/checkpoint.pt", runner._execute
+    checkpoint, execute = repo / ".wdat/digits/made/checkpoint.pt", execution.execute
 
     def cut(*_) -> None:
         checkpoint.write_text("half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(runner, "_execute", cut)
+    monkeypatch.setattr(execution, "execute", cut)
     with pytest.raises(KeyboardInterrupt):
         reproduce(only=["01"])
-    monkeypatch.setattr(runner, "_execute", execute)
+    monkeypatch.setattr(execution, "execute", execute)
     reproduce(only=["02"], force=True)
     assert checkpoint.exists()  # not the second notebook's to remove
     monkeypatch.setattr(
-        runner, "_execute", lambda *a: execute(*a) if checkpoint.exists() else pytest.fail("no checkpoint")
+        execution, "execute", lambda *a: execute(*a) if checkpoint.exists() else pytest.fail("no checkpoint")
     )
     assert reproduce(only=["01"]) == ["01_first"]  # resumed
-    monkeypatch.setattr(runner, "_execute", execute)
+    monkeypatch.setattr(execution, "execute", execute)
     assert reproduce(only=["01"], parameters={"n": 7}) == ["01_first"]
     assert not checkpoint.exists()
-
-
-def test_the_library_of_a_notebook_is_what_its_imports_reach(tmp_path, monkeypatch):
-    package = tmp_path / "wdat"
-    package.mkdir()
-    sources = {
-        "__init__": '"""Doc."""\n',
-        "low": "x = 1\n",
-        "high": "from wdat.low import x\n",
-        "lazy": "def f():\n    import wdat.low\n    return wdat.low.x\n",
-        "apart": "y = 2\n",
-    }
-    for name, text in sources.items():
-        (package / f"{name}.py").write_text(text)
-    monkeypatch.setattr(runner, "__file__", str(package / "reproduce.py"))
-
-    def modules(code: str) -> set[str]:
-        return {Path(name).stem for name in runner.library(code)}
-
-    assert modules("import math") == set()
-    assert modules("from wdat import high") == modules("import wdat.high as h") == {"__init__", "high", "low"}
-    assert modules("%matplotlib inline\nfrom wdat.lazy import f") == {"__init__", "lazy", "low"}
-    assert modules("import wdat") == modules("from wdat import evaluate") == set(sources)
-    before = runner.library("from wdat import high")
-    (package / "low.py").write_text('"""Now with a docstring."""\n# and a comment\nx  =  1\n')
-    assert runner.library("from wdat import high") == before
-    (package / "low.py").write_text("x = 2\n")
-    assert {k for k, v in runner.library("from wdat import high").items() if v != before[k]} == {"wdat/low.py"}
 
 
 # Refusals, all before anything runs
@@ -323,9 +94,9 @@ def test_what_is_unknown_is_refused_with_what_is_known(repo, arguments, profile,
 def test_only_what_a_notebook_declares_is_passed(repo, pretend, monkeypatch):
     notebook(repo, "02_second", "pass", head='# %% tags=["parameters"]\nlr = 0.1\nsizes = [\n    1,\n    2,\n]\n')
     (repo / "notebooks/profiles/digits.yaml").write_text("common: {n: 5}\n02_second: {lr: 1e-3}\n")
-    passed, execute = {}, runner._execute
+    passed, execute = {}, execution.execute
     monkeypatch.setattr(
-        runner, "_execute", lambda s, e, p, *rest: passed.update({s.stem: p}) or execute(s, e, p, *rest)
+        execution, "execute", lambda s, e, p, *rest: passed.update({s.stem: p}) or execute(s, e, p, *rest)
     )
     reproduce(parameters={"sizes": [3]})
     assert passed["01_first"] == {"n": 5, "out": "figures/digits", "work": ".wdat/digits/made"}
@@ -373,32 +144,6 @@ def test_other_profiles_leave_the_committed_notebooks_alone(repo, pretend):
     reproduce("zoo")
     assert not list((repo / "notebooks").glob("*.ipynb"))
     assert (repo / ".wdat/zoo/notebooks/01_first.ipynb").is_file()
-
-
-# Words on the screen
-
-
-def test_progress_bars_are_relayed_now_and_then():
-    stream = io.StringIO()
-    relay = runner._relay(stream, every=0)
-    relay.write("plain\n\nlines\n")
-    relay.write("\r 10%|#  | 1/10\r 20%|## | 2/10")
-    assert stream.getvalue() == "    plain\n    lines\n    20%|## | 2/10\n"
-    runner._relay(stream, every=1e9).write("\r 30%|###| 3/10")
-    assert "30%" not in stream.getvalue()
-
-
-def test_an_executed_copy_keeps_outputs_but_no_bars_and_paths(tmp_path):
-    cell = nbformat.v4.new_code_cell("f()", metadata={"papermill": {"start_time": "now"}, "tags": []})
-    cell.outputs = [
-        nbformat.v4.new_output("stream", name="stderr", text="100%|####| 5/5 [00:01<00:00,  4.2it/s]\n"),
-        nbformat.v4.new_output("stream", name="stderr", text=f"/tmp/ipykernel_12/3.py:1: UserWarning: {tmp_path}/x\n"),
-        nbformat.v4.new_output("stream", name="stdout", text="50% | kept\n"),
-    ]
-    text = runner._tidy(nbformat.v4.new_notebook(cells=[cell]), tmp_path)
-    found = nbformat.reads(text, as_version=4).cells[0]
-    assert [o.text for o in found.outputs] == ["<cell>:1: UserWarning: x\n", "50% | kept\n"]
-    assert found.metadata == {} and found.id == "cell-00"
 
 
 # The command

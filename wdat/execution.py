@@ -1,0 +1,191 @@
+"""Run one notebook in a fresh kernel, and make its executed copy fit to commit."""
+
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, TextIO
+
+from wdat import records
+
+if TYPE_CHECKING:
+    from nbformat import NotebookNode
+
+
+class CellFailed(Exception):
+    """A notebook stopped; the message names it, the cell and the exception, and where the rest can be read."""
+
+
+def execute(
+    source: Path,
+    executed: Path,
+    passed: dict[str, Any],
+    scratch: Path,
+    kernel: AbstractContextManager[type],
+    root: Path,
+) -> None:
+    """Run one notebook in a fresh kernel, in the folder of its source as Jupyter would; put its copy in place."""
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
+
+    partial = scratch / "notebooks" / f"{source.stem}.partial.ipynb"
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    relay = _relay(sys.stdout)
+    saved = f"as far as it ran: {relative(root, partial)}; mend the cause and run the same command to go on"
+    with kernel as manager:
+        try:
+            notebook = papermill.execute_notebook(
+                load(source),
+                partial,
+                parameters=passed,
+                kernel_name="python3",
+                language="python",
+                kernel_manager_class=manager,
+                cwd=source.parent,
+                progress_bar=False,
+                stdout_file=relay,
+                stderr_file=relay,
+                coalesce_streams=True,
+            )
+        except PapermillExecutionError as error:
+            where = f"{source.stem} failed in cell [{error.exec_count}], {_failing_line(error)}"
+            raise CellFailed(f"{where}: {error.ename}: {_first_line(error.evalue)}\n{saved}") from None
+        except (RuntimeError, TimeoutError) as error:  # what nbclient raises for a kernel that died or never came up
+            reason = f"{type(error).__name__}: {_first_line(str(error))}"
+            raise CellFailed(f"{source.stem} stopped with its kernel ({reason}; out of memory?)\n{saved}") from None
+    records.write_file(executed, tidy(notebook, root))
+    partial.unlink()
+
+
+@contextmanager
+def kernel(scratch: Path, threads: int, command: str) -> Iterator[type]:
+    """A kernel manager class for this very interpreter that opens no port and writes nothing to the user's home."""
+    from jupyter_client import AsyncKernelManager
+    from jupyter_client.kernelspec import KernelSpec
+
+    folder = tempfile.mkdtemp(prefix="wdat-")
+    if len(folder) > 60:  # the path of a socket must stay below 108 characters
+        shutil.rmtree(folder)
+        folder = tempfile.mkdtemp(prefix="wdat-", dir="/tmp")
+    environment = {
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "OPENBLAS_NUM_THREADS": str(threads),
+        "IPYTHONDIR": f"{folder}/ipython",
+        "JUPYTER_RUNTIME_DIR": folder,
+        "JUPYTER_DATA_DIR": folder,
+        "JUPYTER_CONFIG_DIR": folder,
+        "MPLCONFIGDIR": str(scratch.parent / "matplotlib"),
+        "PYTHONWARNINGS": "ignore:IProgress not found",  # tqdm would advise to install widgets
+        "WDAT_COMMAND": command,
+    }
+
+    class Manager(AsyncKernelManager):
+        @property
+        def kernel_spec(self) -> KernelSpec:
+            argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+            return KernelSpec(argv=argv, env=environment, display_name="Python 3", language="python")
+
+        def __init__(self, **arguments: Any) -> None:
+            super().__init__(**arguments, transport="ipc", connection_file=f"{folder}/kernel.json")
+
+    try:
+        yield Manager
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def load(source: Path) -> "NotebookNode":
+    """The source of a notebook, read in the form that papermill runs."""
+    import jupytext
+
+    return jupytext.read(source)
+
+
+def with_new_text(source: Path, executed: Path) -> "NotebookNode":
+    """The source's prose around the code and outputs of the executed copy, when only prose has changed."""
+    import nbformat
+
+    old = nbformat.read(executed, as_version=4)
+    ran = iter([c for c in old.cells if c.cell_type == "code"])
+    cells = []
+    for cell in load(source).cells:
+        cells.append(next(ran) if cell.cell_type == "code" else cell)
+        if "parameters" in cell.metadata.get("tags", []):
+            following = next(ran)
+            if "injected-parameters" in following.metadata.get("tags", []):
+                cells.append(following)
+            else:
+                ran = iter([following, *ran])
+    old.cells = cells
+    return old
+
+
+def tidy(notebook: "NotebookNode", root: Path) -> str:
+    """The executed notebook as text fit to commit: no machine's paths, no clock times, no progress bars."""
+    import nbformat
+
+    kernel = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
+    notebook.metadata = nbformat.from_dict({"kernelspec": kernel, "language_info": {"name": "python"}})
+    for number, cell in enumerate(notebook.cells):
+        cell.id = f"cell-{number:02d}"
+        cell.metadata = nbformat.from_dict({k: v for k, v in cell.metadata.items() if k == "tags" and v})
+        for output in cell.get("outputs", []):
+            if output.output_type == "stream" and output.name == "stderr":
+                output.text = re.sub(r"[^\n]*\d+%\|[^\n]*\n?|[^\n]*\d+(\.\d+)?(it/s|s/it)\][^\n]*\n?", "", output.text)
+        if "outputs" in cell:
+            cell.outputs = [o for o in cell.outputs if o.output_type != "stream" or o.text.strip()]
+    text = nbformat.writes(notebook, version=4)
+    for path in {str(root), os.path.realpath(root)}:
+        text = text.replace(f"{path}/", "").replace(path, ".")
+    text = re.sub(r"[\w/.~-]*/site-packages/", "site-packages/", text)
+    if sys.prefix.count("/") > 1:  # an environment, not /usr
+        text = text.replace(sys.prefix, ".venv")
+    if len(home := str(Path.home())) > 1:
+        text = text.replace(f"{home}/", "~/")
+    return re.sub(r"[\w/.-]*/ipykernel_\d+/\d+\.py", "<cell>", text) + "\n"
+
+
+def relative(root: Path, path: Path) -> str:
+    """A path as messages and the state on disk give it: from the root on, or whole if it lies elsewhere."""
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
+
+
+def _failing_line(error: Any) -> str:
+    """The line of the cell that raised, from the traceback; the cell's first line if there is none (bad syntax)."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback))
+    if arrow := re.search(r"-+> *(\d+) (.*)", plain):
+        return f"line {arrow[1]} `{arrow[2].strip()[:80]}`"
+    return f"`{_first_line(error.source)[:80]}`"
+
+
+def _first_line(text: str) -> str:
+    return next((line.strip()[:400] for line in text.splitlines() if line.strip()), "")
+
+
+def _relay(stream: TextIO, every: float = 20.0) -> SimpleNamespace:
+    """A file that passes on what a notebook prints; of progress bars the last state, in a log only now and then."""
+    last = time.monotonic()
+    live = stream.isatty()
+
+    def write(text: str) -> None:
+        nonlocal last
+        if "\r" in text:
+            bar = text.rstrip().split("\r")[-1].strip()
+            if live:
+                stream.write(f"\r\033[K    {bar}")
+            elif bar and time.monotonic() - last > every:
+                last = time.monotonic()
+                stream.write(f"    {bar}\n")
+        else:
+            lines = [line for line in text.splitlines() if line.strip()]
+            stream.write("".join(("\r\033[K" if live else "") + f"    {line}\n" for line in lines))
+        stream.flush()
+
+    return SimpleNamespace(write=write, flush=stream.flush)
