@@ -62,7 +62,7 @@ record = records.write(root / out / "02_upsilon_rules.json", "upsilon-rules", dr
 
 # %% [markdown]
 # The grey line is the full pass over the training set, measured while training; the thin line is what the rule
-# believed. Titles give the relative root mean square error and the extra gradient passes over the training set. The
+# believed. Titles give the relative root mean square error and what the rule adds to the arithmetic of training. The
 # last network of the list is fine-tuned.
 
 # %%

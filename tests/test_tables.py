@@ -208,7 +208,7 @@ def test_gaps_failed_bounds_and_ranks(tmp_path):
     # R~^l = 0.5 lies above A/clean at 2/16 and 3/16 for the first network, 0.1 nowhere for the second
     assert found["linf.redlr.r_tilde_l.failed"] == "2 of 6" and found["linf.redlr.r_l.failed"] == "0 of 6"
     assert found["linf.redlr.r_l.vacuous"] == "6 of 6"
-    assert found["linf.discordant"] == "50.0"  # the second of two radii orders the pair the other way
+    assert found["linf.middle.reversed"] == "1 of 1" and found["linf.middle.tau"] == "−1.00"
     assert found["linf.search.passes.mean"] == "15.0" and found["steps"] == "50"
 
 
@@ -257,10 +257,11 @@ def test_sensitivity_names_extremes_and_does_without_a_claim(tmp_path):
 
 def test_rules_are_listed_from_best_to_worst(tmp_path):
     trace = [{"true": 2.0, "tracked": 2.0}, {"true": 3.0, "tracked": 2.0}, {"true": 1.0, "tracked": 2.0}]
-    rules = [{"rule": name, "rms": rms, "passes": n, "trace": trace} for name, rms, n in (("x", 0.2, 9), ("y", 0.1, 0))]
+    errors = {"median": 0.05, "trace": trace}
+    rules = [{"rule": name, "rms": rms, "share": n, **errors} for name, rms, n in (("x", 0.2, 0.09), ("y", 0.1, 0.0))]
     write(tmp_path / "02.json", "upsilon-rules", {"rules": rules})
     found = publish.numbers(tmp_path)
-    assert found["02.all"] == "y: 10.0 % (0), x: 20.0 % (9)"
+    assert found["02.all"] == "y: 10.0 % (+0.0 %), x: 20.0 % (+9.0 %)" and found["02.x.share"] == "9.0"
     assert (found["02.drift.low"], found["02.drift.high"]) == ("50.0", "150.0")
 
 

@@ -68,10 +68,10 @@ def _trial(network: nn.Module, recipe: Recipe, shape: Sequence[int]) -> tuple[Ca
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
-    return run, _equivalents(objective.cost) + 1
+    return run, forward_equivalents(objective.cost) + 1
 
 
-def _equivalents(cost: dict[str, int]) -> int:
+def forward_equivalents(cost: dict[str, int]) -> int:
     """Forward equivalents of an `Objective.cost`: a backward pass to the images counts one, a full one two."""
     return cost["forwards"] + 2 * cost["gradients"] + 3 * cost["full"]
 
@@ -137,7 +137,7 @@ def estimate(
     refreshes = sum(rule.due(step, steps) for step in range(steps * recipe.epochs)) / max(recipe.epochs, 1)
     refreshed = refreshes * min(rule.subset or n_train, n_train)
     refreshed *= sum(term.tracked == "upsilon" for term in recipe.objective.terms)
-    passes = _equivalents(recipe.objective.cost)
+    passes = forward_equivalents(recipe.objective.cost)
     epoch = rate / cost * (n_train * passes + 2 * refreshed)
     count, held = sum(p.numel() for p in model.parameters()), found["total"] - found["activations"] - found["working"]
     sentence = (

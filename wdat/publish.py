@@ -179,12 +179,12 @@ def _rule_numbers(results: dict) -> dict[str, str]:
     """Each rule's error and cost, all of them in one phrase; the range of the true upsilon relative to its start."""
     found, drift = {}, []
     for row in results["rules"]:
-        found |= {f"{row['rule']}.rms": percent(row["rms"]), f"{row['rule']}.passes": f"{row['passes']:.1f}"}
+        found |= {f"{row['rule']}.{key}": percent(row[key]) for key in ("rms", "median", "share")}
         start = row["trace"][0]["true"] if row["trace"] else 0
         drift += [point["true"] / start for point in row["trace"]] if start > 0 else [1.0]
     found |= _spread("rms", {row["rule"]: row["rms"] for row in results["rules"]})
     ranked = sorted(results["rules"], key=lambda row: row["rms"])
-    found["all"] = ", ".join(f"{r['rule']}: {percent(r['rms'])} % ({r['passes']:.0f})" for r in ranked)
+    found["all"] = ", ".join(f"{r['rule']}: {percent(r['rms'])} % (+{percent(r['share'])} %)" for r in ranked)
     return found | {"drift.low": percent(min(drift)), "drift.high": percent(max(drift))}
 
 
@@ -285,8 +285,8 @@ def _evaluation_numbers(results: dict) -> dict[str, str]:
 
     NETWORK.NORM.RADIUS.{exact,w-pgd,certified}; NORM.RADIUS.{...} and NORM.gap.{...} over networks;
     "failed" counts (network, radius) pairs whose first-order lower bound lies above the exact allocation,
-    "above-w-pgd" those where the exact allocation lies above the attack; "discordant": share of (pair of networks,
-    radius) ordered differently under p = 2 and p = inf.
+    "above-w-pgd" those where the exact allocation lies above the attack; NORM.RADIUS.reversed pairs of networks that
+    p = 2 and p = inf order in opposite ways, of how many.
     """
     steps = sorted(
         {a["steps"] for network in results["networks"] for a in network["attacks"] if a["attack"] == "w-pgd"}
@@ -309,8 +309,6 @@ def _evaluation_numbers(results: dict) -> dict[str, str]:
         if all("passes" in e for e in exact):
             own |= _spread(f"l{r:g}.search.passes", {n: e["passes"] for n, e in searches.items()}, lambda v: f"{v:.1f}")
             own |= _spread(f"l{r:g}.search.gain", {n: e["gain"] for n, e in searches.items()}, three)
-        if (share := _discordant(exact)) is not None:
-            own[f"l{r:g}.discordant"] = percent(share)
         found |= own
     for rank in rank_rows(results):
         for place in _places(row["written"] for row in rank_rows(results) if row["r"] == rank["r"])[rank["written"]]:
@@ -369,19 +367,6 @@ def _verification_numbers(results: dict) -> dict[str, str]:
         "longer-passes": f"{np.mean([row['longer_passes'] for row in results['convergence']]):.0f}",
         "sets.agree": f"{sum(w < 1e-9 for w in wrong)} of {len(wrong)}",
     }
-
-
-def _discordant(exact: list[dict]) -> float | None:
-    """Share of (pair of networks, radius) whose order under p = 2 is reversed under p = inf; None if not measured."""
-    curves = []
-    for order in (2.0, float("inf")):
-        found = [next((c for c in e["curves"] if float(c["p"]) == order), None) for e in exact]
-        if len(found) < 2 or None in found:
-            return None
-        curves.append(np.array([c["accuracy"] for c in found]))
-    one, other = (np.sign(c[:, None] - c[None]) for c in curves)
-    strict = (one != 0) & (other != 0)
-    return float((one * other < 0)[strict].mean()) if strict.any() else None
 
 
 NUMBERS = {

@@ -14,6 +14,7 @@ from wdat.allocation import accuracy_curve
 from wdat.attacks import attack, pgd, w_fgsm, w_pgd, w_pgd_budget
 from wdat.data import Data, load_data
 from wdat.dual import dual_attack
+from wdat.estimates import forward_equivalents
 from wdat.evaluation import adversary, clean_pass, evaluate
 from wdat.finetuning import finetune, step_seed
 from wdat.models import load_model, save_model
@@ -210,7 +211,8 @@ def upsilon_rules(
     """How far each rule's upsilon is from the full pass while the network is fine-tuned with that rule.
 
     Every `every` steps the true upsilon (full pass on the training set) is measured beside the tracked one. "passes"
-    counts the extra input-gradient passes over the training set that a rule costs; "rms" is the relative error.
+    counts the extra input-gradient passes over the training set that a rule costs, "share" is their part of the
+    training's own arithmetic; "rms" and "median" are of the relative error.
     """
     rows = []
     for name, rule in rules.items():
@@ -232,9 +234,11 @@ def upsilon_rules(
         errors = torch.tensor([t["tracked"] / t["true"] - 1 for t in trace], dtype=torch.float64)
         steps_per_epoch = -(-len(train) // settings.batch_size)
         due = sum(settings.upsilon.due(s, steps_per_epoch) for s in range(settings.epochs * steps_per_epoch))
+        passes = due * min(settings.upsilon.subset or len(train), len(train)) / len(train)
         rows.append({
             "rule": name, "settings": rule, "trace": trace, "rms": float(errors.square().mean().sqrt()),
-            "passes": due * (settings.upsilon.subset or len(train)) / len(train), "history": found.history,
+            "median": float(errors.abs().median()), "passes": passes, "history": found.history,
+            "share": 2 * passes / (settings.epochs * forward_equivalents(settings.objective.cost)),
         })  # fmt: skip
     return {"n": len(train), "steps_per_epoch": steps_per_epoch, "rules": rows}
 
