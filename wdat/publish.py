@@ -29,12 +29,13 @@ def publish(root: str | Path, profile: str) -> None:
     """After a run: the numbers of the paper from the profile's records and, for the default profile, the README."""
     root = Path(root)
     folder = root / "figures" / profile
-    if any(folder.glob("[0-9][0-9]_*.json")):
-        numbers(folder)
+    found = numbers(folder) if any(folder.glob("[0-9][0-9]_*.json")) else {}
     if (folder / "06_how_robust.json").is_file():
         overview(folder / "06_how_robust.json")
     if profile == "digits" and (folder / "06_how_robust.json").is_file():
         five_lines(folder / "06_how_robust.json", "trades", "2/16")
+        took = f"These records were made in {found['about.minutes']} minutes on {found['about.device']}, threads: "
+        records.write_file(folder / "took.md", took + f"{found['about.threads']}.\n")
         fill(root / "README.md")
 
 
