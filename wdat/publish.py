@@ -34,8 +34,9 @@ def publish(root: str | Path, profile: str) -> None:
         overview(folder / "06_how_robust.json")
     if profile == "digits" and (folder / "06_how_robust.json").is_file():
         five_lines(folder / "06_how_robust.json", "trades", "2/16")
-        took = f"The last runs of the notebooks took {found['about.minutes']} minutes on {found['about.device']}, threads: "
-        records.write_file(folder / "took.md", took + f"{found['about.threads']}; less where they resumed.\n")
+        where = f"{found['about.device']}, threads: {found['about.threads']}; less where they resumed"
+        took = f"The last runs of the notebooks took {found['about.minutes']} minutes on {where}.\n"
+        records.write_file(folder / "06_how_robust-took.md", took)
         fill(root / "README.md")
 
 
