@@ -161,7 +161,7 @@ class WaterLevel:
     (d/t)^(p-1) instead, bounded and without the norms. The level t is that of the exact allocation of the last distance
     seen of every training image, or fixed by `level`.
 
-    The threat is that of training; its p need not be the evaluation's. The exact weights of p = 2 all but give up images
+    The threat is that of training; its p need not be the evaluation's. The exact weights of p = 2 hardly see images
     near the boundary; near p = 1 (say 1.05) all images below t count alike, which trains better where there is time to
     save them. A misclassified image has d = 0: its weight is 0, and the clean term looks after it. p = inf is refused:
     its dual has no slope below t.
