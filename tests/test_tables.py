@@ -158,6 +158,18 @@ def test_differences_at_equal_clean_accuracy_are_counted_and_tabulated(tmp_path)
     table = tables.compared(path)
     assert table.frame["δ = 2/16"].tolist() == ["+2.0 [+1.0, +3.0]", "+1.0 [-1.0, +3.0]"]
     assert tables.compared(path, 0.0).frame["δ = 2/16"].tolist()[-1] == "–"
+    assert publish.best_of_ours(path) is None  # of one method, the method itself
+
+
+def test_the_rows_of_the_best_of_ours_are_put_apart(tmp_path):
+    best = {"value": 0.02, "low": 0.01, "high": 0.03}
+    rows = [{"network": "a", "ours": name, "delta": "2/16", "offset": -0.01, "clean": 0.8,
+             "differences": {"best control": best}} for name in ("m", "n", "the best of ours")]  # fmt: skip
+    results = finetuning(RUNS) | {"ours": ["m", "n"], "controls": ["plain"], "comparison": rows}
+    path = write(tmp_path / "04.json", "finetuning", results)
+    tables.compared(path)
+    lines = publish.best_of_ours(path).read_text().splitlines()
+    assert len(lines) == 3 and "the best of ours" in lines[2] and "+2.0 [+1.0, +3.0]" in lines[2]
 
 
 # Evaluation

@@ -26,17 +26,20 @@ from wdat.tables import overview, tex
 
 
 def publish(root: str | Path, profile: str) -> None:
-    """After a run: the numbers of the paper from the profile's records and, for the default profile, the README."""
+    """After a run: the numbers of the paper from the profile's records, and the tables of the README."""
     root = Path(root)
     folder = root / "figures" / profile
     found = numbers(folder) if any(folder.glob("[0-9][0-9]_*.json")) else {}
     if (folder / "06_how_robust.json").is_file():
         overview(folder / "06_how_robust.json")
+    if (folder / "04_five_networks.json").is_file():
+        best_of_ours(folder / "04_five_networks.json")
     if profile == "digits" and (folder / "06_how_robust.json").is_file():
         five_lines(folder / "06_how_robust.json", "trades", "2/16")
         where = f"{found['about.device']}, threads: {found['about.threads']}; less where they resumed"
         took = f"The last runs of the notebooks took {found['about.minutes']} minutes on {where}.\n"
         records.write_file(folder / "06_how_robust-took.md", took)
+    if (root / "README.md").is_file():
         fill(root / "README.md")
 
 
@@ -57,6 +60,17 @@ def fill(page: str | Path) -> bool:
     if filled != text:
         records.write_file(page, filled)
     return filled != text
+
+
+def best_of_ours(path: str | Path) -> Path | None:
+    """Of the table at equal clean accuracy the rows of the best of ours alone; None if there are none."""
+    path = Path(path)
+    table, ours = path.with_name(path.stem + "-equal-clean.md"), records.read(path, "finetuning")["results"]["ours"]
+    lines = table.read_text(encoding="utf-8").splitlines() if table.is_file() else []
+    rows = [line for line in lines[2:] if line.split("|")[2].strip() not in ours] if len(ours) > 1 else []
+    if not rows:
+        return None
+    return records.write_file(path.with_name(path.stem + "-best.md"), "\n".join([*lines[:2], *rows]) + "\n")
 
 
 def five_lines(path: str | Path, network: str, delta: str) -> Path:
