@@ -198,7 +198,7 @@ def rules(path: str | Path) -> Figure:
         epochs = [t["step"] / found["steps_per_epoch"] for t in row["trace"]]
         axis.plot(epochs, [t["true"] for t in row["trace"]], color=BEFORE, lw=2.4, alpha=0.6, label="full pass")
         axis.plot(epochs, [t["tracked"] for t in row["trace"]], color=AFTER, lw=1.1, label="rule")
-        axis.set(title=f"{row['rule']}: {100 * row['rms']:.0f} % off, cost +{100 * row['share']:.1f} %")
+        axis.set(title=f"{row['rule']}\n{100 * row['rms']:.0f} % off, cost +{100 * row['share']:.1f} %")
         axis.set(xlabel="epoch", ylabel=r"$\Upsilon$", yscale="log")
         _plain_log(axis.yaxis)
     for axis in axes.ravel()[len(own) :]:
