@@ -22,7 +22,7 @@ from wdat.rows import (
     signed,
     three,
 )
-from wdat.tables import overview, tex
+from wdat.tables import Table, compared, overview, tex
 
 
 def publish(root: str | Path, profile: str) -> None:
@@ -65,12 +65,11 @@ def fill(page: str | Path) -> bool:
 def best_of_ours(path: str | Path) -> Path | None:
     """Of the table at equal clean accuracy the rows of the best of ours alone; None if there are none."""
     path = Path(path)
-    table, ours = path.with_name(path.stem + "-equal-clean.md"), records.read(path, "finetuning")["results"]["ours"]
-    lines = table.read_text(encoding="utf-8").splitlines() if table.is_file() else []
-    rows = [line for line in lines[2:] if line.split("|")[2].strip() not in ours] if len(ours) > 1 else []
-    if not rows:
+    table, ours = compared(path), records.read(path, "finetuning")["results"]["ours"]
+    if len(ours) < 2 or table.frame.empty:
         return None
-    return records.write_file(path.with_name(path.stem + "-best.md"), "\n".join([*lines[:2], *rows]) + "\n")
+    table.frame[~table.frame["method"].isin(ours)].pipe(Table, table.caption).write(path, "best")
+    return path.with_name(path.stem + "-best.md")
 
 
 def five_lines(path: str | Path, network: str, delta: str) -> Path:
