@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from wdat.allocation import accuracy_curve
 from wdat.comparison import BEST_OF_OURS, bootstrap_counts, equal_clean, frontier, resampled_accuracy
+from wdat.threat import Threat
 
 
 def some_distances(n: int, seed: int = 0) -> torch.Tensor:
@@ -41,7 +42,7 @@ def test_frontier_joins_neighbours_and_disposes_freely():
 def test_a_method_equal_to_a_control_differs_by_nothing_and_a_farther_one_wins():
     d = some_distances(300)
     runs = {"ours": [[d, d], [d * 1.1, d * 1.1]], "same": [[d], [d * 1.1]], "weaker": [[d * 0.9], [d * 0.8]]}
-    (row,) = equal_clean(runs, d, ["ours"], ["same", "weaker", "diverged"], 0.1, offsets=(0.0,), draws=200)
+    (row,) = equal_clean(runs, d, ["ours"], ["same", "weaker", "diverged"], [Threat(0.1)], offsets=(0.0,), draws=200)
     assert row["clean"] == pytest.approx(float((d > 0).double().mean()))
     same, weaker, best = (row["differences"][name] for name in ("same", "weaker", "best control"))
     assert same == pytest.approx({"value": 0.0, "low": 0.0, "high": 0.0}, abs=1e-9) and best == pytest.approx(
@@ -54,17 +55,17 @@ def test_a_method_equal_to_a_control_differs_by_nothing_and_a_farther_one_wins()
 def test_unreached_clean_accuracy_is_none_not_a_number():
     d = some_distances(100)
     low = torch.where(torch.arange(100) < 50, torch.zeros(()), d)
-    (row,) = equal_clean({"ours": [[d]], "low": [[low]]}, d, ["ours"], ["low"], 0.1, offsets=(0.0,), draws=50)
+    (row,) = equal_clean({"ours": [[d]], "low": [[low]]}, d, ["ours"], ["low"], [Threat(0.1)], offsets=(0.0,), draws=50)
     assert row["accuracy"]["low"] is None and row["differences"]["low"]["value"] is None
     with pytest.raises(ValueError, match="the runs are of ours"):
-        equal_clean({"ours": [[d]]}, d, ["ours"], ["low"], 0.1)
+        equal_clean({"ours": [[d]]}, d, ["ours"], ["low"], [Threat(0.1)])
 
 
 def test_the_best_of_several_is_the_highest_at_that_clean_accuracy_on_both_sides():
     d = some_distances(300)
     low = torch.where(torch.arange(300) < 100, torch.zeros(()), 1.5 * d)  # far, at a clean accuracy not asked for
     runs = {"a": [[d * 1.1]], "b": [[d * 1.3]], "c": [[low]], "x": [[d]], "y": [[d * 1.2]]}
-    rows = equal_clean(runs, d, ["a", "b", "c"], ["x", "y"], 0.1, offsets=(0.0, -0.5), draws=50)
+    rows = equal_clean(runs, d, ["a", "b", "c"], ["x", "y"], [Threat(0.1)], offsets=(0.0, -0.5), draws=50)
     assert [(row["ours"], row["offset"]) for row in rows] == [
         (name, offset) for offset in (0.0, -0.5) for name in ("a", "b", "c", BEST_OF_OURS)
     ]

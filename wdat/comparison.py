@@ -6,12 +6,13 @@ that clean accuracy: its frontier f(c), non-increasing in c. Methods are compare
 bootstrap: a replicate draws test images once for all runs, then recomputes every point, frontier and difference.
 """
 
+import itertools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from wdat.threat import parse_number
+from wdat.threat import Threat, parse_number
 
 BEST_OF_OURS = "the best of ours"
 FAR = 1e9  # in place of inf ("nothing flips it"), so that an image drawn 0 times costs 0
@@ -59,8 +60,8 @@ def frontier(clean: Tensor, robust: Tensor, at: Tensor) -> Tensor:
 
 def equal_clean(
     runs: dict[str, Sequence[Sequence[Tensor]]], before: Tensor, ours: Sequence[str], controls: Sequence[str],
-    delta: float | str, p: float = 2, offsets: Sequence[float] = (-0.03, -0.02, -0.01, 0.0), draws: int = 1000,
-    seed: int = 0, level: float = 0.95,
+    threats: Sequence[Threat], offsets: Sequence[float] = (-0.03, -0.02, -0.01, 0.0), draws: int = 1000, seed: int = 0,
+    level: float = 0.95,
 ) -> list[dict]:  # fmt: skip
     """Each of our methods against each control, and the best against the best, at clean accuracy before plus `offsets`.
 
@@ -69,11 +70,13 @@ def equal_clean(
             seed's network on the same N test images. Seeds are averaged (the intervals are over test images).
         before: minimal distances (N,) before fine-tuning; every replicate has its own clean accuracy before.
         ours, controls: names in `runs`; those that are not there (none of their runs ended well) are left out.
+        threats: W_p balls with p < inf, at which the robust accuracy is taken.
 
-    Returns a row for each of ours, and for `BEST_OF_OURS` if there are several, and each offset: "ours", "offset",
-    "clean", "accuracy" by method, and "differences" by control and for "best control", each {"value", "low", "high"}
-    (None where a method does not reach that clean accuracy). Both bests are taken anew in every replicate, so that
-    neither is flattered by having been picked on these images. ValueError if nothing of either side is in `runs`.
+    Returns a row for each threat, each offset and each of ours, and for `BEST_OF_OURS` if there are several: "delta" as
+    written, "ours", "offset", "clean", "accuracy" by method, and "differences" by control and for "best control", each
+    {"value", "low", "high"} (None where a method does not reach that clean accuracy). Both bests are taken anew in
+    every replicate, so that the intervals include the picking; the values themselves are maxima on these images, on
+    both sides. ValueError if nothing of either side is in `runs`.
     """
     ours, controls = ([name for name in names if name in runs] for names in (ours, controls))
     if not ours or not controls:
@@ -81,17 +84,21 @@ def equal_clean(
             f"methods of ours and controls are to be compared; the runs are of {', '.join(runs) or 'none'}"
         )
     counts = bootstrap_counts(len(before), draws, seed)
-    start = resampled_accuracy(before, counts, 0, p)
+    start = resampled_accuracy(before, counts, 0, 1)
 
-    def points(name: str, radius: float | str) -> Tensor:
-        return torch.stack([
-            torch.stack([resampled_accuracy(d, counts, radius, p) for d in seeds]).mean(0) for seeds in runs[name]
-        ])  # fmt: skip
+    def points(delta: float, p: float) -> dict[str, Tensor]:
+        return {
+            name: torch.stack([
+                torch.stack([resampled_accuracy(d, counts, delta, p) for d in seeds]).mean(0) for seeds in runs[name]
+            ])
+            for name in (*ours, *controls)
+        }  # fmt: skip
 
-    curves = {name: (points(name, 0), points(name, delta)) for name in (*ours, *controls)}
+    clean = points(0, 1)  # of any order: radius 0
+    robust = [(threat.written, points(threat.delta, threat.p)) for threat in threats]
     rows = []
-    for offset in offsets:
-        found = {name: frontier(*curve, start + offset) for name, curve in curves.items()}
+    for (written, curves), offset in itertools.product(robust, offsets):
+        found = {name: frontier(clean[name], values, start + offset) for name, values in curves.items()}
         against = {name: found[name] for name in controls}
         against["best control"] = torch.stack(list(against.values())).amax(0)
         own = {name: found[name] for name in ours}
@@ -99,7 +106,7 @@ def equal_clean(
             own[BEST_OF_OURS] = torch.stack(list(own.values())).amax(0)
         rows += [
             {
-                "ours": name, "offset": offset, "clean": float(start[0] + offset),
+                "delta": written, "ours": name, "offset": offset, "clean": float(start[0] + offset),
                 "accuracy": {n: _finite(v[0]) for n, v in {name: values, **against}.items()},
                 "differences": {n: _interval(values - v, level) for n, v in against.items()},
             }

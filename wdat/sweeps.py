@@ -181,9 +181,9 @@ def finetuning(
                 chosen.append({"network": network, "method": method, "variant": name, "kept": kept})
                 for number, parts in enumerate(zip(options[name], networks[name], near_test[name], strict=True)):
                     attack_too(*parts, not number)
-            for threat in threats if curves.keys() & set(ours) and curves.keys() & set(controls) else ():
-                rows = equal_clean(curves, before["after"], ours, controls, threat.delta, threat.p, draws=draws)
-                comparison += [{"network": network, "delta": threat.written, **row} for row in rows]
+            if curves.keys() & set(ours) and curves.keys() & set(controls):
+                rows = equal_clean(curves, before["after"], ours, controls, threats, draws=draws)
+                comparison += [{"network": network, **row} for row in rows]
     return {"n_train": len(rest), "n_validation": len(held), "n_test": len(test), "runs": runs, "diverged": diverged,
             "chosen": chosen, "comparison": comparison, "ours": list(ours), "controls": list(controls),
             "threats": [t.describe() for t in threats], "steps": steps}  # fmt: skip
