@@ -295,10 +295,27 @@ def test_what_is_computed_in_given_memory_is_what_the_threat_computes(seed, n, r
     assert torch.equal(attacks._direction(gradient, dual, threat, memory), threat.direction(gradient))
     assert torch.equal(gradient, before)  # it may be the user's memory, or one number seen many times
     bounds = threat.norm(gradient) * torch.rand(n, generator=generator(seed)) * 2
-    assert torch.equal(attacks._norm(gradient.clone(), r), threat.norm(gradient))
+    assert torch.equal(attacks._norm(gradient, r, memory), threat.norm(gradient))
     assert torch.equal(attacks._project(gradient.clone(), bounds, r), project(gradient, bounds, r))
     gradient[-1] = math.nan
     assert not attacks._direction(gradient, threat.dual_norm(gradient), threat, memory)[-1].any()
+
+
+@given(seed=st.integers(0, 10**6), n=st.integers(2, 12), p=st.sampled_from(FINITE), r=norms,
+       steps=st.integers(1, 7), ratio=st.floats(0.2, 4))  # fmt: skip
+@quick
+def test_steps_that_can_not_leave_the_ball_need_no_projection(seed, n, p, r, steps, ratio):
+    """From clean images the first of them are not projected; from a displacement of 0, all are: the same iterates."""
+    model, x, y = case(seed, n, wrong=0)
+    threat = Threat(0.05, p, r)
+    with frozen(model):
+        skipping, projecting = (
+            projected_gradient(model, [(x[:-1], y[:-1]), (x[-1:], y[-1:])], threat, ce, steps=steps, step_ratio=ratio,
+                               displacement=moved, keep="last")
+            for moved in (None, torch.zeros_like(x))
+        )  # fmt: skip
+    assert skipping.distance <= threat.delta * (1 + 1e-6)
+    assert torch.allclose(skipping.x, projecting.x, atol=2e-6)
 
 
 @pytest.mark.parametrize("r", NORMS)

@@ -115,9 +115,9 @@ def _dual_norm(gradient: Tensor, threat: Threat, memory: Tensor) -> Tensor:
     return torch.abs(gradient, out=memory).flatten(1).sum(1)
 
 
-def _norm(move: Tensor, r: float) -> Tensor:
-    """`pixel_norm` of displacements, which are overwritten."""
-    return move.abs_().flatten(1).amax(1) if math.isinf(r) else pixel_norm(move, r)
+def _norm(move: Tensor, r: float, memory: Tensor) -> Tensor:
+    """`pixel_norm`."""
+    return torch.abs(move, out=memory).flatten(1).amax(1) if math.isinf(r) else pixel_norm(move, r)
 
 
 def _project(move: Tensor, radii: Tensor, r: float) -> Tensor:
@@ -199,6 +199,9 @@ def projected_gradient(
     directions = torch.empty_like(current, dtype=torch.int8 if threat.s == 1 else None).split(sizes)
     judged = keep != "unjudged"
     whole = reference or (joint and not threat.pointwise)
+    # The first steps from the clean images add up to less than delta (triangle inequality of L^p; clamping to the box
+    # shortens): there is nothing to project. Under fixed radii all is projected, bit for bit the textbook's PGD.
+    from_clean = joint and displacement is None and not reference
     best, best_logits, best_key = current, None, None
     history = []
     exact = steps - math.ceil(POLISH * steps) if judged else steps  # the first step that is not in lower precision
@@ -266,18 +269,23 @@ def projected_gradient(
 
         lengths = threat.budgets(torch.cat([f[2] for f in found])) if joint else radii
         lengths = (lengths * (step_ratio / steps)).to(home).split(sizes)
+        inside = from_clean and (step + 1) * step_ratio < steps
         norms = []
         for part, direction, length, (x0, _) in zip(parts, directions, lengths, batches, strict=True):
-            move = work[: len(part)].copy_(direction).mul_(per_image(length, part))
-            part.add_(move)
+            part.add_(work[: len(part)].copy_(direction).mul_(per_image(length, part)))
+            if inside:
+                part.clamp_(0, 1)
+                continue
+            part.sub_(x0)  # until it is projected, the displacement
             if joint:
-                norms.append(_norm(torch.sub(part, x0, out=move), threat.r))
+                norms.append(_norm(part, threat.r, work[: len(part)]))
+        if inside:
+            continue
         bounds = threat.joint_radii(torch.cat(norms)) if joint else radii.to(home)
         for number, (part, bound, (x0, _)) in enumerate(zip(parts, bounds.split(sizes), batches, strict=True)):
-            move = torch.sub(part, x0, out=work[: len(part)])
             if joint and reference and threat.pointwise and threat.r == 2:
-                move.mul_(per_image(threat.delta / norms[number].clamp_min(1e-12), move))
-            torch.add(_project(move, bound, threat.r), x0, out=part).clamp_(0, 1)
+                part.mul_(per_image(threat.delta / norms[number].clamp_min(1e-12), part))
+            _project(part, bound, threat.r).add_(x0).clamp_(0, 1)
 
     if not judged:
         nothing = best.new_empty(0)
@@ -285,7 +293,7 @@ def projected_gradient(
     if float(broken):  # a NaN gradient moves no image, which would then look robust
         raise ValueError("the loss's gradient in the images is NaN or infinite; look at the weights and the layers")
     moves = (torch.sub(b, x0, out=work[: len(b)]) for b, (x0, _) in zip(best.split(sizes), batches, strict=True))
-    norms = torch.cat([_norm(move, threat.r) for move in moves])
+    norms = torch.cat([_norm(move, threat.r, move) for move in moves])
     distance = float(threat.distance(norms))
     values, correct = loss(best_logits, targets.to(device)), margin(best_logits, labels) > 0
     wrong, mean_loss = torch.stack(history).unbind(1)
