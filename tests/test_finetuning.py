@@ -19,7 +19,7 @@ from torch import nn
 
 from wdat.attacks import PRECISIONS
 from wdat.data import Data, from_tensors
-from wdat.finetuning import Diverged, Recipe, finetune, make_recipe, shift_and_flip, step_seed
+from wdat.finetuning import Diverged, Recipe, finetune, interpolate, make_recipe, shift_and_flip, step_seed
 from wdat.losses import ce, kl
 from wdat.objectives import Objective, at, combined, plain, trades, w_trades, water_level
 from wdat.recipes import initialise, last_layer
@@ -288,6 +288,26 @@ def test_mixed_precision_keeps_weights_and_budgets_in_float32():
         found = run(model, train, Recipe(objective, precision="bfloat16", **QUICK))
         assert all(p.dtype == torch.float32 for p in found.model.parameters())
         assert found.history[-1]["loss"] < found.history[0]["loss"]
+
+
+@pytest.mark.parametrize("make", [linear, batch_norm])
+def test_between_two_networks_every_number_lies_on_the_line(make):
+    before, after = make(seed=0), make(seed=1)
+    first, last = weights(before), weights(after)
+    for share, ends in ((0.0, first), (1.0, last)):
+        assert changed(ends, interpolate(before, after, share)) == []
+    found = interpolate(before, after.train(), 0.25)
+    assert not found.training and after.training
+    for name, value in found.state_dict().items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value, 0.75 * first[name] + 0.25 * last[name])
+    assert changed(first, before) == [] and changed(last, after) == []
+    if make is linear:  # whose logits are linear in the weights
+        x = images(5)
+        torch.testing.assert_close(found(x), 0.75 * before(x) + 0.25 * after(x))
+    for other, share in ((relu(), 0.5), (after, math.nan)):
+        with pytest.raises(ValueError, match="share="):
+            interpolate(before, other, share)
 
 
 # Same seed, same weights; nothing else changes

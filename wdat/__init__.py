@@ -29,6 +29,7 @@ _HOME = {
     "evaluate": "evaluation",
     "Recipe": "recipes",
     "finetune": "finetuning",
+    "interpolate": "finetuning",
     "at": "objectives",
     "trades": "objectives",
     "mart": "objectives",

@@ -1,8 +1,9 @@
 """Methods compared at equal clean accuracy, on the same test images, from the minimal distances of every run.
 
-A method swept along its own knob (radius, weight) gives points (clean accuracy, A_delta). What it offers at clean
-accuracy c is the highest A_delta of its points, and of the straight lines between neighbouring ones, with at least
-that clean accuracy: its frontier f(c), non-increasing in c. Methods are compared by f - f' at the same c, with a paired
+A method swept along its own knob (radius, weight) gives a path of points (clean accuracy, A_delta); so does every run,
+from its end back to the network it started from (`wdat.finetuning.interpolate`). What a method offers at clean accuracy
+c is the highest A_delta of its points, and of the straight lines between neighbours on a path, with at least that
+clean accuracy: its frontier f(c), non-increasing in c. Methods are compared by f - f' at the same c, with a paired
 bootstrap: a replicate draws test images once for all runs, then recomputes every point, frontier and difference.
 """
 
@@ -15,6 +16,9 @@ from torch import Tensor
 from wdat.threat import Threat, parse_number
 
 BEST_OF_OURS = "the best of ours"
+Path = Sequence[
+    Sequence[Tensor]
+]  # settings next to each other; of each, minimal distances (N,) of every seed's network
 FAR = 1e9  # in place of inf ("nothing flips it"), so that an image drawn 0 times costs 0
 
 
@@ -59,15 +63,15 @@ def frontier(clean: Tensor, robust: Tensor, at: Tensor) -> Tensor:
 
 
 def equal_clean(
-    runs: dict[str, Sequence[Sequence[Tensor]]], before: Tensor, ours: Sequence[str], controls: Sequence[str],
+    runs: dict[str, Sequence[Path]], before: Tensor, ours: Sequence[str], controls: Sequence[str],
     threats: Sequence[Threat], offsets: Sequence[float] = (-0.03, -0.02, -0.01, 0.0), draws: int = 1000, seed: int = 0,
     level: float = 0.95,
 ) -> list[dict]:  # fmt: skip
     """Each of our methods against each control, and the best against the best, at clean accuracy before plus `offsets`.
 
     Args:
-        runs: for every method its settings in the knob's order, for every setting the minimal distances (N,) of each
-            seed's network on the same N test images. Seeds are averaged (the intervals are over test images).
+        runs: the paths of every method, all on the same N test images. Seeds are averaged (the intervals are over test
+            images). A setting may be on several paths.
         before: minimal distances (N,) before fine-tuning; every replicate has its own clean accuracy before.
         ours, controls: names in `runs`; those that are not there (none of their runs ended well) are left out.
         threats: W_p balls with p < inf, at which the robust accuracy is taken.
@@ -86,19 +90,31 @@ def equal_clean(
     counts = bootstrap_counts(len(before), draws, seed)
     start = resampled_accuracy(before, counts, 0, 1)
 
-    def points(delta: float, p: float) -> dict[str, Tensor]:
+    def points(delta: float, p: float) -> dict[str, list[Tensor]]:
+        known: dict[int, Tensor] = {}
+
+        def accuracy(d: Tensor) -> Tensor:
+            if id(d) not in known:
+                known[id(d)] = resampled_accuracy(d, counts, delta, p)
+            return known[id(d)]
+
         return {
-            name: torch.stack([
-                torch.stack([resampled_accuracy(d, counts, delta, p) for d in seeds]).mean(0) for seeds in runs[name]
-            ])
+            name: [
+                torch.stack([torch.stack([accuracy(d) for d in seeds]).mean(0) for seeds in path])
+                for path in runs[name]
+            ]
             for name in (*ours, *controls)
-        }  # fmt: skip
+        }
 
     clean = points(0, 1)  # of any order: radius 0
     robust = [(threat.written, points(threat.delta, threat.p)) for threat in threats]
     rows = []
     for (written, curves), offset in itertools.product(robust, offsets):
-        found = {name: frontier(clean[name], values, start + offset) for name, values in curves.items()}
+        found = {
+            name: torch.stack([
+                frontier(c, v, start + offset) for c, v in zip(clean[name], values, strict=True)
+            ]).amax(0) for name, values in curves.items()
+        }  # fmt: skip
         against = {name: found[name] for name in controls}
         against["best control"] = torch.stack(list(against.values())).amax(0)
         own = {name: found[name] for name in ours}

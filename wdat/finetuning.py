@@ -30,7 +30,7 @@ from wdat.sensitivity import dual_norms, input_gradient
 from wdat.threat import Threat, per_image
 from wdat.trackers import Tracker
 
-__all__ = ["Diverged", "Finetuned", "Recipe", "estimate", "finetune", "make_recipe"]
+__all__ = ["Diverged", "Finetuned", "Recipe", "estimate", "finetune", "interpolate", "make_recipe"]
 
 
 class Diverged(ValueError):
@@ -67,6 +67,25 @@ def shift_and_flip(x: Tensor, shift: int, flip: bool) -> Tensor:
 def step_seed(seed: int, step: int) -> int:
     """A seed for one step, from the run's seed, independent of what ran before."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{step}".encode()).digest()[:7], "big")
+
+
+@torch.no_grad()
+def interpolate(before: nn.Module, after: nn.Module, share: float) -> nn.Module:
+    """A network between two: weights and batch-norm statistics before + share * (after - before), in eval mode.
+
+    share = 0 answers as `before`, 1 as `after`, which was fine-tuned from it; between, robustness is traded for clean
+    accuracy without further training. With batch norm its statistics are those of neither set of activations.
+    Source: Wortsman et al. 2109.01903 (of zero-shot networks). ValueError if the two are not of one architecture.
+    """
+    first, last = before.state_dict(), after.state_dict()
+    if {k: v.shape for k, v in first.items()} != {k: v.shape for k, v in last.items()} or not math.isfinite(share):
+        raise ValueError(f"share={share} must be a number, and both networks of one architecture")
+    found = copy.deepcopy(after).eval()
+    found.load_state_dict({
+        name: torch.lerp(first[name].to(end.device), end, share) if end.is_floating_point() else end
+        for name, end in last.items()
+    })  # fmt: skip
+    return found
 
 
 def finetune(

@@ -212,8 +212,9 @@ def tradeoff(path: str | Path) -> Figure:
     """Robust against clean accuracy: a column a network, a line a method along its settings, bars of one std.
 
     Rows: exact accuracy at every W_p radius but the first, and the pointwise accuracy at the first pointwise radius by
-    the nearest flipping points; crosses add what AutoAttack left more on the images it ran on. Rings mark the settings
-    chosen on validation images. Settings that lose more than 10 points of clean accuracy are not drawn.
+    the nearest flipping points; crosses add what AutoAttack left more on the images it ran on. Thin lines lead from a
+    setting back to the network before. Rings mark what was chosen on validation images. Settings that lose more than 10
+    points of clean accuracy are not drawn.
     """
     path = Path(path)
     found = records.read(path, "finetuning")["results"]
@@ -226,7 +227,9 @@ def tradeoff(path: str | Path) -> Figure:
     figure, axes = _canvas(len(rows), len(networks), width=2.3, height=2.0, sharex="col")
     clean = mean_std(runs, lambda run: run["after"]["clean"])
     colours = dict(zip(methods, sns.color_palette("colorblind", max(len(methods), 1)), strict=False))
-    settings = {m: list(dict.fromkeys(run["variant"] for run in runs if run["method"] == m)) for m in methods}
+    ends = [run for run in runs if "of" not in run]
+    settings = {m: list(dict.fromkeys(run["variant"] for run in ends if run["method"] == m)) for m in methods}
+    ways = {name: _way_back(runs, name) for names in settings.values() for name in names}
     for line, (kind, written, label) in zip(axes, rows, strict=True):
         robust = mean_std(runs, lambda run: run["after"][kind].get(written))  # noqa: B023
         beyond = mean_std(runs, lambda run: _autoattack_excess(run["after"], written))  # noqa: B023
@@ -239,7 +242,10 @@ def tradeoff(path: str | Path) -> Figure:
                 points = 100 * np.array([[clean[k][:2], robust[k][:2]] for k in own]).reshape(-1, 2, 2)
                 axis.errorbar(*points[:, :, 0].T, *points[:, ::-1, 1].T, fmt="o-", ms=3, lw=1, elinewidth=0.5,
                               color=colours[method], label=method)  # fmt: skip
-                for key in set(own) & chosen:
+                for _, setting in own:
+                    way = [(clean[network, name][0], robust[network, name][0]) for name in ways[setting]]
+                    axis.plot(*(100 * np.array(way).T), lw=0.4, alpha=0.5, color=colours[method])
+                for key in chosen & {(network, name) for setting in settings[method] for name in ways[setting]}:
                     axis.plot(100 * clean[key][0], 100 * robust[key][0], "o", ms=8, mfc="none", color=colours[method])
                     if kind == "pointwise" and key in beyond:
                         found_by = 100 * (robust[key][0] + beyond[key][0])
@@ -252,6 +258,12 @@ def tradeoff(path: str | Path) -> Figure:
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=min(6, len(methods) + 1))
     _save(figure, path)
     return figure
+
+
+def _way_back(runs: list[dict], variant: str) -> list[str]:
+    """Names on the way from the end of a variant's runs to the network before; the end alone if there are none."""
+    between = {run["share"]: run["variant"] for run in runs if run.get("of") == variant}
+    return [variant, *(between[share] for share in sorted(between, reverse=True)), *["before"] * bool(between)]
 
 
 def _autoattack_excess(after: dict, written: str) -> float | None:

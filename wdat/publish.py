@@ -216,7 +216,7 @@ def _finetuning_numbers(results: dict) -> dict[str, str]:
     networks = list(dict.fromkeys(run["network"] for run in runs))
     found = {"n-train": str(results["n_train"]), "n-test": str(results["n_test"]), "networks": str(len(networks)),
              "seeds": str(len({run["seed"] for run in tuned})), "variants": str(len(variants)),
-             "runs": str(sum(not run["before"] for run in results["runs"])),
+             "runs": str(sum(not run["before"] and "of" not in run for run in results["runs"])),
              "diverged": str(len(results["diverged"])), **_comparison_numbers(results)}  # fmt: skip
     columns: dict[str, Callable[[dict], float]] = {
         "clean": lambda run: run["after"]["clean"], "worst-class": lambda run: run["after"]["worst_class"],

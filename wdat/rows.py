@@ -8,9 +8,17 @@ LOSS_NAMES = {"ce": "CE", "dlr": "DLR", "redlr": "ReDLR", "kl": "KL", "negative-
 
 
 def chosen_runs(found: dict) -> list[dict]:
-    """Runs of the settings chosen on validation images, and those before fine-tuning, of a "finetuning" record."""
+    """Runs of the settings chosen on validation images, and those before fine-tuning, of a "finetuning" record.
+
+    A network on the way to a run's end has that run's history.
+    """
     chosen = {(c["network"], c["variant"]) for c in found["chosen"]}
-    return [run for run in found["runs"] if run["before"] or (run["network"], run["variant"]) in chosen]
+    own = [run for run in found["runs"] if run["before"] or (run["network"], run["variant"]) in chosen]
+    ends = {(run["network"], run["variant"], run["seed"]): run for run in found["runs"]}
+    return [
+        run | {"history": ends[run["network"], run["of"], run["seed"]]["history"]} if "of" in run else run
+        for run in own
+    ]
 
 
 def mean_std(runs: list[dict], key: Callable[[dict], float | None]) -> dict[tuple[str, str], tuple[float, float, int]]:

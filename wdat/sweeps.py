@@ -6,6 +6,7 @@ The experiment of notebooks 03 and 04; `wdat.studies` has the others. A dict of 
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from wdat.comparison import equal_clean
 from wdat.data import Data, draw
 from wdat.estimates import estimate
 from wdat.evaluation import autoattack_accuracy, clean_pass
-from wdat.finetuning import Diverged, Finetuned, finetune
+from wdat.finetuning import Diverged, Finetuned, finetune, interpolate
 from wdat.parts import Parts
 from wdat.radii import minimal_distances
 from wdat.recipes import Recipe, make_recipe
@@ -115,9 +116,13 @@ def finetuning(
     seeds: Sequence[int], threats: Sequence[Threat], work: Path, validation: float = 0.1,
     ours: Sequence[str] = (), controls: Sequence[str] = (), pointwise: Sequence[str] = (),
     autoattacked: Sequence[str] = (), autoattack_images: int = 0, steps: int = 50, search: dict | None = None,
-    batch_size: int = 128, draws: int = 1000, progress: bool = True,
+    batch_size: int = 128, draws: int = 1000, shares: Sequence[float] = (), progress: bool = True,
 ) -> dict:  # fmt: skip
     """Fine-tune every network by every variant and seed; the same measurements before and after.
+
+    shares: of every run, also the networks at these shares of the way from the one before to its end are measured, and
+    count as further settings of its method; their rows say "of" which variant and at which "share", and leave the
+    history to it (`wdat.finetuning.interpolate`).
 
     Every run is measured by its minimal distances, on the test images and on validation images cut from the training
     data. Of a method with several settings (see `expand`) one is chosen for each network, on validation images alone:
@@ -157,36 +162,54 @@ def finetuning(
             runs.append({"variant": "before", "method": "before", "seed": None, "before": True, **row})
             bar.update()
             found: dict[str, list[dict]] = {}
-            networks, near_test = {}, {}
+            networks: dict[str, list[Callable[[], nn.Module]]] = {}
+            near_test: dict[str, list[Tensor]] = {}
             for item, recipe, done in _tuned(network, model, rest, held, recipes, seeds, middle, work, bar):
                 name = item["variant"]
                 if isinstance(done, Diverged):
                     diverged.append({"network": network, "variant": name, "seed": recipe.seed, "epoch": done.epoch})
                     continue
-                row, near = measure(network, done.model)
-                run = {**item, "seed": recipe.seed, "before": False, "cost": recipe.objective.cost,
-                       "epochs": recipe.epochs, "history": done.history, **row}  # fmt: skip
-                runs.append(run)
-                found.setdefault(name, []).append(run)
-                networks.setdefault(name, []).append(done.model)
-                near_test.setdefault(name, []).append(near["after"])
+                for share in (1.0, *shares):
+                    between = partial(interpolate, model, done.model, share)
+                    row, near = measure(network, between())
+                    run = {**item, "seed": recipe.seed, "before": False, "cost": recipe.objective.cost,
+                           "epochs": recipe.epochs, "history": done.history, **row}  # fmt: skip
+                    if share != 1:
+                        run |= {"variant": _between(name, share), "of": name, "share": share, "history": []}
+                    runs.append(run)
+                    found.setdefault(run["variant"], []).append(run)
+                    networks.setdefault(run["variant"], []).append(between)
+                    near_test.setdefault(run["variant"], []).append(near["after"])
             whole = [name for name, own in found.items() if len(own) == len(seeds)]
             curves = {}
             for method in dict.fromkeys(item["method"] for item in recipes):
                 options = {name: found[name] for name in whole if found[name][0]["method"] == method}
                 if not options:
                     continue
-                curves[method] = [near_test[name] for name in options]
+                ends = [name for name in options if "of" not in found[name][0]]
+                curves[method] = [[near_test[name] for name in ends]]
+                if shares:
+                    curves[method] += [
+                        [*(near_test[_between(name, s)] for s in sorted((1.0, *shares), reverse=True)),
+                         [before["after"]]] for name in ends
+                    ]  # fmt: skip
                 name, kept = _choose(options, runs, network, middle.written, pointwise)
                 chosen.append({"network": network, "method": method, "variant": name, "kept": kept})
-                for number, parts in enumerate(zip(options[name], networks[name], near_test[name], strict=True)):
-                    attack_too(*parts, not number)
+                for number, (run, between, near) in enumerate(
+                    zip(options[name], networks[name], near_test[name], strict=True)
+                ):
+                    attack_too(run, between(), near, not number)
             if curves.keys() & set(ours) and curves.keys() & set(controls):
                 rows = equal_clean(curves, before["after"], ours, controls, threats, draws=draws)
                 comparison += [{"network": network, **row} for row in rows]
     return {"n_train": len(rest), "n_validation": len(held), "n_test": len(test), "runs": runs, "diverged": diverged,
             "chosen": chosen, "comparison": comparison, "ours": list(ours), "controls": list(controls),
-            "threats": [t.describe() for t in threats], "steps": steps}  # fmt: skip
+            "threats": [t.describe() for t in threats], "steps": steps, "shares": list(shares)}  # fmt: skip
+
+
+def _between(variant: str, share: float) -> str:
+    """The name of a variant's networks at a share of the way."""
+    return variant if share == 1 else f"{variant}, {share:g} of the way"
 
 
 def _tuned(
