@@ -91,14 +91,15 @@ def test_the_study_measures_chooses_compares_and_resumes(digits, tmp_path):
     assert sweeps.finetuning(models, train, test, work=tmp_path, **settings) == found
 
 
-def test_networks_on_the_way_are_further_settings_of_a_method(digits, tmp_path):
+def test_networks_on_the_way_are_further_settings_of_a_method(digits, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweeps, "autoattack_accuracy", lambda *_: {"accuracy": 0.5})  # the real one: test_evaluation
     models, train, test = digits
     found = sweeps.finetuning(
         models, train, test, work=tmp_path,
         base={"objective": {"kind": "plain"}, "epochs": 1, "lr": 0.01},
         variants=[{"name": "plain"}, {"name": "ours", "objective": {"kind": "w-trades", "delta": 0.1, "steps": 2}}],
         seeds=[0], threats=[Threat("1/16")], ours=["ours"], controls=["plain"], pointwise=["1/16"], steps=2,
-        search={"steps": 3}, draws=30, shares=[0.0, 0.5], progress=False,
+        search={"steps": 3}, draws=30, shares=[0.0, 0.5], autoattacked=["1/16"], autoattack_all=True, progress=False,
     )  # fmt: skip
     runs = {(run["method"], run.get("share")): run for run in found["runs"]}
     assert set(runs) == {("before", None), *((m, s) for m in ("plain", "ours") for s in (None, 0.0, 0.5))}
@@ -106,10 +107,14 @@ def test_networks_on_the_way_are_further_settings_of_a_method(digits, tmp_path):
     for method in ("plain", "ours"):
         assert runs[method, 0.0]["validation"] == runs["before", None]["validation"]
         assert runs[method, None]["history"] and not runs[method, 0.5]["history"]
+        assert "autoattack" in runs[method, None]["after"]
+    chosen = [c["variant"] for c in found["chosen"]]
+    for run in found["runs"]:
+        assert ("autoattack" in run["after"]) == ("of" not in run or run["variant"] in chosen)
     (row,) = (row for row in found["comparison"] if row["offset"] == 0)
     assert row["accuracy"]["ours"] >= runs["before", None]["after"]["exact"]["1/16"] - 1e-9
-    chosen = chosen_runs(found)
-    assert all(run["before"] or len(run["history"]) == 1 for run in chosen) and len(chosen) == 3
+    drawn = chosen_runs(found)
+    assert all(run["before"] or len(run["history"]) == 1 for run in drawn) and len(drawn) == 3
 
 
 def test_the_forecast_names_runs_memory_and_time(digits):

@@ -245,9 +245,11 @@ def tradeoff(path: str | Path) -> Figure:
                 for _, setting in own:
                     way = [(clean[network, name][0], robust[network, name][0]) for name in ways[setting]]
                     axis.plot(*(100 * np.array(way).T), lw=0.4, alpha=0.5, color=colours[method])
-                for key in chosen & {(network, name) for setting in settings[method] for name in ways[setting]}:
-                    axis.plot(100 * clean[key][0], 100 * robust[key][0], "o", ms=8, mfc="none", color=colours[method])
-                    if kind == "pointwise" and key in beyond:
+                for key in dict.fromkeys((network, name) for setting in settings[method] for name in ways[setting]):
+                    if key in chosen:
+                        axis.plot(*(100 * np.array([clean[key][0], robust[key][0]])), "o", ms=8, mfc="none",
+                                  color=colours[method])  # fmt: skip
+                    if kind == "pointwise" and key in beyond and 100 * clean[key][0] >= x - 10:
                         found_by = 100 * (robust[key][0] + beyond[key][0])
                         axis.plot(100 * clean[key][0], found_by, "x", ms=5, color=colours[method])
         line[0].set_ylabel(label)

@@ -45,28 +45,34 @@ def summarise(data: Data, distance: Tensor, threats: Sequence[Threat], pointwise
     }
 
 
-def attacked(
-    model: nn.Module, data: Data, distance: Tensor, threats: Sequence[Threat], *, steps: int = 50,
-    autoattacked: Sequence[str] = (), images: int = 0, batch_size: int = 128,
-) -> dict:  # fmt: skip
-    """The dearer columns: "w_pgd" (ReDLR) at the threats, "upsilon" of ReDLR, "autoattack" (standard) at radii.
-
-    AutoAttack runs on `images` images, drawn with seed 0 (0: all); "nearest" is the pointwise accuracy on the same
-    ones by minimal distances (N,).
-    """
-    first, n = threats[0], images or len(data)
+def attacked(model: nn.Module, data: Data, threats: Sequence[Threat], steps: int = 50, batch_size: int = 128) -> dict:
+    """Accuracy by W-PGD (ReDLR) at the threats, "w_pgd", and "upsilon" of ReDLR."""
+    first = threats[0]
     clean = clean_pass(model, data, ("redlr",), batch_size)
-    part, same = data.take(n, seed=0), distance[draw(len(data), n, 0)]
     return {
         "w_pgd": {
             t.written: w_pgd(model, data.x, data.y, t, steps=steps, batch_size=batch_size).accuracy for t in threats
         },
         "upsilon": float(first.upsilon(clean[f"norms.redlr.{first.s:g}"])),
+    }
+
+
+def autoattacked_at(
+    model: nn.Module, data: Data, distance: Tensor, radii: Sequence[str], r: float, images: int = 0,
+    batch_size: int = 128,
+) -> dict:  # fmt: skip
+    """Pointwise accuracy at radii on `images` images, drawn with seed 0 (0: all), as "autoattack" (standard) has it.
+
+    "nearest" is that by minimal distances (N,) on the same images.
+    """
+    n = images or len(data)
+    part, same = data.take(n, seed=0), distance[draw(len(data), n, 0)]
+    return {
         "autoattack": {
-            d: autoattack_accuracy(model, part, Threat(d, float("inf"), first.r), "standard", batch_size)["accuracy"]
-            for d in autoattacked
+            d: autoattack_accuracy(model, part, Threat(d, float("inf"), r), "standard", batch_size)["accuracy"]
+            for d in radii
         },
-        "nearest": {d: float(accuracy_curve(same, d, float("inf"))) for d in autoattacked},
+        "nearest": {d: float(accuracy_curve(same, d, float("inf"))) for d in radii},
     }
 
 
@@ -115,8 +121,9 @@ def finetuning(
     models: dict[str, nn.Module], train: Data, test: Data, *, base: dict, variants: Sequence[dict],
     seeds: Sequence[int], threats: Sequence[Threat], work: Path, validation: float = 0.1,
     ours: Sequence[str] = (), controls: Sequence[str] = (), pointwise: Sequence[str] = (),
-    autoattacked: Sequence[str] = (), autoattack_images: int = 0, steps: int = 50, search: dict | None = None,
-    batch_size: int = 128, draws: int = 1000, shares: Sequence[float] = (), progress: bool = True,
+    autoattacked: Sequence[str] = (), autoattack_images: int = 0, autoattack_all: bool = False, steps: int = 50,
+    search: dict | None = None, batch_size: int = 128, draws: int = 1000, shares: Sequence[float] = (),
+    progress: bool = True,
 ) -> dict:  # fmt: skip
     """Fine-tune every network by every variant and seed; the same measurements before and after.
 
@@ -128,9 +135,9 @@ def finetuning(
     data. Of a method with several settings (see `expand`) one is chosen for each network, on validation images alone:
     the highest exact accuracy under the middle threat among the settings that lose at most 1 point of clean and 0.5 of
     pointwise accuracy (at the first of `pointwise`), else the one that exceeds these margins least. Chosen runs are
-    also measured by W-PGD, and those of the first seed by AutoAttack. Methods in `ours` are compared
-    with all `controls` at equal clean accuracy (`wdat.comparison`). A run that diverges is listed, with its setting
-    out of the comparison. Everything resumes from `work`.
+    also measured by W-PGD, and those of the first seed, with `autoattack_all` of every setting, by AutoAttack. Methods
+    in `ours` are compared with all `controls` at equal clean accuracy (`wdat.comparison`). A run that diverges is
+    listed, with its setting out of the comparison. Everything resumes from `work`.
     """
     rest, held = train.split_off(validation, seed=0)
     middle, r = threats[(len(threats) - 1) // 2], threats[0].r
@@ -147,18 +154,24 @@ def finetuning(
             rows[part] = summarise(data, near[part], threats, pointwise)
         return {"network": network, **rows}, near
 
-    def attack_too(run: dict, model: nn.Module, near: Tensor, first: bool) -> None:
-        radii = list(autoattacked) if first else []
+    def attack_too(run: dict, model: nn.Module) -> None:
         run["after"] |= Parts(work / "parts", model).get(
-            f"attacked {[repr(t) for t in threats]} {steps} {radii} {autoattack_images} {test.sha256}",
-            lambda: attacked(model, test, near, threats, steps=steps, autoattacked=radii, images=autoattack_images,
-                             batch_size=batch_size),
-        )  # fmt: skip
+            f"attacked {[repr(t) for t in threats]} {steps} {test.sha256}",
+            lambda: attacked(model, test, threats, steps, batch_size),
+        )
+
+    def autoattack_too(run: dict, model: nn.Module, near: Tensor) -> None:
+        if autoattacked:
+            run["after"] |= Parts(work / "parts", model).get(
+                f"autoattack {list(autoattacked)} {r} {autoattack_images} {test.sha256}",
+                lambda: autoattacked_at(model, test, near, autoattacked, r, autoattack_images, batch_size),
+            )
 
     with tqdm(total=len(models) * (1 + len(recipes) * len(seeds)), desc="runs", disable=not progress) as bar:
         for network, model in models.items():
             row, before = measure(network, model)
-            attack_too(row, model, before["after"], True)
+            attack_too(row, model)
+            autoattack_too(row, model, before["after"])
             runs.append({"variant": "before", "method": "before", "seed": None, "before": True, **row})
             bar.update()
             found: dict[str, list[dict]] = {}
@@ -195,10 +208,10 @@ def finetuning(
                     ]  # fmt: skip
                 name, kept = _choose(options, runs, network, middle.written, pointwise)
                 chosen.append({"network": network, "method": method, "variant": name, "kept": kept})
-                for number, (run, between, near) in enumerate(
-                    zip(options[name], networks[name], near_test[name], strict=True)
-                ):
-                    attack_too(run, between(), near, not number)
+                for run, between in zip(options[name], networks[name], strict=True):
+                    attack_too(run, between())
+                for setting in {name: None, **dict.fromkeys(ends if autoattack_all else ())}:
+                    autoattack_too(options[setting][0], networks[setting][0](), near_test[setting][0])
             if curves.keys() & set(ours) and curves.keys() & set(controls):
                 rows = equal_clean(curves, before["after"], ours, controls, threats, draws=draws)
                 comparison += [{"network": network, **row} for row in rows]
