@@ -1,41 +1,23 @@
-"""Attacks: closed forms, convergence order, standard PGD bit for bit, the ball, costs, and nothing left behind."""
+"""Attacks: closed forms, convergence order, standard PGD bit for bit, the notes' recipe, the iterate returned."""
 
 import math
 
 import numpy as np
-import ot
 import pytest
 import torch
+from cases import case, norms, orders
 from hypothesis import given
 from hypothesis import strategies as st
-from nets import (
-    NORMS,
-    ORDERS,
-    batch_norm,
-    counting,
-    exact,
-    generator,
-    images,
-    labels,
-    linear,
-    norms_of,
-    quick,
-    relu,
-    smooth,
-)  # fmt: skip
-from torch import nn
+from nets import NORMS, ORDERS, exact, generator, images, linear, norms_of, quick, smooth
 
-from wdat import attacks
-from wdat.attacks import STEP_RATIO, attack, fgsm, pgd, projected_gradient, random_start, w_fgsm, w_pgd, w_pgd_budget
+from wdat.attacks import STEP_RATIO, attack, fgsm, pgd, projected_gradient, w_fgsm, w_pgd, w_pgd_budget
 from wdat.checks import frozen
-from wdat.losses import ce, get_loss, margin, redlr
-from wdat.sensitivity import Pixels, dual_norms, input_gradient, upsilon
-from wdat.threat import Threat, per_image, pixel_norm, project, wasserstein_distance
+from wdat.losses import ce, get_loss, margin
+from wdat.sensitivity import input_gradient, upsilon
+from wdat.threat import Threat, per_image, pixel_norm
 
 INF = math.inf
 FINITE = [p for p in ORDERS if p < INF]
-norms = st.sampled_from(NORMS)
-orders = st.one_of(st.sampled_from(ORDERS), st.floats(1.1, 20))
 shapes = st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4))
 
 
@@ -43,11 +25,6 @@ def linear_loss(logits, targets):
     """z_{y+1} - z_y: linear in the image under a linear model."""
     rows = torch.arange(len(logits))
     return logits[rows, (targets + 1) % logits.shape[1]] - logits[rows, targets]
-
-
-def case(seed: int = 0, n: int = 24, make=relu, wrong: int = 5, **where):
-    model, x = make(seed=seed), images(n, seed=seed, **where)
-    return model, x, labels(model, x, wrong)
 
 
 # Closed forms on linear models
@@ -236,26 +213,6 @@ def test_the_batch_size_plays_no_part(p, r):
             assert torch.equal(other.correct, one.correct)
 
 
-@pytest.mark.parametrize("p", [2.0, INF])
-@pytest.mark.parametrize("r", NORMS)
-@pytest.mark.parametrize("start", ["clean", "random"])
-def test_images_kept_in_eight_bits_are_attacked_alike(p, r, start):
-    """Bit for bit: the same float32 numbers, made a batch at a time."""
-    model, x, y = case()
-    pixels = Pixels((x * 16).round().byte(), levels=16)
-    for run in (w_pgd, w_pgd_budget):
-        one, other = (
-            run(model, images, y, Threat(0.1, p, r), steps=4, batch_size=7, start=start, generator=generator(0))
-            for images in (pixels, pixels.whole.float() / 16)
-        )
-        assert torch.equal(one.x, other.x) and torch.equal(one.values, other.values) and (one.norms > 0).any()
-    norms = [dual_norms(model, images, y, Threat(0.1, p, r), "ce", 7) for images in (pixels, pixels[:])]
-    assert torch.equal(*norms)
-    for bad, sentence in ((x, "torch.float32"), (pixels.whole[0], "shape"), (pixels.whole * 8, "beyond levels=16")):
-        with pytest.raises(ValueError, match=sentence):
-            Pixels(bad, levels=16)
-
-
 @pytest.mark.parametrize("p", [1.5, 2.0, INF])
 @pytest.mark.parametrize("r", NORMS)
 def test_permuting_or_duplicating_the_images_does_the_same_to_the_attack(p, r):
@@ -284,23 +241,6 @@ def test_the_size_of_the_loss_plays_no_part(p, r, run):
         torch.testing.assert_close(other.values, c * one.values, rtol=1e-4, atol=1e-6 * c)
 
 
-@given(seed=st.integers(0, 10**6), n=st.integers(1, 6), r=norms, scale=st.sampled_from([1e-30, 1e-3, 1.0, 1e6]))
-@quick
-def test_what_is_computed_in_given_memory_is_what_the_threat_computes(seed, n, r, scale):
-    threat, gradient = Threat(0.1, 2, r), scale * torch.randn(n, 2, 3, 3, generator=generator(seed))
-    gradient[0] = 0
-    memory, before = torch.empty_like(gradient), gradient.clone()
-    dual = attacks._dual_norm(gradient, threat, memory)
-    assert torch.equal(dual, threat.dual_norm(gradient))
-    assert torch.equal(attacks._direction(gradient, dual, threat, memory), threat.direction(gradient))
-    assert torch.equal(gradient, before)  # it may be the user's memory, or one number seen many times
-    bounds = threat.norm(gradient) * torch.rand(n, generator=generator(seed)) * 2
-    assert torch.equal(attacks._norm(gradient, r, memory), threat.norm(gradient))
-    assert torch.equal(attacks._project(gradient.clone(), bounds, r), project(gradient, bounds, r))
-    gradient[-1] = math.nan
-    assert not attacks._direction(gradient, threat.dual_norm(gradient), threat, memory)[-1].any()
-
-
 @given(seed=st.integers(0, 10**6), n=st.integers(2, 12), p=st.sampled_from(FINITE), r=norms,
        steps=st.integers(1, 7), ratio=st.floats(0.2, 4))  # fmt: skip
 @quick
@@ -316,89 +256,6 @@ def test_steps_that_can_not_leave_the_ball_need_no_projection(seed, n, p, r, ste
         )  # fmt: skip
     assert skipping.distance <= threat.delta * (1 + 1e-6)
     assert torch.allclose(skipping.x, projecting.x, atol=2e-6)
-
-
-@pytest.mark.parametrize("r", NORMS)
-def test_gradients_may_be_views(r):
-    """Of a mean, the gradient is one number seen many times; of a linear map, it may be the weights themselves."""
-    total = nn.Sequential(nn.Flatten(), nn.Linear(18, 4))
-    weights = total[1].weight.detach().clone()
-    for loss in (lambda z, t: z.mean(1), lambda z, t: z[:, 0]):
-        w_pgd(total, images(5), torch.arange(5) % 4, Threat(0.1, 2, r), loss=loss, steps=2)
-    assert torch.equal(total[1].weight, weights)
-
-
-# The ball
-
-
-@given(seed=st.integers(0, 10**6), n=st.integers(1, 16), p=orders, r=norms, delta=st.floats(0, 0.5),
-       k=st.integers(1, 6), keep=st.sampled_from(["accuracy", "loss", "last"]),
-       start=st.sampled_from(["clean", "random"]), reference=st.booleans())  # fmt: skip
-@quick
-def test_every_attack_stays_in_the_ball_and_in_the_box(seed, n, p, r, delta, k, keep, start, reference):
-    model, x = relu(seed=seed), images(n, seed=seed)
-    y, threat = labels(model, x), Threat(delta, p, r)
-    settings = {"keep": keep, "start": start, "reference": reference, "generator": generator(seed)}
-    for found in (
-        w_pgd(model, x, y, threat, steps=k, **settings),
-        w_pgd_budget(model, x, y, threat, steps=k, **settings),
-        w_fgsm(model, x, y, threat, loss="ce", **settings),
-    ):
-        assert found.x.shape == x.shape and found.x.dtype == torch.float32
-        assert float(found.x.min()) >= 0 and float(found.x.max()) <= 1
-        moved = pixel_norm((found.x - x).double(), r)
-        distance = moved.max() if math.isinf(p) else moved.pow(p).mean().pow(1 / p)
-        assert float(distance) == pytest.approx(found.distance, rel=1e-5, abs=1e-9)
-        assert found.distance <= exact(threat, 1e-5)
-        torch.testing.assert_close(found.norms.double(), moved, rtol=1e-5, atol=1e-9)
-
-
-@pytest.mark.parametrize("p", [1.5, 2.0, 3.0])
-@pytest.mark.parametrize("r", NORMS)
-def test_a_transport_solver_confirms_the_ball(p, r):
-    """POT's linear programme with labels that can not move: W_p between clean and attacked set is at most delta."""
-    model, x, y = case(make=smooth)
-    threat = Threat(0.1, p, r)
-    for found in (w_pgd(model, x, y, threat, steps=5), w_pgd_budget(model, x, y, threat, steps=5)):
-        cost = torch.cdist(x.flatten(1).double(), found.x.flatten(1).double(), p=r).numpy() ** p
-        cost = np.where(y[:, None].numpy() == y[None].numpy(), cost, 1e6)
-        optimum = ot.emd2(np.full(24, 1 / 24), np.full(24, 1 / 24), cost) ** (1 / p)
-        assert 0 < optimum <= found.distance * (1 + 1e-6) and found.distance <= exact(threat, 1e-5)
-        assert wasserstein_distance(x, y, found.x, y, p, r) == pytest.approx(optimum, rel=1e-6)
-
-
-@pytest.mark.parametrize("r", NORMS)
-def test_budgets_and_given_radii_bound_every_image(r):
-    model, x, y = case()
-    threat = Threat(0.1, 2, r)
-    budgets = threat.budgets(dual_norms(model, x, y, threat, "ce"))
-    found = w_pgd_budget(model, x, y, threat, budget_loss="ce", loss="redlr", steps=4)
-    assert (found.norms <= budgets * (1 + 1e-5) + 1e-7).all()
-    radii = torch.rand(24, generator=generator(0)) * 0.2
-    radii[::4] = 0
-    found = attack(model, x, y, threat, loss="ce", radii=radii, steps=4, keep="last", start="random")
-    assert (found.norms <= radii + 1.2e-7).all() and torch.equal(found.x[::4], x[::4])
-    assert (found.norms[radii > 0.05] > 0).all()
-
-
-def test_redlr_wastes_nothing_on_misclassified_images():
-    model, x, y = case(wrong=3)
-    with torch.no_grad():
-        wrong = redlr(model(x), y) == 0
-    assert 0 < int(wrong.sum()) < 24
-    for run in (w_pgd, w_pgd_budget, w_fgsm):
-        found = run(model, x, y, Threat(0.1, 2), **({} if run is w_fgsm else {"steps": 5}), keep="last")
-        assert (found.norms[wrong] == 0).all() and (found.norms[~wrong] > 0).all()
-    everything = w_pgd(model, x[wrong], y[wrong], Threat(0.1, 2), steps=3)
-    assert torch.equal(everything.x, x[wrong]) and everything.accuracy == 0 and everything.distance == 0
-
-
-def test_no_radius_no_move():
-    model, x, y = case()
-    for p in ORDERS:
-        for run in (w_pgd, w_pgd_budget):
-            found = run(model, x, y, Threat(0.0, p), steps=3, keep="last")
-            assert torch.equal(found.x, x) and found.distance == 0
 
 
 # Which iterate is returned
@@ -505,200 +362,3 @@ def test_ties_count_as_wrong():
     x = images(8)
     found = w_pgd(model, x, torch.zeros(8, dtype=torch.int64), Threat(0.1, 2), steps=2)
     assert found.accuracy == 0 and torch.equal(found.x, x)
-
-
-# Random starts and KL
-
-
-def test_random_starts_are_uniform_in_each_ball():
-    x, radii = torch.zeros(4000, 1, 2, 2), torch.linspace(0, 1, 4000)
-    for r in NORMS:
-        d = random_start(x, radii, r, generator(0))
-        assert (pixel_norm(d, r) <= radii * (1 + 1e-5)).all()
-        depth = (pixel_norm(d, r) / radii)[1:].pow(4)  # uniform on [0, 1] in dimension 4
-        histogram = torch.histc(depth, 10, 0, 1) / len(depth)
-        assert (histogram - 0.1).abs().max() < 0.025
-        assert (d / per_image(radii.clamp_min(1e-9), d))[1:].mean((0, 1)).abs().max() < 0.04
-        assert torch.equal(d, random_start(x, radii, r, generator(0)))
-        assert not torch.equal(d, random_start(x, radii, r, generator(1)))
-
-
-@pytest.mark.parametrize("p", [2.0, INF])
-def test_kl_attacks_the_clean_prediction(p):
-    model, x, y = case()
-    found = w_pgd(model, x, y, Threat(0.1, p), loss="kl", start="random", steps=5, keep="loss", generator=generator(0))
-    with torch.no_grad():
-        torch.testing.assert_close(found.values, get_loss("kl")(model(found.x), model(x)), atol=1e-5, rtol=1e-4)
-    assert found.loss > 0 and found.accuracy <= float((margin(model(x), y) > 0).double().mean())
-
-
-# Costs
-
-
-@pytest.mark.parametrize("p", [2.0, INF])
-@pytest.mark.parametrize("batch_size", [4, 64])
-def test_n_steps_cost_n_forward_and_backward_passes_and_one_forward(p, batch_size):
-    model, x, y = case(n=10)
-    threat, n = Threat(0.1, p), 10
-    budgets = 0 if math.isinf(p) else n
-
-    def cost(run, **settings):
-        with counting(model) as passes:
-            run(model, x, y, threat, batch_size=batch_size, **settings)
-        return passes["grad"], passes["backward"], passes["no_grad"]
-
-    for keep in ("accuracy", "loss", "last"):
-        assert cost(w_pgd, steps=3, keep=keep) == (3 * n, 3 * n, n)
-        assert cost(w_pgd_budget, steps=3, keep=keep) == (3 * n + budgets, 3 * n + budgets, n)
-    assert cost(w_fgsm) == (n, n, n)
-    assert cost(w_pgd, steps=2, loss="kl", start="random") == (2 * n, 2 * n, 2 * n)  # and the clean logits
-    with frozen(model), counting(model) as passes:
-        radii = torch.full((n,), 0.1)
-        found = projected_gradient(
-            model, [(x, y)], threat, ce, steps=3, step_ratio=1, radii=radii, keep="unjudged"
-        )  # fmt: skip
-    assert passes == {"grad": 3 * n, "no_grad": 0, "backward": 3 * n}
-    assert torch.equal(found.x, attack(model, x, y, threat, loss=ce, steps=3, step_ratio=1, radii=radii, keep="last").x)
-    assert all(t.numel() == 0 for t in (found.logits, found.values, found.correct, found.history))
-
-
-class Weights(nn.Module):
-    """Notes whether the gradient of a parameter was asked for."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.network = linear(4)
-
-    def forward(self, x):
-        assert not any(p.requires_grad for p in self.parameters())
-        return self.network(x)
-
-
-def test_attacks_ask_for_no_parameter_gradients():
-    model, x = Weights(), images(4)
-    w_pgd_budget(model, x, torch.arange(4), Threat(0.1), steps=2)
-
-
-# What is left behind
-
-
-def facts(model: nn.Module, x: torch.Tensor) -> tuple:
-    return (
-        [m.training for m in model.modules()], [p.requires_grad for p in model.parameters()],
-        [None if p.grad is None else p.grad.tolist() for p in model.parameters()],
-        {k: v.tolist() for k, v in model.state_dict().items()},
-        torch.get_rng_state().tolist(), x.tolist(), x.requires_grad, x.grad, torch.is_grad_enabled(),
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("run", [w_pgd, w_pgd_budget])
-@pytest.mark.parametrize("fails_at", [None, 0, 2])
-def test_nothing_is_left_changed(run, fails_at):
-    """Modes (mixed), flags, gradients, batch-norm buffers, images, generator: after success and after a failure."""
-    model, x = batch_norm(), images(6)
-    y = labels(model, x)
-    model.train()
-    model[1].eval()
-    model[0].bias.requires_grad_(False)
-    model[6].weight.grad = torch.ones_like(model[6].weight)
-    before, calls = facts(model, x), []
-
-    def loss(z, t):
-        calls.append(0)
-        if len(calls) - 1 == fails_at:
-            raise KeyboardInterrupt
-        return ce(z, t)
-
-    settings = {"steps": 3, "start": "random", "generator": generator(0)}
-    if fails_at is None:
-        run(model, x, y, Threat(0.1), loss=loss, **settings)
-    else:
-        with pytest.raises(KeyboardInterrupt):
-            run(model, x, y, Threat(0.1), loss=loss, **settings)
-    assert facts(model, x) == before
-
-
-def test_the_images_returned_are_new():
-    model, x, y = case()
-    found = w_pgd(model, x.requires_grad_(True), y, Threat(0.0), steps=1)
-    assert found.x.data_ptr() != x.data_ptr() and not found.x.requires_grad
-
-
-def test_progress_is_shown_on_request(capsys):
-    model, x, y = case()
-    w_pgd(model, x, y, Threat("8/255"), steps=3, progress=True)
-    assert "96/96" in capsys.readouterr().err
-    w_pgd(model, x, y, Threat("8/255"), steps=3)
-    assert capsys.readouterr().err == ""
-
-
-@pytest.mark.parametrize("home", ["cpu", "cuda"])
-@pytest.mark.parametrize("p", [2.0, INF])
-@pytest.mark.parametrize("r", NORMS)
-def test_images_may_stay_on_another_device_than_the_model(home, p, r, monkeypatch):
-    """With tensors that have a device but no numbers, so that no GPU is needed: nothing meets on two devices."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    def gradient(model, x, targets, loss):  # the backward pass itself would need the GPU
-        logits = model(x)
-        return torch.rand_like(x), loss(logits, targets), logits
-
-    monkeypatch.setattr("wdat.attacks.input_gradient", gradient)
-    monkeypatch.setattr("wdat.attacks.float", lambda number: 0.0, raising=False)
-    monkeypatch.setattr("wdat.attacks._overwrite", lambda kept, images, chosen: kept.copy_(images))
-    with FakeTensorMode():
-        model = nn.Sequential(nn.Flatten(), nn.Linear(18, 4, device="cuda"))
-        x, y = torch.rand(6, 2, 3, 3, device=home), torch.zeros(6, dtype=torch.int64, device=home)
-        for size, radii in ((6, None), (4, None), (6, torch.ones(6, device=home))):
-            batches = list(zip(x.split(size), y.split(size), strict=True))
-            for keep in ("accuracy", "unjudged"):
-                found = projected_gradient(
-                    model, batches, Threat(0.1, p, r), redlr, steps=2, step_ratio=1, radii=radii, keep=keep
-                )
-                assert found.x.device.type == found.norms.device.type == home
-
-
-# Bad input
-
-
-@pytest.mark.parametrize(
-    ("settings", "sentence"),
-    [
-        ({"steps": 0}, "steps=0"),
-        ({"step_ratio": 0}, "step_ratio=0"),
-        ({"batch_size": 0}, "batch_size=0"),
-        ({"keep": "best"}, "keep='best' must be"),
-        ({"keep": "unjudged"}, "keep='unjudged' must be"),
-        ({"start": "noise"}, "start='noise'"),
-        ({"loss": "hinge"}, "unknown loss 'hinge'"),
-        ({"loss": "kl"}, '"kl" is zero at clean images; use start="random"'),
-        ({"radii": torch.tensor([0.1, -0.1, 0.1, 0.1])}, "4 numbers >= 0"),
-        ({"radii": torch.full((4,), torch.nan)}, "4 numbers >= 0"),
-        ({"radii": torch.ones(3)}, r"radii of shape \(3,\) must be 4"),
-        ({"x": images(4) * 255}, "divide by 255"),
-        ({"x": images(4).double()}, "float64"),
-        ({"x": images(4)[:0], "y": torch.arange(0)}, "non-empty"),
-        ({"x": images(4) * torch.nan}, "4 image.s. hold NaN"),
-        ({"y": torch.arange(3)}, "3 labels for 4 images"),
-        ({"y": torch.arange(4) + 1}, r"labels lie in 1..4, but 4 classes are 0..3"),
-        ({"y": torch.arange(4).float()}, "int64"),
-        ({"model": nn.Sequential(linear(4), nn.Softmax(1))}, "remove its final softmax"),
-        ({"model": nn.Sequential(linear(4), nn.Threshold(1e9, math.nan))}, "logits of 4 of 4 images are NaN"),
-        ({"model": linear(1), "y": torch.zeros(4, dtype=torch.int64)}, "one output"),
-        ({"model": linear(2), "y": torch.arange(4) % 2}, "at least 3 classes, got 2"),
-        ({"model": nn.Conv2d(2, 2, 1), "y": torch.arange(4) % 2}, r"expected logits \(4, classes\)"),
-    ],
-)
-def test_bad_input_gets_its_sentence(settings, sentence):
-    settings = {"model": linear(4), "x": images(4), "y": torch.arange(4), **settings}
-    model, x, y = (settings.pop(name) for name in ("model", "x", "y"))
-    with pytest.raises(ValueError, match=sentence):
-        w_pgd(model, x, y, Threat(0.1), **settings)
-
-
-def test_budgets_do_not_come_from_kl():
-    model, x, y = case()
-    with pytest.raises(ValueError, match='budgets can not come from "kl"'):
-        w_pgd_budget(model, x, y, Threat(0.1, 2), loss="kl", start="random")
-    found = w_pgd_budget(model, x, y, Threat(0.1, 2), loss="kl", budget_loss="redlr", start="random", steps=3)
-    assert found.distance <= exact(Threat(0.1, 2))
