@@ -4,6 +4,7 @@ NAME.json -> NAME.pdf and NAME.png (or NAME-SUFFIX). No torch and no model: what
 Accuracies are fractions in records and percentages here.
 """
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,6 +29,8 @@ MARKERS = {
     ("w-pgd-budget", "redlr"): "D", ("w-pgd-budget", "negative-margin"): "D",
 }  # fmt: skip
 BEFORE, AFTER = "#8c8c8c", "#0173b2"
+METHODS = sns.color_palette("colorblind")
+METHODS = METHODS[:7] + METHODS[:7:-1]  # without its grey, which is the colour of BEFORE; the palest last
 THEME = {
     "font.size": 9, "axes.titlesize": 9, "axes.labelsize": 9, "legend.fontsize": 8, "xtick.labelsize": 8,
     "ytick.labelsize": 8, "figure.dpi": 110, "savefig.dpi": 180, "pdf.fonttype": 42, "legend.frameon": False,
@@ -226,7 +229,7 @@ def tradeoff(path: str | Path) -> Figure:
     rows += [("pointwise", d, rf"$W_\infty$ accuracy at {d} (%)") for d in list(runs[0]["after"]["pointwise"])[:1]]
     figure, axes = _canvas(len(rows), len(networks), width=2.3, height=2.0, sharex="col")
     clean = mean_std(runs, lambda run: run["after"]["clean"])
-    colours = dict(zip(methods, sns.color_palette("colorblind", max(len(methods), 1)), strict=False))
+    colours = dict(zip(methods, itertools.cycle(METHODS), strict=False))
     ends = [run for run in runs if "of" not in run]
     settings = {m: list(dict.fromkeys(run["variant"] for run in ends if run["method"] == m)) for m in methods}
     ways = {name: _way_back(runs, name) for names in settings.values() for name in names}

@@ -206,6 +206,7 @@ def _rule_numbers(results: dict) -> dict[str, str]:
 def _finetuning_numbers(results: dict) -> dict[str, str]:
     """By network and variant, and over networks: means, gains over "before", who is best and at what clean accuracy.
 
+    "autoattack.beyond": accuracy by AutoAttack minus that by the nearest points, same images, over runs and radii.
     NETWORK.VARIANT.COLUMN and VARIANT.COLUMN.{mean,gain.mean,gain.low,gain.high,improved,best}, where COLUMN is clean,
     worst-class, or KEY.RADIUS with KEY exact, w_pgd, pointwise, autoattack; best.COLUMN is the variant of the highest
     mean, kept.COLUMN the one among those whose mean clean accuracy is at most one point below that before.
@@ -218,6 +219,16 @@ def _finetuning_numbers(results: dict) -> dict[str, str]:
              "seeds": str(len({run["seed"] for run in tuned})), "variants": str(len(variants)),
              "runs": str(sum(not run["before"] and "of" not in run for run in results["runs"])),
              "diverged": str(len(results["diverged"])), **_comparison_numbers(results)}  # fmt: skip
+    if results.get("shares"):
+        found["shares"] = ", ".join(f"{share:g}" for share in sorted(results["shares"]))
+    beyond = [
+        run["after"]["autoattack"][d] - run["after"]["nearest"][d]
+        for run in results["runs"] for d in run["after"].get("autoattack", {})
+    ]  # fmt: skip
+    if beyond:
+        found |= {"autoattack.beyond.low": signed(min(beyond)), "autoattack.beyond.high": signed(max(beyond)),
+                  "autoattack.beyond.mean": signed(sum(beyond) / len(beyond)), "autoattack.beyond.n": str(len(beyond)),
+                  "autoattack.beyond.none": str(sum(abs(b) < 1e-9 for b in beyond))}  # fmt: skip
     columns: dict[str, Callable[[dict], float]] = {
         "clean": lambda run: run["after"]["clean"], "worst-class": lambda run: run["after"]["worst_class"],
     }  # fmt: skip
@@ -226,7 +237,7 @@ def _finetuning_numbers(results: dict) -> dict[str, str]:
         for written, places in (_places(given) if given else {}).items():
             for place in places:
                 found[f"{key}.{place}.delta"] = written
-                columns[f"{key}.{place}"] = lambda run, key=key, d=written: run["after"][key].get(d)
+                columns[f"{key}.{place}"] = lambda run, key=key, d=written: run["after"].get(key, {}).get(d)
     for run in tuned:
         found[f"{run['variant']}.passes"] = passes_of(run)
     scale = {run["network"]: run["after"]["upsilon"] for run in runs if run["before"] and run["after"]["upsilon"] > 0}

@@ -94,8 +94,8 @@ def finetuning(path: str | Path, methods: Sequence[str] | None = None) -> Table:
     written = [t["written"] for t in found["threats"]]
     columns = {"clean": lambda r: r["after"]["clean"]}
     for key, name in (("autoattack", "AA"), ("pointwise", "W_∞ best"), ("w_pgd", "W₂ W-PGD"), ("exact", "W₂ exact")):
-        for d in runs[0]["after"][key]:
-            columns[f"{name} {d}"] = lambda r, key=key, d=d: r["after"][key].get(d)
+        for d in runs[0]["after"].get(key, {}):
+            columns[f"{name} {d}"] = lambda r, key=key, d=d: r["after"].get(key, {}).get(d)
     columns["worst class"] = lambda r: r["after"]["worst_class"]
     grouped = {name: mean_std(runs, value) for name, value in columns.items()}
     upsilon = mean_std(runs, lambda r: r["after"]["upsilon"])
