@@ -6,7 +6,7 @@
 # several seeds and equal gradient passes; the test is the exact allocation over minimal distances, W-PGD with ReDLR,
 # and pointwise accuracy. Methods are compared at equal clean accuracy, since robustness can always be bought with it.
 #
-# *Place in the paper: section 5.4, the main table. Time: digits 7 min, zoo two hours on a CPU, cifar10 days on a GPU.*
+# *Place in the paper: section 5.4, the main table. Time: digits 7 min, zoo four hours on a CPU, cifar10 days on a GPU.*
 
 # %% tags=["parameters"]
 data = "digits"
@@ -48,8 +48,10 @@ results = sweeps.finetuning(
 record = records.write(root / out / "04_five_networks.json", "finetuning", results, {"base": base}, seeds=seeds)
 
 # %% [markdown]
-# **The trade-off.** Each method is a line along its settings; rings mark the ones chosen on validation images (cut from
-# the training images, which the networks have seen in pre-training: they choose among settings, they measure nothing).
+# **The trade-off.** Each method is a line along its settings; thin lines lead from each setting through weights between
+# (`interpolate`) back to the network before, at no further training. Rings mark what was chosen on validation images (cut
+# from the training images, which the networks have seen in pre-training: they choose among settings, they measure
+# nothing); crosses, where AutoAttack ran, add what it left more than the nearest points on the same images.
 
 # %%
 plots.tradeoff(record)
