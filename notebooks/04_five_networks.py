@@ -48,10 +48,10 @@ results = sweeps.finetuning(
 record = records.write(root / out / "04_five_networks.json", "finetuning", results, {"base": base}, seeds=seeds)
 
 # %% [markdown]
-# **The trade-off.** Each method is a line along its settings; thin lines lead from each setting through weights between
-# (`interpolate`) back to the network before, at no further training. Rings mark what was chosen on validation images (cut
-# from the training images, which the networks have seen in pre-training: they choose among settings, they measure
-# nothing); crosses, where AutoAttack ran, add what it left more than the nearest points on the same images.
+# **The trade-off.** Each method is a line along its settings; thin lines lead from each setting through weights
+# between (`interpolate`) back to the network before, at no further training. Rings mark what was chosen on validation
+# images (cut from the training images, which the networks have seen in pre-training: they choose among settings, they
+# measure nothing); crosses, where AutoAttack ran, add what it left more than the nearest points on the same images.
 
 # %%
 plots.tradeoff(record)
