@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wdat import publish, records, tables
+from wdat import plots, publish, records, tables
 from wdat.rows import percent
 
 PAPER = Path(__file__).parents[1] / "paper"
@@ -68,6 +68,29 @@ RUNS = [
     run("b", "bold", 0, 0.70, (0.50, 0.40, 0.10), 8.0),
     run("b", "bold", 1, 0.70, (0.50, 0.40, 0.10), 8.0),
 ]
+
+
+def test_networks_on_the_way_are_no_runs_and_take_the_history_of_theirs(tmp_path):
+    way = [run(network, "safe, 0.5 of the way", s, 0.95, (0.61, 0.42, 0.20)) for network in "ab" for s in (0, 1)]
+    way = [r | {"method": "safe", "of": "safe", "share": 0.5, "history": []} for r in way]
+    found = finetuning([*RUNS, *way]) | {"shares": [0.5]}
+    found["chosen"] = [
+        c | {"variant": way[0]["variant"]} if (c["network"], c["method"]) == ("a", "safe") else c
+        for c in finetuning(RUNS)["chosen"]
+    ]  # fmt: skip
+    for r, excess in ((RUNS[0], 0.0), (way[0], 0.02)):
+        place = found["runs"].index(r)
+        after = r["after"] | {"autoattack": {"2/16": 0.40 + excess}, "nearest": {"2/16": 0.40}}
+        found["runs"][place] = r | {"after": after}
+    write(tmp_path / "04.json", "finetuning", found)
+    own = {key.removeprefix("04."): text for key, text in publish.numbers(tmp_path).items()}
+    assert own["runs"] == str(sum(not r["before"] for r in RUNS)) and own["shares"] == "0.5"
+    assert own["a.safe.clean"] == "95.0 ± 0.0" and own["safe.realised_delta"] == "0.125"
+    assert [own[f"autoattack.beyond.{k}"] for k in ("low", "high", "mean", "n", "none")] == [
+        "+0.0", "+2.0", "+1.0", "2", "1"
+    ]  # fmt: skip
+    assert "safe, 0.5 of the way" in tables.finetuning(tmp_path / "04.json").markdown()
+    plots.tradeoff(tmp_path / "04.json")
 
 
 def test_gains_are_means_over_networks_of_means_over_seeds(tmp_path):

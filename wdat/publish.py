@@ -271,7 +271,10 @@ def _finetuning_numbers(results: dict) -> dict[str, str]:
                 found[f"{variant}.{column}.best"] = f"{len(top)} of {len(own)}"
         kept = [v for v in variants if means[v, "clean"] >= means["before", "clean"] - 0.01]
         for name, choice in (("best", variants), ("kept", kept or ["before"])):
-            best = max((means[variant, column], -i, variant) for i, variant in enumerate(choice))[2]
+            known = [(means[v, column], -i, v) for i, v in enumerate(choice) if (v, column) in means]
+            if not known:
+                continue
+            best = max(known)[2]
             found |= {f"{name}.{column}": best, f"{name}.{column}.mean": percent(means[best, column])}
             found[f"{name}.{column}.gain"] = signed(means[best, column] - means["before", column])
             found[f"{name}.{column}.clean"] = percent(means[best, "clean"])
