@@ -216,8 +216,8 @@ def tradeoff(path: str | Path) -> Figure:
 
     Rows: exact accuracy at every W_p radius but the first, and the pointwise accuracy at the first pointwise radius by
     the nearest flipping points; crosses add what AutoAttack left more on the images it ran on. Thin lines lead from a
-    setting back to the network before. Rings mark what was chosen on validation images. Settings that lose more than 10
-    points of clean accuracy are not drawn.
+    setting back to the network before. Rings mark what was chosen on validation images. Settings and ways that lose more
+    than 10 points of clean accuracy are not drawn.
     """
     path = Path(path)
     found = records.read(path, "finetuning")["results"]
@@ -247,7 +247,8 @@ def tradeoff(path: str | Path) -> Figure:
                               color=colours[method], label=method)  # fmt: skip
                 for _, setting in own:
                     way = [(clean[network, name][0], robust[network, name][0]) for name in ways[setting]]
-                    axis.plot(*(100 * np.array(way).T), lw=0.4, alpha=0.5, color=colours[method])
+                    if 100 * min(way)[0] >= x - 10:
+                        axis.plot(*(100 * np.array(way).T), lw=0.4, alpha=0.5, color=colours[method])
                 for key in dict.fromkeys((network, name) for setting in settings[method] for name in ways[setting]):
                     if key in chosen:
                         axis.plot(*(100 * np.array([clean[key][0], robust[key][0]])), "o", ms=8, mfc="none",
