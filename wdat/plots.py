@@ -216,8 +216,8 @@ def tradeoff(path: str | Path) -> Figure:
 
     Rows: exact accuracy at every W_p radius but the first, and the pointwise accuracy at the first pointwise radius by
     the nearest flipping points; crosses add what AutoAttack left more on the images it ran on. Thin lines lead from a
-    setting back to the network before. Rings mark what was chosen on validation images. Settings and ways that lose more
-    than 10 points of clean accuracy are not drawn.
+    setting back to the network before. Rings mark what was chosen on validation images. Settings and ways that lose
+    more than 10 points of clean accuracy are not drawn.
     """
     path = Path(path)
     found = records.read(path, "finetuning")["results"]
