@@ -135,9 +135,9 @@ def finetuning(
     data. Of a method with several settings (see `expand`) one is chosen for each network, on validation images alone:
     the highest exact accuracy under the middle threat among the settings that lose at most 1 point of clean and 0.5 of
     pointwise accuracy (at the first of `pointwise`), else the one that exceeds these margins least. Chosen runs are
-    also measured by W-PGD, and those of the first seed, with `autoattack_all` of every setting, by AutoAttack. Methods
-    in `ours` are compared with all `controls` at equal clean accuracy (`wdat.comparison`). A run that diverges is
-    listed, with its setting out of the comparison. Everything resumes from `work`.
+    also measured by W-PGD, and those of the first seed by AutoAttack; with `autoattack_all` so is every setting, at the
+    first of its radii. Methods in `ours` are compared with all `controls` at equal clean accuracy (`wdat.comparison`).
+    A run that diverges is listed, with its setting out of the comparison. Everything resumes from `work`.
     """
     rest, held = train.split_off(validation, seed=0)
     middle, r = threats[(len(threats) - 1) // 2], threats[0].r
@@ -160,11 +160,11 @@ def finetuning(
             lambda: attacked(model, test, threats, steps, batch_size),
         )
 
-    def autoattack_too(run: dict, model: nn.Module, near: Tensor) -> None:
-        if autoattacked:
+    def autoattack_too(run: dict, model: nn.Module, near: Tensor, radii: Sequence[str] = autoattacked) -> None:
+        if radii and "autoattack" not in run["after"]:
             run["after"] |= Parts(work / "parts", model).get(
-                f"autoattack {list(autoattacked)} {r} {autoattack_images} {test.sha256}",
-                lambda: autoattacked_at(model, test, near, autoattacked, r, autoattack_images, batch_size),
+                f"autoattack {list(radii)} {r} {autoattack_images} {test.sha256}",
+                lambda: autoattacked_at(model, test, near, radii, r, autoattack_images, batch_size),
             )
 
     with tqdm(total=len(models) * (1 + len(recipes) * len(seeds)), desc="runs", disable=not progress) as bar:
@@ -210,8 +210,9 @@ def finetuning(
                 chosen.append({"network": network, "method": method, "variant": name, "kept": kept})
                 for run, between in zip(options[name], networks[name], strict=True):
                     attack_too(run, between())
-                for setting in {name: None, **dict.fromkeys(ends if autoattack_all else ())}:
-                    autoattack_too(options[setting][0], networks[setting][0](), near_test[setting][0])
+                autoattack_too(options[name][0], networks[name][0](), near_test[name][0])
+                for end in ends if autoattack_all else ():
+                    autoattack_too(found[end][0], networks[end][0](), near_test[end][0], autoattacked[:1])
             if curves.keys() & set(ours) and curves.keys() & set(controls):
                 rows = equal_clean(curves, before["after"], ours, controls, threats, draws=draws)
                 comparison += [{"network": network, **row} for row in rows]
