@@ -86,7 +86,7 @@ def test_networks_on_the_way_are_no_runs_and_take_the_history_of_theirs(tmp_path
     own = {key.removeprefix("04."): text for key, text in publish.numbers(tmp_path).items()}
     assert own["runs"] == str(sum(not r["before"] for r in RUNS)) and own["shares"] == "0.5"
     assert own["a.safe.clean"] == "95.0 ± 0.0" and own["safe.realised_delta"] == "0.125"
-    assert [own[f"autoattack.beyond.{k}"] for k in ("low", "high", "mean", "n", "none")] == [
+    assert [own[f"autoattack.small.beyond.{k}"] for k in ("low", "high", "mean", "n", "none")] == [
         "+0.0", "+2.0", "+1.0", "2", "1"
     ]  # fmt: skip
     assert "safe, 0.5 of the way" in tables.finetuning(tmp_path / "04.json").markdown()

@@ -253,7 +253,7 @@ def tradeoff(path: str | Path) -> Figure:
                     if key in chosen:
                         axis.plot(*(100 * np.array([clean[key][0], robust[key][0]])), "o", ms=8, mfc="none",
                                   color=colours[method])  # fmt: skip
-                    if kind == "pointwise" and key in beyond and 100 * clean[key][0] >= x - 10:
+                    if kind == "pointwise" and key in beyond and key[1] != "before" and 100 * clean[key][0] >= x - 10:
                         found_by = 100 * (robust[key][0] + beyond[key][0])
                         axis.plot(100 * clean[key][0], found_by, "x", ms=5, color=colours[method])
         line[0].set_ylabel(label)

@@ -206,7 +206,7 @@ def _rule_numbers(results: dict) -> dict[str, str]:
 def _finetuning_numbers(results: dict) -> dict[str, str]:
     """By network and variant, and over networks: means, gains over "before", who is best and at what clean accuracy.
 
-    "autoattack.beyond": accuracy by AutoAttack minus that by the nearest points, same images, over runs and radii.
+    autoattack.RADIUS.beyond: accuracy by AutoAttack minus that by the nearest points on the same images, over runs.
     NETWORK.VARIANT.COLUMN and VARIANT.COLUMN.{mean,gain.mean,gain.low,gain.high,improved,best}, where COLUMN is clean,
     worst-class, or KEY.RADIUS with KEY exact, w_pgd, pointwise, autoattack; best.COLUMN is the variant of the highest
     mean, kept.COLUMN the one among those whose mean clean accuracy is at most one point below that before.
@@ -221,14 +221,18 @@ def _finetuning_numbers(results: dict) -> dict[str, str]:
              "diverged": str(len(results["diverged"])), **_comparison_numbers(results)}  # fmt: skip
     if results.get("shares"):
         found["shares"] = ", ".join(f"{share:g}" for share in sorted(results["shares"]))
-    beyond = [
-        run["after"]["autoattack"][d] - run["after"]["nearest"][d]
-        for run in results["runs"] for d in run["after"].get("autoattack", {})
-    ]  # fmt: skip
-    if beyond:
-        found |= {"autoattack.beyond.low": signed(min(beyond)), "autoattack.beyond.high": signed(max(beyond)),
-                  "autoattack.beyond.mean": signed(sum(beyond) / len(beyond)), "autoattack.beyond.n": str(len(beyond)),
-                  "autoattack.beyond.none": str(sum(abs(b) < 1e-9 for b in beyond))}  # fmt: skip
+    met = [run["after"] for run in results["runs"] if run["after"].get("autoattack")]
+    radii = dict.fromkeys(d for after in met for d in after["autoattack"])
+    for written, places in (_places(radii) if radii else {}).items():
+        both = [
+            (after["autoattack"][written], after["nearest"][written]) for after in met if written in after["nearest"]
+        ]
+        beyond = [auto - nearest for auto, nearest in both]
+        for place in places:
+            key = f"autoattack.{place}.beyond"
+            found |= {f"{key}.low": signed(min(beyond)), f"{key}.high": signed(max(beyond)),
+                      f"{key}.mean": signed(sum(beyond) / len(beyond)), f"{key}.n": str(len(beyond)),
+                      f"{key}.none": str(sum(abs(b) < 1e-9 for b in beyond))}  # fmt: skip
     columns: dict[str, Callable[[dict], float]] = {
         "clean": lambda run: run["after"]["clean"], "worst-class": lambda run: run["after"]["worst_class"],
     }  # fmt: skip
