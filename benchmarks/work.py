@@ -121,6 +121,8 @@ def library(
         ),
         "water-level step": training_step(model, a, b, water_level(THREAT)),
     }
+    if x.device.type == "cuda":  # few CPUs compute in it: there it is several times slower than float32
+        work["W-PGD, float16"] = lambda: attack(model, x, y, THREAT, steps=STEPS, precision="float16", **settings)
     if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
         other = folded(model)
         work["W-PGD, batch norm folded"] = lambda: attack(other, x, y, THREAT, steps=STEPS, **settings)

@@ -58,6 +58,7 @@ def test_attacks_make_one_gradient_a_step_and_one_forward(batch, r):
     assert passes(model, lambda: w_pgd_budget(model, x, y, Threat(0.1, "inf", r), steps=7, **s)) == (7, 1)
     # what lower precision found is judged anew, in float32
     assert passes(model, lambda: w_pgd(model, x, y, threat, steps=7, precision="bfloat16", **s)) == (7, 2)
+    assert passes(model, lambda: w_pgd(model, x, y, threat, steps=7, precision="float16", **s)) == (7, 2)
 
 
 def test_upsilon_is_one_gradient_an_image_of_the_subset():
@@ -251,16 +252,17 @@ def test_the_gpu_holds_one_batch_however_many_images_there_are():
 # Lower precision
 
 
-def test_in_bfloat16_all_layers_but_the_first_and_the_last_run_in_it_and_the_model_is_left_alone():
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_in_lower_precision_all_layers_but_the_first_and_the_last_run_in_it_and_the_model_is_left_alone(precision):
     model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.Flatten(), nn.Linear(4, 3))
     x = images(N)
     kinds = []
     for layer in model:
         layer.register_forward_hook(lambda m, a, out: kinds.append(out.dtype))
     hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model]
-    with autocast(model, "bfloat16"):
+    with autocast(model, precision):
         model(x)
-    assert kinds == [torch.float32] * 2 + [torch.bfloat16] * 2 + [torch.float32]
+    assert kinds == [torch.float32] * 2 + [getattr(torch, precision)] * 2 + [torch.float32]
     assert hooks == [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model]
     kinds.clear()
     with autocast(model, "float32"):
@@ -268,11 +270,12 @@ def test_in_bfloat16_all_layers_but_the_first_and_the_last_run_in_it_and_the_mod
     assert set(kinds) == {torch.float32} and not torch.is_autocast_enabled("cpu")
 
 
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 @pytest.mark.parametrize("p", [2, INF])
-def test_what_bfloat16_finds_is_judged_in_float32_and_nearly_as_strong(p):
+def test_what_lower_precision_finds_is_judged_in_float32_and_nearly_as_strong(p, precision):
     model, x, y = case(smooth, n=200)
     threat = Threat(0.1, p)
-    half, full = (attack(model, x, y, threat, steps=10, precision=k) for k in ("bfloat16", "float32"))
+    half, full = (attack(model, x, y, threat, steps=10, precision=k) for k in (precision, "float32"))
     with torch.no_grad():
         logits = model.eval()(half.x)
     assert half.x.dtype == half.logits.dtype == torch.float32
@@ -281,7 +284,7 @@ def test_what_bfloat16_finds_is_judged_in_float32_and_nearly_as_strong(p):
     assert half.distance <= threat.delta * (1 + 1e-6) + 1.2e-7
     assert abs(half.accuracy - full.accuracy) <= 0.05
     assert not torch.equal(half.x, full.x)
-    with pytest.raises(ValueError, match="precision='half' must be one of float32, bfloat16"):
+    with pytest.raises(ValueError, match="precision='half' must be one of float32, bfloat16, float16"):
         attack(model, x, y, threat, precision="half")
 
 
@@ -310,6 +313,60 @@ def test_what_bfloat16_found_best_is_judged_anew_before_the_last_steps(p, keep, 
         assert found.accuracy <= whole.accuracy + 1 / 30
     else:
         assert found.loss >= whole.loss - 0.02
+
+
+def deep(confidence=1.0):
+    """Two layers in lower precision between two in float32; logits are multiplied by the confidence."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(18, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
+    model[-1].weight.data *= confidence
+    return model
+
+
+def test_powers_of_two_scale_a_float16_gradient_and_leave_no_trace():
+    """Where every layer runs in float32 anyway, the same bits as without autocast, down to slopes of 1e-40."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(18, 3))
+    x = images(N)
+    height = torch.tensor([10.0**-k for k in range(0, 44, 4)] + [0.0])
+
+    def loss(logits, y):
+        return ce(logits, y) * height
+
+    with frozen(model):
+        expected, _, _ = input_gradient(model, x, torch.zeros(N, dtype=torch.long), loss)
+        with autocast(model, "float16"):
+            found, _, _ = input_gradient(model, x, torch.zeros(N, dtype=torch.long), loss)
+    assert torch.equal(found[expected.abs() > 1e-37], expected[expected.abs() > 1e-37])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-43)
+    assert found[-2].abs().max() > 0 and not found[-1].any()
+
+
+def test_float16_keeps_the_gradients_of_confident_images():
+    model, x = deep(confidence=200), images(N)
+    y = model(x).argmax(1)
+    with frozen(model):
+        expected, _, _ = input_gradient(model, x, y, ce)
+        with autocast(model, "float16"):
+            found, _, _ = input_gradient(model, x, y, ce)
+    size = expected.flatten(1).norm(dim=1)
+    confident = (size > 0) & (size < 1e-9)
+    assert confident.any()
+    cosine = nn.functional.cosine_similarity(found.flatten(1)[confident] / size[confident, None],
+                                             expected.flatten(1)[confident] / size[confident, None])  # fmt: skip
+    assert (cosine > 0.99).all()
+
+
+def test_where_float16_overflows_an_attack_says_so_and_training_does_not_take_it():
+    model = deep()
+    model[3].weight.data *= 1e6
+    model[5].weight.data /= 1e6
+    x, y = images(N), torch.zeros(N, dtype=torch.long)
+    assert pgd(model, x, y, 0.1, precision="bfloat16").logits.isfinite().all()
+    with pytest.raises(ValueError, match="infinite; look at weights and input, or at the precision: float16 ends"):
+        pgd(model, x, y, 0.1, precision="float16")
+    with pytest.raises(ValueError, match="precision='float16' must be one of float32, bfloat16"):
+        at(0.1, precision="float16")
 
 
 # The benchmark's own parts

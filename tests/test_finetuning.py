@@ -11,11 +11,10 @@ from nets import batch_norm, counting, images, labels, linear, relu, smooth
 from torch import nn
 from tuning import QUICK, THREAT, N, changed, data, run, weights
 
-from wdat.attacks import PRECISIONS
 from wdat.data import Data, from_tensors
 from wdat.finetuning import Recipe, finetune, interpolate, make_recipe, shift_and_flip, step_seed
 from wdat.losses import ce, kl
-from wdat.objectives import Objective, at, plain, trades, w_trades, water_level
+from wdat.objectives import PRECISIONS, Objective, at, plain, trades, w_trades, water_level
 from wdat.recipes import initialise, last_layer
 from wdat.schedules import SCHEDULES
 from wdat.sensitivity import upsilon

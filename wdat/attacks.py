@@ -31,7 +31,7 @@ from wdat.sensitivity import Images, Pixels, check_set, dual_norms, input_gradie
 from wdat.threat import Threat, per_image, pixel_norm
 
 STEP_RATIO = 1.875  # the authors' step is 1.875 * delta / n
-PRECISIONS = ("float32", "bfloat16")
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 POLISH = 0.2  # of the steps, the last ones, stay in float32
 
 
@@ -75,10 +75,11 @@ def random_start(x: Tensor, radii: Tensor, r: float, generator: torch.Generator 
 
 @contextmanager
 def autocast(model: nn.Module, precision: str) -> Iterator[None]:
-    """Inside, layers run in bfloat16, all but the first and the last; with "float32" nothing changes.
+    """Inside, layers run in lower precision, all but the first and the last; with "float32" nothing changes.
 
-    bfloat16 has eight bits: at the first layer it would round the displacements away, at the last the differences
-    between logits that decide who is flipped. First and last are those of `model.modules()` with a weight matrix.
+    bfloat16 has eight bits, float16 eleven: at the first layer it would round the displacements away, at the last the
+    differences between logits that decide who is flipped. First and last are those of `model.modules()` with a weight
+    matrix. float16 ends at 65,504, where activations turn infinite.
     """
     if precision == "float32":
         yield
@@ -92,7 +93,7 @@ def autocast(model: nn.Module, precision: str) -> Iterator[None]:
             layer.register_forward_hook(lambda *_: torch.set_autocast_enabled(kind, True)),
         ]
     try:
-        with torch.autocast(kind, torch.bfloat16):
+        with torch.autocast(kind, PRECISIONS[precision]):
             yield
     finally:
         for handle in handles:
@@ -179,10 +180,10 @@ def projected_gradient(
         labels: (N,) for the accuracy; default the targets.
         reference: the 2023 authors' choices: p = inf, r = 2 rescales every displacement to exactly delta, and one
             iterate is chosen for the whole set whatever the threat.
-        precision: "bfloat16" runs the network in it, see `autocast`, but for the last fifth of the steps, which find
-            what rounding hid. When these begin, one more forward pass judges the best iterate so far anew: what is
-            returned is chosen among it and later ones, and judged, in float32. Losses, budgets and projections are
-            float32 throughout; `history` is in part in bfloat16. When unjudged, every step is in bfloat16.
+        precision: "bfloat16" or "float16" runs the network in it, see `autocast`, but for the last fifth of the steps,
+            which find what rounding hid. When these begin, one more forward pass judges the best iterate so far anew:
+            what is returned is chosen among it and later ones, and judged, in float32. Losses, budgets and projections
+            are float32 throughout; `history` is in part of the lower precision. When unjudged, every step is.
     """
     device, targets = device_of(model), torch.cat([t for _, t in batches])
     labels = (targets if labels is None else labels).to(device)

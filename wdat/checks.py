@@ -50,7 +50,10 @@ def check_logits(logits: Tensor, n: int | None = None) -> None:
         raise ValueError("the model has one output; a classifier needs at least 2 (one logit per class)")
     if not torch.isfinite(logits).all():
         bad = int((~torch.isfinite(logits)).any(1).sum())
-        raise ValueError(f"logits of {bad} of {len(logits)} images are NaN or infinite; look at weights and input")
+        remedy = ", or at the precision: float16 ends at 65,504" if under_autocast(logits.device) else ""
+        raise ValueError(
+            f"logits of {bad} of {len(logits)} images are NaN or infinite; look at weights and input{remedy}"
+        )
     z = logits.detach().float()
     if (z >= 0).all() and (z.sum(1) - 1).abs().max() < 1e-4:
         raise ValueError("the model returns probabilities (rows sum to 1); remove its final softmax: pass logits")
@@ -89,6 +92,11 @@ def device_of(model: nn.Module) -> torch.device:
     tensor = next(model.parameters(), None)
     tensor = next(model.buffers(), None) if tensor is None else tensor
     return torch.device("cpu") if tensor is None else tensor.device
+
+
+def under_autocast(device: torch.device) -> bool:
+    """Whether layers run in lower precision there at the moment."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
 def weights_digest(model: nn.Module) -> str:

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wdat.allocation import water_level as allocated_level
-from wdat.attacks import PRECISIONS, STEP_RATIO, autocast, projected_gradient, random_start
+from wdat.attacks import STEP_RATIO, autocast, projected_gradient, random_start
 from wdat.checks import frozen
 from wdat.losses import boosted_ce, ce, get_loss, kl, margin
 from wdat.radii import minimal_distances
@@ -47,6 +47,7 @@ OUTER: dict[str, Outer] = {  # of logits at x', labels, clean logits and the ter
     "margin": lambda logits, y, clean_logits, weight: -margin(logits, y),
 }
 BOTH = ("kl", "mart")  # those that look at the clean logits
+PRECISIONS = ("float32", "bfloat16")  # of the inner attacks; nothing would notice if float16 overflowed there
 FIRST_ORDER, NEAREST = ("kl", "ce", "mart"), ("kl", "ce", "margin")  # those of each kind of term
 
 

@@ -8,8 +8,7 @@ from dataclasses import dataclass, field, fields
 import torch
 from torch import nn
 
-from wdat.attacks import PRECISIONS
-from wdat.objectives import Objective, make_objective
+from wdat.objectives import PRECISIONS, Objective, make_objective
 from wdat.schedules import get_schedule
 from wdat.threat import parse_number
 from wdat.trackers import Rule, Tracker

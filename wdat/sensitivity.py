@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from wdat.checks import check_images, check_labels, checking, device_of, frozen
+from wdat.checks import check_images, check_labels, checking, device_of, frozen, under_autocast
 from wdat.losses import Loss, get_loss
-from wdat.threat import Threat, power_mean
+from wdat.threat import Threat, per_image, power_mean
 
 # glibc hands memory back to the system once twice the largest block freed so far lies idle, and every pass would ask
 # for it again, page by page: a tenth of a small network's time. One block, never touched, raises that to its limit.
@@ -70,14 +70,41 @@ def input_gradient(model: nn.Module, x: Tensor, targets: Tensor, loss: Loss) -> 
     Call inside `frozen(model)`. Shapes (N, C, H, W), targets as the loss wants -> (N, C, H, W), (N,), (N, m).
     ValueError if the loss has no gradient at all, as when the model runs under torch.no_grad.
     """
-    x = x.detach().requires_grad_(True)
+    x, gradient = x.detach().requires_grad_(True), None
     with torch.enable_grad():
         logits = model(x)
         values = loss(logits, targets)
-        gradient = torch.autograd.grad(values.sum(), x, allow_unused=True)[0] if values.requires_grad else None
+        if values.requires_grad:
+            backward = _backward_in_lower_precision if under_autocast(x.device) else _backward
+            gradient = backward(values, logits, x)
     if gradient is None:
         raise ValueError("the loss has no gradient in the images: the model must not detach them or run in no_grad")
     return gradient, values.detach(), logits.detach()
+
+
+def _backward(values: Tensor, _: Tensor, x: Tensor) -> Tensor | None:
+    return torch.autograd.grad(values.sum(), x, allow_unused=True)[0]
+
+
+def _backward_in_lower_precision(values: Tensor, logits: Tensor, x: Tensor) -> Tensor | None:
+    """Outside autocast: what went forward in float32 comes back in it. Slopes at the logits are brought to about 1.
+
+    Gradients of confident images may be below the smallest number of float16, 6e-8. A power of two for each image
+    scales them, and restores them exactly.
+    """
+    scale = None
+
+    def enlarge(slope: Tensor) -> Tensor:
+        nonlocal scale
+        power = torch.frexp(slope.float().abs().amax(1)).exponent.clamp_min(-100)  # 2^149 is beyond float32
+        scale = torch.ldexp(torch.ones_like(power, dtype=torch.float32), -power)
+        return slope * per_image(scale, slope)
+
+    handle = logits.register_hook(enlarge)
+    with torch.autocast(x.device.type, enabled=False):
+        gradient = _backward(values, logits, x)
+    handle.remove()
+    return gradient if gradient is None else gradient.div_(per_image(scale, gradient))
 
 
 @dataclass(frozen=True)
