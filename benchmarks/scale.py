@@ -19,9 +19,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from wdat.allocation import accuracy_curve
 from wdat.attacks import attack
 from wdat.checks import frozen
+from wdat.images import Pixels
 from wdat.losses import ce
 from wdat.networks import build
-from wdat.sensitivity import Pixels, dual_norms
+from wdat.sensitivity import dual_norms
 from wdat.threat import Threat
 
 SHAPE = (1, 8, 8)  # small, so that a million images are a matter of minutes

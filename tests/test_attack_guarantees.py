@@ -15,8 +15,11 @@ from torch import nn
 from wdat import attacks
 from wdat.attacks import attack, projected_gradient, random_start, w_fgsm, w_pgd, w_pgd_budget
 from wdat.checks import frozen
+from wdat.dual import dual_attack
+from wdat.images import Pixels
 from wdat.losses import ce, get_loss, margin, redlr
-from wdat.sensitivity import Pixels, dual_norms
+from wdat.radii import minimal_distances
+from wdat.sensitivity import dual_norms
 from wdat.threat import Threat, per_image, pixel_norm, project, wasserstein_distance
 
 INF = math.inf
@@ -138,6 +141,10 @@ def test_images_kept_in_eight_bits_are_attacked_alike(p, r, start):
         assert torch.equal(one.x, other.x) and torch.equal(one.values, other.values) and (one.norms > 0).any()
     norms = [dual_norms(model, images, y, Threat(0.1, p, r), "ce", 7) for images in (pixels, pixels[:])]
     assert torch.equal(*norms)
+    found = [minimal_distances(model, images, y, r, steps=3, batch_size=7) for images in (pixels, pixels[:])]
+    assert torch.equal(found[0].x, found[1].x) and torch.equal(found[0].distance, found[1].distance)
+    duals = [dual_attack(model, images, y, Threat(0.1, p, r), steps=2, batch_size=7) for images in (pixels, pixels[:])]
+    assert torch.equal(duals[0].adversarial.x, duals[1].adversarial.x)
     for bad, sentence in ((x, "torch.float32"), (pixels.whole[0], "shape"), (pixels.whole * 8, "beyond levels=16")):
         with pytest.raises(ValueError, match=sentence):
             Pixels(bad, levels=16)

@@ -77,6 +77,8 @@ def test_take_and_batch_agree_with_the_whole(n, seed):
     x, y = part.batch(index)
     assert x.dtype == torch.float32 and torch.equal(x, part.x[index]) and torch.equal(y, part.y[index])
     assert torch.equal(part.batch(slice(0, n))[0], part.x)
+    images, y = part.stored(index)
+    assert torch.equal(images[:], x) and images.whole.dtype == torch.uint8 and torch.equal(y, part.y[index])
 
 
 def test_subsets_are_drawn_evenly():
@@ -108,7 +110,8 @@ def test_tensors_are_kept_in_8_bits_only_where_exact():
     assert exact.pixels.dtype == torch.uint8 and torch.equal(exact.x, data.x) and exact.sha256 == data.sha256
     x = torch.rand(6, 1, 2, 2, generator=torch.Generator().manual_seed(0))
     kept = from_tensors(x, torch.arange(6))
-    assert kept.levels == 1 and torch.equal(kept.x, x) and kept.classes == tuple("012345")
+    assert kept.levels == 1 and torch.equal(kept.x, x) and torch.equal(kept.stored()[0], x)
+    assert kept.classes == tuple("012345")
     one = from_tensors(x[:1], torch.tensor([1]), classes=["no", "yes"])
     assert one.classes == ("no", "yes")
 
@@ -141,7 +144,7 @@ def test_bad_sets_get_a_sentence():
         Data("short", "test", data.pixels, data.y, ("a", "b"))
     with pytest.raises(ValueError, match="one class"):
         Data("single", "test", data.pixels, torch.zeros_like(data.y), ("a",))
-    with pytest.raises(ValueError, match="exceed levels=16"):
+    with pytest.raises(ValueError, match="beyond levels=16"):
         Data("digits", "test", data.pixels, data.y, data.classes, 16)
     with pytest.raises(ValueError, match="levels is 1"):
         Data("float", "test", data.x, data.y, data.classes, 255)

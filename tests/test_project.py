@@ -21,8 +21,8 @@ from wdat import reproduce as runner
 ROOT = Path(__file__).parents[1]
 # A module imports only modules named before it; a new module is put in its place here.
 ORDER = [
-    "threat", "losses", "checks", "sensitivity", "trackers", "allocation", "attacks", "dual", "radii", "graph",
-    "certify", "bounds", "objectives", "schedules", "records", "rb", "networks", "data", "models", "recipes",
+    "threat", "losses", "checks", "images", "sensitivity", "trackers", "allocation", "attacks", "dual", "radii",
+    "graph", "certify", "bounds", "objectives", "schedules", "records", "rb", "networks", "data", "models", "recipes",
     "estimates", "finetuning", "parts", "evaluation", "comparison", "sweeps", "studies", "rows", "plots", "tables",
     "publish", "paper", "execution", "staleness", "reproduce", "cli",
 ]  # fmt: skip

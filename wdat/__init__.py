@@ -20,7 +20,7 @@ _HOME = {
     "w_pgd": "attacks",
     "w_pgd_budget": "attacks",
     "dual_attack": "dual",
-    "Pixels": "sensitivity",
+    "Pixels": "images",
     "upsilon": "sensitivity",
     "minimal_distances": "radii",
     "certified_radii": "certify",

@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from wdat.checks import check_logits, checking, device_of, frozen
+from wdat.images import Images, Pixels, check_set
 from wdat.losses import Loss, get_loss, kl, margin
-from wdat.sensitivity import Images, Pixels, check_set, dual_norms, input_gradient
+from wdat.sensitivity import dual_norms, input_gradient
 from wdat.threat import Threat, per_image, pixel_norm
 
 STEP_RATIO = 1.875  # the authors' step is 1.875 * delta / n

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from wdat.checks import check_images, check_labels
+from wdat.images import Images, Pixels
 
 IMAGE_FILES = (".png", ".jpg", ".jpeg")
 
@@ -43,9 +44,7 @@ class Data:
 
     def __post_init__(self) -> None:
         if self.pixels.dtype == torch.uint8:
-            check_images(self.pixels[:1].float() / 255)  # the shape; uint8 can not hold NaN
-            if int(self.pixels.max()) > self.levels:
-                raise ValueError(f"{self.name}: pixels up to {int(self.pixels.max())} exceed levels={self.levels}")
+            Pixels(self.pixels, self.levels)
         else:
             check_images(self.pixels)
             if self.levels != 1:
@@ -63,12 +62,17 @@ class Data:
 
     @property
     def x(self) -> Tensor:
-        """All images, float32 (N, C, H, W) in [0, 1]: four times the memory of 8-bit pixels, so use `batch` if many."""
+        """All images, float32 (N, C, H, W) in [0, 1]: four times the memory of 8-bit pixels, see `stored`."""
         return self._float(self.pixels)
 
     def batch(self, index: Tensor | Sequence[int] | slice) -> tuple[Tensor, Tensor]:
         """Images float32 (n, C, H, W) in [0, 1] and labels (n,) at these indices (a tensor, a list or a slice)."""
         return self._float(self.pixels[index]), self.y[index]
+
+    def stored(self, index: Tensor | Sequence[int] | slice = slice(None)) -> tuple[Images, Tensor]:
+        """The same as they are kept, 8-bit images as `Pixels`: for sets whose float32 images would fill the memory."""
+        pixels = self.pixels[index]
+        return (Pixels(pixels, self.levels) if pixels.dtype == torch.uint8 else pixels), self.y[index]
 
     def _float(self, pixels: Tensor) -> Tensor:
         return pixels.float() / self.levels if self.levels != 1 else pixels

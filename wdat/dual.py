@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from wdat.attacks import Adversarial, attack
+from wdat.images import Images
 from wdat.losses import Loss
 from wdat.threat import Threat, power_mean
 
@@ -83,7 +84,7 @@ def price(curves: Tensor, radii: Tensor, delta: float, p: float) -> tuple[Tensor
 
 def dual_attack(
     model: nn.Module,
-    x: Tensor,
+    x: Images,
     y: Tensor,
     threat: Threat,
     *,

@@ -268,7 +268,7 @@ def _attack(
 
     def compute(index: Tensor) -> Part:
         inside = {} if budgets is None else {"radii": budgets[index]}
-        found = attack(model, *data.batch(index), threat, **inside, **settings)
+        found = attack(model, *data.stored(index), threat, **inside, **settings)
         return {
             **{key: getattr(found, key).cpu() for key in ("values", "correct", "norms")},
             "highest": float(found.history[:, 1].max()),
@@ -293,7 +293,7 @@ def _dual(kept: Parts, model: nn.Module, data: Data, threat: Threat, steps: int,
     """The dual attack on the cross-entropy, a lower bound on V(delta); one part, for prices couple the images."""
 
     def compute() -> Part:
-        found = dual_attack(model, data.x, data.y, threat, loss="ce", steps=steps, batch_size=batch_size)
+        found = dual_attack(model, *data.stored(), threat, loss="ce", steps=steps, batch_size=batch_size)
         return {
             "loss": "ce", "steps": steps, "loss_value": found.value, "estimate": found.estimate,
             "accuracy": found.adversarial.accuracy, "distance": found.adversarial.distance,

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from wdat.checks import check_images, check_labels, check_logits, device_of, frozen
+from wdat.checks import check_labels, check_logits, device_of, frozen
+from wdat.images import Images, check_set
 from wdat.losses import margin
 from wdat.sensitivity import input_gradient
 from wdat.threat import parse_norm, pixel_norm
@@ -90,7 +91,7 @@ def box_step(x: Tensor, gradient: Tensor, amount: Tensor, r: float, rounds: int 
 
 def minimal_distances(
     model: nn.Module,
-    x: Tensor,
+    x: Images,
     y: Tensor,
     r: float,
     *,
@@ -111,7 +112,8 @@ def minimal_distances(
 
     Args:
         model: logits of images (N, C, H, W) in [0, 1]; left as found.
-        x, y: float32 images in [0, 1] and int64 labels (N,), on any device; only a batch visits the model's.
+        x, y: float32 images in [0, 1] (or `Pixels`) and int64 labels (N,), on any device; only a batch visits the
+            model's.
         r: pixel norm, 2 or inf.
         steps: moves of the search. The first is free (its gradient is one of the rivals'), each other costs a forward
             and a backward pass of the correctly classified images, and a forward pass judges the last.
@@ -127,8 +129,7 @@ def minimal_distances(
 
     Raises: ValueError for images, labels, logits or settings that make no sense.
     """
-    check_images(x)
-    check_labels(y, len(x))
+    check_set(x, y)
     r = parse_norm(r)
     if steps < 1 or rivals < 1 or restarts < 0 or batch_size < 1:
         raise ValueError(

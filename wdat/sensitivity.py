@@ -4,63 +4,19 @@ V(delta) = V(0) + delta * upsilon + o(delta): upsilon is the slope of the distri
 Source: arXiv 2306.09844, section 4; update rate against moving average: arXiv 2502.09352.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from wdat.checks import check_images, check_labels, checking, device_of, frozen, under_autocast
+from wdat.checks import checking, device_of, frozen, under_autocast
+from wdat.images import Images, check_set
 from wdat.losses import Loss, get_loss
 from wdat.threat import Threat, per_image, power_mean
 
 # glibc hands memory back to the system once twice the largest block freed so far lies idle, and every pass would ask
 # for it again, page by page: a tenth of a small network's time. One block, never touched, raises that to its limit.
 torch.empty(2**25 - 2**16, dtype=torch.uint8)
-
-
-@dataclass(frozen=True)
-class Pixels:
-    """Images kept as whole numbers 0..levels and made float32 in [0, 1] a batch at a time.
-
-    Stands for x (N, C, H, W) wherever this module or `wdat.attacks` takes images: the same numbers in a quarter of the
-    memory. `Pixels(data.pixels, data.levels)` of a `wdat.data.Data`. ValueError unless uint8 (N, C, H, W) <= levels.
-    """
-
-    whole: Tensor
-    levels: int = 255
-
-    def __post_init__(self) -> None:
-        if self.whole.dtype != torch.uint8 or self.whole.dim() != 4 or not self.whole.numel():
-            seen = f"{self.whole.dtype} of shape {tuple(self.whole.shape)}"
-            raise ValueError(f"pixels are {seen}; expected a non-empty uint8 (N, C, H, W)")
-        if int(self.whole.max()) > self.levels:
-            raise ValueError(f"pixels go up to {int(self.whole.max())}, beyond levels={self.levels}")
-
-    def __len__(self) -> int:
-        return len(self.whole)
-
-    def __getitem__(self, index: slice | Tensor) -> Tensor:
-        return self.whole[index].float() / self.levels
-
-    def split(self, size: int) -> Iterator[Tensor]:
-        """Float32 batches of `size` images, one after the other."""
-        return (self[start : start + size] for start in range(0, len(self), size))
-
-    @property
-    def device(self) -> torch.device:
-        """Where the pixels are."""
-        return self.whole.device
-
-
-Images = Tensor | Pixels
-
-
-def check_set(x: Images, y: Tensor) -> None:
-    """Raise ValueError unless these are images and as many labels."""
-    if not isinstance(x, Pixels):
-        check_images(x)
-    check_labels(y, len(x))
 
 
 def input_gradient(model: nn.Module, x: Tensor, targets: Tensor, loss: Loss) -> tuple[Tensor, Tensor, Tensor]:

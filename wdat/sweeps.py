@@ -51,7 +51,7 @@ def attacked(model: nn.Module, data: Data, threats: Sequence[Threat], steps: int
     clean = clean_pass(model, data, ("redlr",), batch_size)
     return {
         "w_pgd": {
-            t.written: w_pgd(model, data.x, data.y, t, steps=steps, batch_size=batch_size).accuracy for t in threats
+            t.written: w_pgd(model, *data.stored(), t, steps=steps, batch_size=batch_size).accuracy for t in threats
         },
         "upsilon": float(first.upsilon(clean[f"norms.redlr.{first.s:g}"])),
     }
@@ -149,7 +149,7 @@ def finetuning(
         for part, data in (("after", test), ("validation", held)):
             near[part] = Parts(work / "parts", model).get(
                 f"distances {r} {sorted(settings.items())} {data.sha256}",
-                lambda: {"distance": minimal_distances(model, data.x, data.y, r, **settings).distance},  # noqa: B023
+                lambda: {"distance": minimal_distances(model, *data.stored(), r, **settings).distance},  # noqa: B023
             )["distance"]
             rows[part] = summarise(data, near[part], threats, pointwise)
         return {"network": network, **rows}, near

@@ -1,0 +1,53 @@
+"""Images as float32 tensors or in 8 bits: what attacks, minimal distances and sensitivity take."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from wdat.checks import check_images, check_labels
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """Images kept as whole numbers 0..levels and made float32 in [0, 1] a batch at a time.
+
+    Stands for x (N, C, H, W) wherever attacks, minimal distances and sensitivity take images: the same numbers in a
+    quarter of the memory. ValueError unless uint8 (N, C, H, W) <= levels.
+    """
+
+    whole: Tensor
+    levels: int = 255
+
+    def __post_init__(self) -> None:
+        if self.whole.dtype != torch.uint8 or self.whole.dim() != 4 or not self.whole.numel():
+            seen = f"{self.whole.dtype} of shape {tuple(self.whole.shape)}"
+            raise ValueError(f"pixels are {seen}; expected a non-empty uint8 (N, C, H, W)")
+        if int(self.whole.max()) > self.levels:
+            raise ValueError(f"pixels go up to {int(self.whole.max())}, beyond levels={self.levels}")
+
+    def __len__(self) -> int:
+        return len(self.whole)
+
+    def __getitem__(self, index: slice | Tensor) -> Tensor:
+        return self.whole[index].float() / self.levels
+
+    def split(self, size: int) -> Iterator[Tensor]:
+        """Float32 batches of `size` images, one after the other."""
+        return (self[start : start + size] for start in range(0, len(self), size))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the pixels are."""
+        return self.whole.device
+
+
+Images = Tensor | Pixels
+
+
+def check_set(x: Images, y: Tensor) -> None:
+    """Raise ValueError unless these are images and as many labels."""
+    if not isinstance(x, Pixels):
+        check_images(x)
+    check_labels(y, len(x))
