@@ -312,7 +312,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=7, help="at most; the median is reported")
     parser.add_argument("--seconds", type=float, default=100, help="per network: no further round starts after that")
     parser.add_argument("--memory", type=int, nargs="+", default=[256, 512, 1024], help="sizes of the growing set")
-    parser.add_argument("--cards", type=Path, nargs="+", default=[], help="trained networks for the effect of bfloat16")
+    parser.add_argument(
+        "--cards", type=Path, nargs="+", default=[], help="trained networks for the effect of lower precision"
+    )
     parser.add_argument("--weights", default="data/networks", help="folder of the cards' weights")
     parser.add_argument("--data", default="data/cifar10_png", help="folder of test images for the cards")
     parser.add_argument("--train", default="data/cifar10_jpeg", help="folder of training images for Υ's rules")

@@ -29,12 +29,9 @@ def test_variants_expand_to_settings_of_the_recipe_and_of_its_objective():
         sweeps.expand([{"name": "a"}, {"name": "a"}], base)
 
 
-def one(clean: float, near: float, exact: float) -> dict:
-    return {
-        "network": "n",
-        "before": False,
-        "validation": {"clean": clean, "pointwise": {"d": near}, "exact": {"t": exact}},
-    }
+def one(clean: float, near: float, exact: float) -> sweeps._Run:
+    validation = {"clean": clean, "pointwise": {"d": near}, "exact": {"t": exact}}
+    return sweeps._Run(lambda: None, {"validation": validation}, torch.ones(1))
 
 
 @pytest.mark.parametrize(
@@ -46,8 +43,8 @@ def one(clean: float, near: float, exact: float) -> dict:
     ],
 )
 def test_a_setting_is_chosen_within_the_margins_on_validation_images(settings, expected):
-    before = {**one(0.80, 0.5, 0.2), "before": True}
-    assert sweeps._choose({k: [v] for k, v in settings.items()}, [before], "n", "t", ["d"]) == expected
+    before = one(0.80, 0.5, 0.2)
+    assert sweeps._choose({k: [v] for k, v in settings.items()}, before, "t", ["d"]) == expected
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ The experiment of notebooks 03 and 04; `wdat.studies` has the others. A dict of 
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 
@@ -45,35 +45,83 @@ def summarise(data: Data, distance: Tensor, threats: Sequence[Threat], pointwise
     }
 
 
-def attacked(model: nn.Module, data: Data, threats: Sequence[Threat], steps: int = 50, batch_size: int = 128) -> dict:
-    """Accuracy by W-PGD (ReDLR) at the threats, "w_pgd", and "upsilon" of ReDLR."""
-    first = threats[0]
-    clean = clean_pass(model, data, ("redlr",), batch_size)
-    return {
-        "w_pgd": {
-            t.written: w_pgd(model, *data.stored(), t, steps=steps, batch_size=batch_size).accuracy for t in threats
-        },
-        "upsilon": float(first.upsilon(clean[f"norms.redlr.{first.s:g}"])),
-    }
+@dataclass(frozen=True)
+class _Run:
+    """A network and how to get it, its row of the record, and its minimal distances on the test images."""
+
+    model: Callable[[], nn.Module]
+    row: dict
+    distance: Tensor
 
 
-def autoattacked_at(
-    model: nn.Module, data: Data, distance: Tensor, radii: Sequence[str], r: float, images: int = 0,
-    batch_size: int = 128,
-) -> dict:  # fmt: skip
-    """Pointwise accuracy at radii on `images` images, drawn with seed 0 (0: all), as "autoattack" (standard) has it.
+@dataclass(frozen=True)
+class _Measurements:
+    """What is measured of every network, on the test images and on the validation images cut from the training data.
 
-    "nearest" is that by minimal distances (N,) on the same images.
+    Everything measured is kept in `work`; arguments as of `finetuning`.
     """
-    n = images or len(data)
-    part, same = data.take(n, seed=0), distance[draw(len(data), n, 0)]
-    return {
-        "autoattack": {
-            d: autoattack_accuracy(model, part, Threat(d, float("inf"), r), "standard", batch_size)["accuracy"]
-            for d in radii
-        },
-        "nearest": {d: float(accuracy_curve(same, d, float("inf"))) for d in radii},
-    }
+
+    test: Data
+    validation: Data
+    threats: Sequence[Threat]
+    pointwise: Sequence[str]
+    autoattacked: Sequence[str]
+    autoattack_images: int
+    steps: int
+    search: dict
+    batch_size: int
+    work: Path
+
+    def measure(self, model: Callable[[], nn.Module], **row) -> _Run:
+        """Minimal distances and what they say."""
+        network, near = model(), {}
+        r, settings = self.threats[0].r, {**self.search, "batch_size": self.batch_size}
+        for part, data in (("after", self.test), ("validation", self.validation)):
+            # without the points themselves, 12 kB an image: there are hundreds of runs
+            near[part] = self._kept(
+                network, f"distances {r} {sorted(settings.items())} {data.sha256}",
+                lambda: {"distance": minimal_distances(network, *data.stored(), r, **settings).distance},  # noqa: B023
+            )["distance"]  # fmt: skip
+            row[part] = summarise(data, near[part], self.threats, self.pointwise)
+        return _Run(model, row, near["after"])
+
+    def attack(self, run: _Run) -> None:
+        """Adds accuracy by W-PGD (ReDLR) at the threats, "w_pgd", and "upsilon" of ReDLR."""
+        model = run.model()
+
+        def compute() -> dict:
+            first, settings = self.threats[0], {"steps": self.steps, "batch_size": self.batch_size}
+            clean = clean_pass(model, self.test, ("redlr",), self.batch_size)
+            return {
+                "w_pgd": {t.written: w_pgd(model, *self.test.stored(), t, **settings).accuracy for t in self.threats},
+                "upsilon": float(first.upsilon(clean[f"norms.redlr.{first.s:g}"])),
+            }
+
+        key = f"attacked {[repr(t) for t in self.threats]} {self.steps} {self.test.sha256}"
+        run.row["after"] |= self._kept(model, key, compute)
+
+    def autoattack(self, run: _Run, radii: Sequence[str]) -> None:
+        """Adds pointwise accuracy at radii by AutoAttack (standard) on some images drawn with seed 0, "autoattack".
+
+        "nearest" is that by minimal distances on the same images.
+        """
+        if not radii or "autoattack" in run.row["after"]:
+            return
+        model, r, n = run.model(), self.threats[0].r, self.autoattack_images or len(self.test)
+
+        def compute() -> dict:
+            part, same = self.test.take(n, seed=0), run.distance[draw(len(self.test), n, 0)]
+            found = {}
+            for d in radii:
+                threat = Threat(d, float("inf"), r)
+                found[d] = autoattack_accuracy(model, part, threat, "standard", self.batch_size)["accuracy"]
+            return {"autoattack": found, "nearest": {d: float(accuracy_curve(same, d, float("inf"))) for d in radii}}
+
+        key = f"autoattack {list(radii)} {r} {self.autoattack_images} {self.test.sha256}"
+        run.row["after"] |= self._kept(model, key, compute)
+
+    def _kept(self, model: nn.Module, key: str, compute: Callable[[], dict]) -> dict:
+        return Parts(self.work / "parts", model).get(key, compute)
 
 
 def expand(variants: Sequence[dict], base: dict) -> list[dict]:
@@ -140,85 +188,72 @@ def finetuning(
     A run that diverges is listed, with its setting out of the comparison. Everything resumes from `work`.
     """
     rest, held = train.split_off(validation, seed=0)
-    middle, r = threats[(len(threats) - 1) // 2], threats[0].r
-    recipes, settings = expand(variants, base), {**(search or {}), "batch_size": batch_size}
+    middle, recipes = threats[(len(threats) - 1) // 2], expand(variants, base)
+    study = _Measurements(test, held, threats, pointwise, autoattacked, autoattack_images, steps, search or {},
+                          batch_size, work)  # fmt: skip
     runs, diverged, chosen, comparison = [], [], [], []
-
-    def measure(network: str, model: nn.Module) -> tuple[dict, dict[str, Tensor]]:
-        near, rows = {}, {}  # kept without the points themselves, 12 kB an image: there are hundreds of runs
-        for part, data in (("after", test), ("validation", held)):
-            near[part] = Parts(work / "parts", model).get(
-                f"distances {r} {sorted(settings.items())} {data.sha256}",
-                lambda: {"distance": minimal_distances(model, *data.stored(), r, **settings).distance},  # noqa: B023
-            )["distance"]
-            rows[part] = summarise(data, near[part], threats, pointwise)
-        return {"network": network, **rows}, near
-
-    def attack_too(run: dict, model: nn.Module) -> None:
-        run["after"] |= Parts(work / "parts", model).get(
-            f"attacked {[repr(t) for t in threats]} {steps} {test.sha256}",
-            lambda: attacked(model, test, threats, steps, batch_size),
-        )
-
-    def autoattack_too(run: dict, model: nn.Module, near: Tensor, radii: Sequence[str] = autoattacked) -> None:
-        if radii and "autoattack" not in run["after"]:
-            run["after"] |= Parts(work / "parts", model).get(
-                f"autoattack {list(radii)} {r} {autoattack_images} {test.sha256}",
-                lambda: autoattacked_at(model, test, near, radii, r, autoattack_images, batch_size),
-            )
-
     with tqdm(total=len(models) * (1 + len(recipes) * len(seeds)), desc="runs", disable=not progress) as bar:
         for network, model in models.items():
-            row, before = measure(network, model)
-            attack_too(row, model)
-            autoattack_too(row, model, before["after"])
-            runs.append({"variant": "before", "method": "before", "seed": None, "before": True, **row})
+            before = study.measure(
+                lambda: model, network=network, variant="before", method="before", seed=None, before=True  # noqa: B023
+            )  # fmt: skip
+            study.attack(before)
+            study.autoattack(before, autoattacked)
+            runs.append(before.row)
             bar.update()
-            found: dict[str, list[dict]] = {}
-            networks: dict[str, list[Callable[[], nn.Module]]] = {}
-            near_test: dict[str, list[Tensor]] = {}
+            found: dict[str, list[_Run]] = {}  # by variant, a run a seed
             for item, recipe, done in _tuned(network, model, rest, held, recipes, seeds, middle, work, bar):
-                name = item["variant"]
                 if isinstance(done, Diverged):
-                    diverged.append({"network": network, "variant": name, "seed": recipe.seed, "epoch": done.epoch})
+                    diverged.append({"network": network, "variant": item["variant"], "seed": recipe.seed,
+                                     "epoch": done.epoch})  # fmt: skip
                     continue
+                row = {"network": network, **item, "seed": recipe.seed, "before": False,
+                       "cost": recipe.objective.cost, "epochs": recipe.epochs, "history": done.history}  # fmt: skip
                 for share in (1.0, *shares):
-                    between = partial(interpolate, model, done.model, share)
-                    row, near = measure(network, between())
-                    run = {**item, "seed": recipe.seed, "before": False, "cost": recipe.objective.cost,
-                           "epochs": recipe.epochs, "history": done.history, **row}  # fmt: skip
                     if share != 1:
-                        run |= {"variant": _between(name, share), "of": name, "share": share, "history": []}
-                    runs.append(run)
-                    found.setdefault(run["variant"], []).append(run)
-                    networks.setdefault(run["variant"], []).append(between)
-                    near_test.setdefault(run["variant"], []).append(near["after"])
-            whole = [name for name, own in found.items() if len(own) == len(seeds)]
+                        name = item["variant"]
+                        row |= {"variant": _between(name, share), "of": name, "share": share, "history": []}
+                    run = study.measure(partial(interpolate, model, done.model, share), **row)
+                    runs.append(run.row)
+                    found.setdefault(run.row["variant"], []).append(run)
+            found = {name: own for name, own in found.items() if len(own) == len(seeds)}
             curves = {}
             for method in dict.fromkeys(item["method"] for item in recipes):
-                options = {name: found[name] for name in whole if found[name][0]["method"] == method}
+                options = {name: own for name, own in found.items() if own[0].row["method"] == method}
                 if not options:
                     continue
-                ends = [name for name in options if "of" not in found[name][0]]
-                curves[method] = [[near_test[name] for name in ends]]
-                if shares:
-                    curves[method] += [
-                        [*(near_test[_between(name, s)] for s in sorted((1.0, *shares), reverse=True)),
-                         [before["after"]]] for name in ends
-                    ]  # fmt: skip
-                name, kept = _choose(options, runs, network, middle.written, pointwise)
+                ends = [name for name, own in options.items() if "of" not in own[0].row]
+                curves[method] = _curves(options, ends, shares, before)
+                name, kept = _choose(options, before, middle.written, pointwise)
                 chosen.append({"network": network, "method": method, "variant": name, "kept": kept})
-                for run, between in zip(options[name], networks[name], strict=True):
-                    attack_too(run, between())
-                autoattack_too(options[name][0], networks[name][0](), near_test[name][0])
+                for run in options[name]:
+                    study.attack(run)
+                study.autoattack(options[name][0], autoattacked)
                 for end in ends if autoattack_all else ():
-                    autoattack_too(found[end][0], networks[end][0](), near_test[end][0], autoattacked[:1])
+                    study.autoattack(options[end][0], autoattacked[:1])
             if curves.keys() & set(ours) and curves.keys() & set(controls):
-                rows = equal_clean(curves, before["after"], ours, controls, threats, draws=draws)
+                rows = equal_clean(curves, before.distance, ours, controls, threats, draws=draws)
                 comparison += [{"network": network, **row} for row in rows]
     return {"n_train": len(rest), "n_validation": len(held), "n_test": len(test), "runs": runs, "diverged": diverged,
             "chosen": chosen, "comparison": comparison, "ours": list(ours), "controls": list(controls),
             "threats": [t.describe() for t in threats], "steps": steps, "shares": list(shares)}  # fmt: skip
+
+
+def _curves(
+    options: dict[str, list[_Run]], ends: Sequence[str], shares: Sequence[float], before: _Run
+) -> list[list[list[Tensor]]]:
+    """Paths of distances that a method's networks lie on: along its settings, and from each back to the network before.
+
+    A point of a path holds the distances of every seed.
+    """
+    points = {name: [run.distance for run in own] for name, own in options.items()}
+    paths = [[points[name] for name in ends]]
+    if shares:
+        paths += [
+            [*(points[_between(name, s)] for s in sorted((1.0, *shares), reverse=True)), [before.distance]]
+            for name in ends
+        ]
+    return paths
 
 
 def _between(variant: str, share: float) -> str:
@@ -244,16 +279,14 @@ def _tuned(
             bar.update()
 
 
-def _choose(
-    settings: dict[str, list[dict]], runs: list[dict], network: str, written: str, pointwise: Sequence[str]
-) -> tuple[str, bool]:
+def _choose(settings: dict[str, list[_Run]], before: _Run, written: str, pointwise: Sequence[str]) -> tuple[str, bool]:
     """The setting chosen on validation images, and whether it stays within the margins; see `finetuning`."""
-    start = next(run["validation"] for run in runs if run["network"] == network and run["before"])
+    start = before.row["validation"]
 
-    def mean(own: list[dict], value: Callable[[dict], float]) -> float:
-        return sum(value(run["validation"]) for run in own) / len(own)
+    def mean(own: list[_Run], value: Callable[[dict], float]) -> float:
+        return sum(value(run.row["validation"]) for run in own) / len(own)
 
-    def excess(own: list[dict]) -> float:
+    def excess(own: list[_Run]) -> float:
         lost = [start["clean"] - mean(own, lambda v: v["clean"]) - 0.01]
         lost += [start["pointwise"][d] - mean(own, lambda v: v["pointwise"][d]) - 0.005 for d in pointwise[:1]]  # noqa: B023
         return max(0.0, *lost)
