@@ -39,6 +39,7 @@ from wdat.studies import upsilon_rules
 from wdat.threat import Threat
 
 HERE = Path(__file__).parent
+NOISE = (1e-5, 1e-4)  # of pixels, a scale for what rounding does; a grey level is 4e-3
 
 
 def measure(
@@ -178,14 +179,11 @@ def memory(device: torch.device, sizes: Sequence[int], batch: int) -> list[dict]
 def precision(cards: Sequence[Path], weights: str, images: str, device: torch.device) -> list[dict]:
     """Adversarial accuracy of trained networks by the same attack of 10 steps, in every precision.
 
-    As a scale for the differences, the same attack in float32 on pixels that differ by up to 1e-6.
+    As a scale for the differences, the same attack in float32 on pixels that differ a little, five draws of each size.
     """
     rows = []
     data = load_data("folder", "test", root=images)
     x, y = data.x.to(device), data.y.to(device)
-    with torch.random.fork_rng([]):
-        torch.manual_seed(0)
-        near = (x + 1e-6 * (2 * torch.rand(x.shape) - 1).to(device)).clamp(0, 1)
     for card in cards:
         model = load_model(str(card), root=weights, device=device)
         for threat, loss in (
@@ -193,9 +191,20 @@ def precision(cards: Sequence[Path], weights: str, images: str, device: torch.de
             (Threat("2/255", "inf"), "redlr"), (Threat("8/255", "inf"), "ce"),
         ):  # fmt: skip
             found = {k: attack(model, x, y, threat, loss=loss, steps=STEPS, precision=k).accuracy for k in PRECISIONS}
-            found["perturbed"] = attack(model, near, y, threat, loss=loss, steps=STEPS).accuracy
+            found["noise"] = {}
+            for size in NOISE:
+                draws = (noisy(x, size, seed) for seed in range(5))
+                found["noise"][f"{size:g}"] = [
+                    attack(model, z, y, threat, loss=loss, steps=STEPS).accuracy for z in draws
+                ]
             rows.append({"network": card.stem, "threat": threat.describe(), "loss": loss, "n": len(y), **found})
     return rows
+
+
+def noisy(x: Tensor, size: float, seed: int) -> Tensor:
+    """Images (N, C, H, W) whose pixels differ from x by up to size, uniformly, kept in [0, 1]."""
+    noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(seed)).to(x.device)
+    return (x + size * (2 * noise - 1)).clamp(0, 1)
 
 
 def tracking(card: Path, weights: str, images: str, device: torch.device) -> list[dict]:
@@ -261,7 +270,7 @@ def scale_table(path: Path) -> tables.Table:
 
 
 def precision_table(path: Path) -> tables.Table:
-    """Adversarial accuracy in float32 and differences: lower precision, pixels that differ by 1e-6."""
+    """Adversarial accuracy in float32 and differences: lower precision, pixels that differ a little."""
     rows = records.read(path, "benchmark")["results"]["precision"]
     threats = ["W_{p} {written}".format(**row["threat"]).replace("inf", "∞").replace("W_2.0", "W₂") for row in rows]
     frame = {
@@ -270,9 +279,11 @@ def precision_table(path: Path) -> tables.Table:
         "loss": [plots.LOSS_NAMES[row["loss"]] for row in rows],
         "float32": [percent(row["float32"]) for row in rows],
     }
-    for key, title in (("float16", "float16"), ("bfloat16", "bfloat16"), ("perturbed", "pixels ± 1e-6")):
-        if all(key in row for row in rows):
-            frame[title] = [f"{100 * (row[key] - row['float32']):+.1f}" for row in rows]
+    for key in ("float16", "bfloat16"):
+        frame[key] = [f"{100 * (row[key] - row['float32']):+.1f}" for row in rows]
+    for size in rows[0]["noise"]:
+        gaps = [sorted(100 * (found - row["float32"]) for found in row["noise"][size]) for row in rows]
+        frame[f"pixels ± {size}"] = [f"{low:+.1f} to {high:+.1f}" for low, *_, high in gaps]
     return tables.Table(pd.DataFrame(frame), "Adversarial accuracy, %, and differences from it, points.")
 
 
