@@ -208,26 +208,13 @@ def evaluate(
                 result.setdefault("exact", []).append(_curves(found[r].distance, data, own, orders, curve))
                 result["exact"][-1] |= {"passes": found[r].passes, "gain": found[r].gain}
             if certified:
-                part = data.take(len(some["c"]), seed=0)
-                radii = certified_in_parts(kept, part, r)
-                result.setdefault("certified", []).append(_curves(radii, part, own, orders, curve))
-            if certified and exact:  # the same images, so that the two can be compared
-                same = found[r].distance[some["c"]]
-                for row, threat in zip(result["certified"][-1]["threats"], own, strict=True):
-                    row["exact"] = float(accuracy_curve(same, threat.delta, threat.p))
-                # an image with a flipping point inside its certified ball would refute the certificate
-                result["certified"][-1]["violations"] = int((radii > same.double()).sum())
+                result.setdefault("certified", []).append(
+                    _certified(kept, data, some["c"], own, orders, curve, found[r].distance if exact else None)
+                )
         for threat in pointwise:
-            part = data.take(len(some["a"]), seed=0)
-            key = f"autoattack {part.sha256} {autoattack_version} {threat!r} {batch_size}"
-            row = kept.get(
-                key, lambda: autoattack_accuracy(model, part, threat, autoattack_version, batch_size),  # noqa: B023
-                len(part) * AUTOATTACK,
-            )  # fmt: skip
-            if exact:
-                same = found[threat.r].distance[some["a"]]
-                row = {**row, "exact": float(accuracy_curve(same, threat.delta, threat.p))}
-            result.setdefault("autoattack", []).append({"n": len(part), **row})
+            nearest = found[threat.r].distance if exact else None
+            row = _autoattack(kept, model, data, some["a"], threat, autoattack_version, batch_size, nearest)
+            result.setdefault("autoattack", []).append(row)
     return result
 
 
@@ -301,6 +288,37 @@ def _dual(kept: Parts, model: nn.Module, data: Data, threat: Threat, steps: int,
 
     key = f"dual {data.sha256} {threat!r} {steps} {batch_size}"
     return {"threat": threat.describe(), **kept.get(key, compute, len(data) * _dual_passes(steps))}
+
+
+def _certified(
+    kept: Parts, data: Data, index: Tensor, threats: Sequence[Threat], orders: Sequence[float], curve: int,
+    nearest: Tensor | None,
+) -> dict:  # fmt: skip
+    """The curves again with certified radii in place of distances, and the exact ones on the same images beside them."""
+    part = data.take(len(index), seed=0)
+    radii = certified_in_parts(kept, part, threats[0].r)
+    result = _curves(radii, part, threats, orders, curve)
+    if nearest is not None:
+        for row, threat in zip(result["threats"], threats, strict=True):
+            row["exact"] = float(accuracy_curve(nearest[index], threat.delta, threat.p))
+        # an image with a flipping point inside its certified ball would refute the certificate
+        result["violations"] = int((radii > nearest[index].double()).sum())
+    return result
+
+
+def _autoattack(
+    kept: Parts, model: nn.Module, data: Data, index: Tensor, threat: Threat, version: str, batch_size: int,
+    nearest: Tensor | None,
+) -> dict:  # fmt: skip
+    part = data.take(len(index), seed=0)
+    row = kept.get(
+        f"autoattack {part.sha256} {version} {threat!r} {batch_size}",
+        lambda: autoattack_accuracy(model, part, threat, version, batch_size),
+        len(part) * AUTOATTACK,
+    )
+    if nearest is not None:
+        row = {**row, "exact": float(accuracy_curve(nearest[index], threat.delta, threat.p))}
+    return {"n": len(part), **row}
 
 
 def _curves(d: Tensor, data: Data, threats: Sequence[Threat], orders: Sequence[float], curve: int) -> dict:
