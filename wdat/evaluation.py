@@ -294,7 +294,7 @@ def _certified(
     kept: Parts, data: Data, index: Tensor, threats: Sequence[Threat], orders: Sequence[float], curve: int,
     nearest: Tensor | None,
 ) -> dict:  # fmt: skip
-    """The curves again with certified radii in place of distances, and the exact ones on the same images beside them."""
+    """The curves again, of certified radii in place of distances; beside them the exact ones on the same images."""
     part = data.take(len(index), seed=0)
     radii = certified_in_parts(kept, part, threats[0].r)
     result = _curves(radii, part, threats, orders, curve)
