@@ -108,6 +108,7 @@ def library(
         "W-FGSM": lambda: w_fgsm(model, x, y, THREAT, **settings),
         "PGD": lambda: attack(model, x, y, POINTWISE, steps=STEPS, **settings),
         "W-PGD": lambda: attack(model, x, y, THREAT, steps=STEPS, **settings),
+        "W-PGD, ReDLR": lambda: attack(model, x, y, THREAT, steps=STEPS, loss="redlr", batch_size=batch),
         "W-PGD-Budget": lambda: w_pgd_budget(model, x, y, THREAT, steps=STEPS, **settings),
         "minimal distances": lambda: minimal_distances(model, x, y, THREAT.r, batch_size=batch),
         "W-PGD, bfloat16": lambda: attack(model, x, y, THREAT, steps=STEPS, precision="bfloat16", **settings),

@@ -189,7 +189,8 @@ def test_n_steps_cost_n_forward_and_backward_passes_and_one_forward(p, batch_siz
 
     def cost(run, **settings):
         with counting(model) as passes:
-            run(model, x, y, threat, batch_size=batch_size, **settings)
+            found = run(model, x, y, threat, batch_size=batch_size, **{"loss": "ce", **settings})
+        assert sum(passes.values()) == found.passes * n
         return passes["grad"], passes["backward"], passes["no_grad"]
 
     for keep in ("accuracy", "loss", "last"):
@@ -202,9 +203,58 @@ def test_n_steps_cost_n_forward_and_backward_passes_and_one_forward(p, batch_siz
         found = projected_gradient(
             model, [(x, y)], threat, ce, steps=3, step_ratio=1, radii=radii, keep="unjudged"
         )  # fmt: skip
-    assert passes == {"grad": 3 * n, "no_grad": 0, "backward": 3 * n}
+    assert passes == {"grad": 3 * n, "no_grad": 0, "backward": 3 * n} and found.passes == 2 * 3
     assert torch.equal(found.x, attack(model, x, y, threat, loss=ce, steps=3, step_ratio=1, radii=radii, keep="last").x)
     assert all(t.numel() == 0 for t in (found.logits, found.values, found.correct, found.history))
+
+
+@pytest.mark.parametrize(("p", "start"), [(2.0, "clean"), (INF, "clean"), (INF, "random")])
+@pytest.mark.parametrize("r", NORMS)
+@pytest.mark.parametrize("keep", ["accuracy", "loss"])
+def test_images_at_rest_cost_nothing_and_change_nothing(p, r, keep, start):
+    """ReDLR by name skips images that its gradient does not move; as a function of no name it looks at all of them."""
+    model, x, y = case(n=40, wrong=3)
+    threat, steps = Threat(0.03 if r == INF else 0.15, p, r), 8
+    settings = {"steps": steps, "keep": keep, "start": start, "batch_size": 16}
+    with counting(model) as passes:
+        found = w_pgd(model, x, y, threat, **settings, generator=generator(0))
+    everything = w_pgd(
+        model, x, y, threat, loss=lambda z, labels: redlr(z, labels), **settings, generator=generator(0)
+    )  # fmt: skip
+    assert sum(passes.values()) == found.passes * len(x)
+    assert everything.passes == 2 * steps + 1 > found.passes
+    assert 0 < int((~found.correct).sum()) < len(x)
+    for name in ("x", "logits", "values", "norms", "history"):
+        torch.testing.assert_close(getattr(found, name), getattr(everything, name), rtol=1e-4, atol=1e-5)
+    assert torch.equal(found.correct, everything.correct)
+    with torch.no_grad():  # what is reported is of exactly the images returned
+        torch.testing.assert_close(model(found.x), found.logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("p", [2.0, INF])
+def test_a_misclassified_image_is_looked_at_once(p):
+    model, x, y = case(n=20, wrong=3)
+    with torch.no_grad():
+        wrong = x[redlr(model(x), y) == 0]
+    seen = []
+    handle = model.register_forward_pre_hook(lambda _, given: seen.append(given[0].detach().clone()))
+    w_pgd(model, x, y, Threat(0.05, p), steps=6, batch_size=8)
+    handle.remove()
+    assert len(wrong) and all(sum(int((z == w).flatten(1).all(1).sum()) for z in seen) == 1 for w in wrong)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_the_last_steps_look_at_all_images_again(precision):
+    """What rests in lower precision may not be flipped in float32."""
+    model, x, y = case(n=20, wrong=3)
+    seen = []
+    handle = model.register_forward_pre_hook(lambda _, given: seen.append((torch.is_grad_enabled(), len(given[0]))))
+    found = w_pgd(model, x, y, Threat(0.2, INF), steps=5, batch_size=20, precision=precision)
+    handle.remove()
+    climbs = [n for climbing, n in seen if climbing]
+    assert climbs[3] < 20 and climbs[4] == 20  # the last fifth begins
+    with torch.no_grad():
+        assert torch.equal(margin(model(found.x), y) > 0, found.correct)
 
 
 class Weights(nn.Module):

@@ -9,7 +9,8 @@
 | `w_pgd_budget` | any p    | eps_i, fixed at clean images  | n     | ratio / n     |
 
 n steps cost n forward and backward passes for the input gradient, and one forward pass to judge the last iterate:
-loss, accuracy and gradient come from the same forward. Images stay on the device they were given on; only a batch
+loss, accuracy and gradient come from the same forward. Under ReDLR, whose gradient ends at a flip, images that rest
+cost none until they move again. Images stay on the device they were given on; only a batch
 at a time visits the model's. There they are held once more as attacked and, under the joint constraint, as they were
 best and as signs of one step (a byte each). Source: arXiv 2306.09844, section 5; the budget variant is our reading of
 2502.09352.
@@ -27,7 +28,7 @@ from tqdm.auto import tqdm
 
 from wdat.checks import check_logits, checking, device_of, frozen
 from wdat.images import Images, Pixels, check_set
-from wdat.losses import Loss, get_loss, kl, margin
+from wdat.losses import Loss, get_loss, kl, margin, redlr
 from wdat.sensitivity import dual_norms, input_gradient
 from wdat.threat import Threat, per_image, pixel_norm
 
@@ -42,7 +43,9 @@ class Adversarial:
 
     `logits` (N, m), `values` (N,) the attack loss, `correct` (N,) bool (a tie counts as wrong), `norms` (N,) the
     displacements' r-norms, `distance` their p-mean (<= delta), `history` one row per iterate of
-    (accuracy, mean loss), clean images first. When not judged, only `x` is there: the rest is empty, `distance` NaN.
+    (accuracy, mean loss), clean images first. `passes`: forward passes plus backward passes to the input, an image,
+    budgets and clean logits of the attack's own included. When not judged, only `x` and `passes` are there: the rest is
+    empty, `distance` NaN.
     """
 
     x: Tensor
@@ -52,6 +55,7 @@ class Adversarial:
     norms: Tensor
     distance: float
     history: Tensor
+    passes: float
 
     @property
     def accuracy(self) -> float:
@@ -139,6 +143,18 @@ def _direction(gradient: Tensor, norms: Tensor | None, threat: Threat, memory: T
     return torch.div(gradient, lengths, out=memory).nan_to_num_(0, 0, 0)
 
 
+def _some(x: Tensor, rows: Tensor | None) -> Tensor:
+    return x if rows is None else x[rows]
+
+
+def _with_rows(
+    kept: tuple[Tensor | None, ...], rows: Tensor, new: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, ...]:
+    """kept with its rows replaced; None stays None."""
+    pairs = zip(kept, new, strict=False)  # a last iterate is judged without norms
+    return tuple(None if b is None else a.index_copy(0, rows.to(b.device), b) for a, b in pairs)
+
+
 def _overwrite(kept: Tensor, images: Tensor, chosen: Tensor) -> None:
     """kept[i] = images[i] where chosen[i]. On a CPU, where reading a flag stops nothing, only those are touched."""
     if kept.device.type != "cpu":
@@ -164,6 +180,7 @@ def projected_gradient(
     keep: str = "accuracy",
     labels: Tensor | None = None,
     reference: bool = False,
+    settling: bool = False,
     precision: str = "float32",
     bar: tqdm | None = None,
 ) -> Adversarial:
@@ -181,12 +198,15 @@ def projected_gradient(
         labels: (N,) for the accuracy; default the targets.
         reference: the 2023 authors' choices: p = inf, r = 2 rescales every displacement to exactly delta, and one
             iterate is chosen for the whole set whatever the threat.
+        settling: the loss ends at 0, and its gradient with it, as ReDLR's does at a flip. An image there is not looked
+            at again until a projection moves it: the same result, to rounding, for fewer passes.
         precision: "bfloat16" or "float16" runs the network in it, see `autocast`, but for the last fifth of the steps,
             which find what rounding hid. When these begin, one more forward pass judges the best iterate so far anew:
             what is returned is chosen among it and later ones, and judged, in float32. Losses, budgets and projections
             are float32 throughout; `history` is in part of the lower precision. When unjudged, every step is.
     """
-    device, targets = device_of(model), torch.cat([t for _, t in batches])
+    device, aims = device_of(model), [t for _, t in batches]
+    targets = torch.cat(aims)
     labels = (targets if labels is None else labels).to(device)
     sizes = [len(t) for _, t in batches]
     # the set is held once, as it is now, and a second time, as it was best, where that is asked for
@@ -205,29 +225,38 @@ def projected_gradient(
     # shortens): there is nothing to project. Under fixed radii all is projected, bit for bit the textbook's PGD.
     from_clean = joint and displacement is None and not reference
     best, best_logits, best_key = current, None, None
-    history = []
+    history, passes = [], 0
     exact = steps - math.ceil(POLISH * steps) if judged else steps  # the first step that is not in lower precision
     exact = -1 if precision == "float32" else exact
     broken = torch.zeros((), dtype=torch.bool, device=device)
+    found: list[tuple[Tensor | None, ...]] = [()] * len(sizes)
+    moved: list[Tensor | None] = [None] * len(sizes)  # those to look at again in each batch; None: all
 
-    def climb(number: int, targets: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Values, logits and dual norms of a batch; its direction is kept, its gradient's memory is free again."""
-        nonlocal broken
-        x = parts[number].to(device)
+    def climb(number: int, rows: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Values, logits and dual norms in a batch; directions are kept, the gradient's memory is free again."""
+        nonlocal broken, passes
+        x = _some(parts[number], rows).to(device)
+        passes += 2 * len(x)
         with autocast(model, precision if step < exact else "float32"):
             gradient, values, logits = input_gradient(model, x, targets, loss)
         if step == 0 and judged:
             broken = broken | ~gradient.sum().isfinite()
         memory = there[: len(x)]
         norms = _dual_norm(gradient, threat, memory) if joint or threat.s == 2 else None
-        directions[number].copy_(_direction(gradient, norms, threat, memory))
+        direction = _direction(gradient, norms, threat, memory)
+        if rows is None:
+            directions[number].copy_(direction)
+        else:
+            directions[number][rows] = direction.to(home, directions[number].dtype)
         return values, logits, norms
 
-    def judge(number: int, targets: Tensor) -> tuple[Tensor, Tensor]:
-        logits = look(parts[number])
+    def judge(number: int, rows: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor]:
+        logits = look(_some(parts[number], rows))
         return loss(logits, targets), logits
 
     def look(x: Tensor) -> Tensor:
+        nonlocal passes
+        passes += len(x)
         with torch.no_grad():
             return model(x.to(device))
 
@@ -242,9 +271,12 @@ def projected_gradient(
         final = step == steps
         if final and not judged:
             break
-        found = []
-        for number, (_, aims) in enumerate(batches):
-            found.append(judge(number, aims.to(device)) if final else climb(number, aims.to(device)))
+        if step == exact:
+            moved = [None] * len(sizes)
+        for number, rows in enumerate(moved):
+            if rows is None or len(rows):
+                new = (judge if final else climb)(number, rows, _some(aims[number], rows).to(device))
+                found[number] = new if rows is None else _with_rows(found[number], rows, new)
             if bar is not None:
                 bar.update(sizes[number])
         if judged:
@@ -281,6 +313,12 @@ def projected_gradient(
             part.sub_(x0)  # until it is projected, the displacement
             if joint:
                 norms.append(_norm(part, threat.r, work[: len(part)]))
+        if settling:
+            still = values == 0
+            if norms:  # the projection scales displacements, and leaves nothing but nothing where it is
+                still = still & (torch.cat(norms).to(device) == 0)
+            rest = [(~part).nonzero()[:, 0].to(home) for part in still.split(sizes)]
+            moved = [rows if len(rows) < size else None for rows, size in zip(rest, sizes, strict=True)]
         if inside:
             continue
         bounds = threat.joint_radii(torch.cat(norms)) if joint else radii.to(home)
@@ -291,7 +329,8 @@ def projected_gradient(
 
     if not judged:
         nothing = best.new_empty(0)
-        return Adversarial(best, nothing.view(0, 0), nothing, nothing.bool(), nothing, math.nan, nothing.view(0, 2))
+        empty = (nothing.view(0, 0), nothing, nothing.bool(), nothing, math.nan, nothing.view(0, 2))
+        return Adversarial(best, *empty, passes / len(labels))
     if float(broken):  # a NaN gradient moves no image, which would then look robust
         raise ValueError("the loss's gradient in the images is NaN or infinite; look at the weights and the layers")
     moves = (torch.sub(b, x0, out=work[: len(b)]) for b, (x0, _) in zip(best.split(sizes), batches, strict=True))
@@ -299,7 +338,8 @@ def projected_gradient(
     distance = float(threat.distance(norms))
     values, correct = loss(best_logits, targets.to(device)), margin(best_logits, labels) > 0
     wrong, mean_loss = torch.stack(history).unbind(1)
-    return Adversarial(best, best_logits, values, correct, norms, distance, torch.stack([1 - wrong, mean_loss], 1))
+    history = torch.stack([1 - wrong, mean_loss], 1)
+    return Adversarial(best, best_logits, values, correct, norms, distance, history, passes / len(labels))
 
 
 class _Batches(Sequence):
@@ -382,7 +422,8 @@ def attack(
             targets = torch.cat([model(b.to(device)) for b in x.split(batch_size)])
         batches = _Batches(x, targets, batch_size)
         run = partial(projected_gradient, model, threat=threat, loss=checking(function, y), steps=steps,
-                      step_ratio=step_ratio, keep=keep, reference=reference, precision=precision, bar=bar)  # fmt: skip
+                      step_ratio=step_ratio, keep=keep, reference=reference, precision=precision, bar=bar,
+                      settling=function is redlr and keep != "last" and not reference)  # fmt: skip
         if radii is None:
             result = run(batches, displacement=displacement, labels=y)
         else:
@@ -394,16 +435,16 @@ def attack(
                 parts.append(replace(part, x=place.copy_(part.x)))
             result = _join(parts, kept, threat)
     check_logits(result.logits)
-    return result
+    return replace(result, passes=result.passes + (function is kl))
 
 
 def _join(parts: list[Adversarial], x: Tensor, threat: Threat) -> Adversarial:
-    """One result of the batches' results, whose images are the parts of x; histories are averaged over images."""
+    """One result of the batches' results, whose images are the parts of x; histories and passes are averaged."""
     logits, values, correct, norms = (
         torch.cat([getattr(a, name) for a in parts]) for name in ("logits", "values", "correct", "norms")
     )
-    history = sum(a.history * len(a.x) for a in parts) / len(x)
-    return Adversarial(x, logits, values, correct, norms, float(threat.distance(norms)), history)
+    history, passes = (sum(getattr(a, name) * len(a.x) for a in parts) / len(x) for name in ("history", "passes"))
+    return Adversarial(x, logits, values, correct, norms, float(threat.distance(norms)), history, passes)
 
 
 def w_pgd_budget(model: nn.Module, x: Images, y: Tensor, threat: Threat, **settings) -> Adversarial:
@@ -420,7 +461,8 @@ def w_pgd_budget(model: nn.Module, x: Images, y: Tensor, threat: Threat, **setti
             'budgets can not come from "kl": its gradient is zero at clean images; set budget_loss="redlr"'
         )
     norms = dual_norms(model, x, y, threat, budget_loss, settings.get("batch_size", 128))
-    return attack(model, x, y, threat, radii=threat.budgets(norms).to(x.device), **settings)
+    found = attack(model, x, y, threat, radii=threat.budgets(norms).to(x.device), **settings)
+    return replace(found, passes=found.passes + 2)
 
 
 w_pgd = attack

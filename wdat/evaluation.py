@@ -259,6 +259,7 @@ def _attack(
         return {
             **{key: getattr(found, key).cpu() for key in ("values", "correct", "norms")},
             "highest": float(found.history[:, 1].max()),
+            "passes": found.passes,
         }
 
     size = len(data) if name == "w-pgd" else batch_size * -(-PART // batch_size)
@@ -272,6 +273,7 @@ def _attack(
         "per_class": per_class(found["correct"], data.y, data.classes),
         "loss_value": float(found["values"].double().mean()),
         "distance": float(threat.distance(found["norms"])),
+        "passes": found["passes"],
     }
     return row | ({"highest_loss": found["highest"]} if name == "w-pgd" else {})
 
