@@ -18,7 +18,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from wdat import records
 from wdat.rows import LOSS_NAMES, mean_std, norm_name
@@ -90,7 +90,7 @@ def theory(path: str | Path) -> Figure:
         delta = np.array([point["delta"] for point in row["points"]])
         line = np.linspace(0, delta.max(), 50)
         axis.plot(line, row["v0"] + line * row["upsilon"], "k:", lw=1, label=r"$V(0)+\delta\Upsilon$")
-        axis.plot(line, row["v0"] + line * row["upsilon_box"], "k--", lw=1, label=r"same, $\Upsilon$ inside the box")
+        axis.plot(line, row["v0"] + line * row["upsilon_box"], "k--", lw=1, label="same, inside the box")
         for key, name, marker in (("w_fgsm", "W-FGSM", "o"), ("w_pgd", "W-PGD", "s")):
             axis.plot(delta, [p[key]["loss"] for p in row["points"]], marker + "-", ms=4, lw=1.2, label=name)
         if all(p["dual"] for p in row["points"]):
@@ -105,7 +105,8 @@ def theory(path: str | Path) -> Figure:
     guide = np.array([delta.min(), delta.max()])
     axis.loglog(guide, np.abs(rest[-1]) * (guide / guide[-1]) ** 2, "k:", lw=1, label="slope 2")
     axis.set(title="remainder of W-FGSM", xlabel=r"radius $\delta$", ylabel="absolute remainder")
-    axis.legend()
+    axis.set_ylim(bottom=axis.get_ylim()[0] / 100)  # room for the legend
+    axis.legend(loc="lower right", ncols=2)
     _save(figure, path, "slope")
     return figure
 
@@ -371,8 +372,9 @@ def histories(path: str | Path, names: Sequence[str] = ()) -> Figure:
         for (variant, run), colour in zip(runs.items(), colours, strict=False):
             values = [value(row) for row in run["history"]]
             if not np.all(np.isnan(values)):
-                axis.plot([row["epoch"] for row in run["history"]], values, lw=1, color=colour, label=variant)
+                axis.plot([row["epoch"] for row in run["history"]], values, ".-", lw=1, color=colour, label=variant)
         axis.set(title=title, xlabel="epoch")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=6)
     _save(figure, path, "histories")
