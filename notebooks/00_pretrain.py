@@ -6,7 +6,8 @@
 # TRADES, slow-start-fast-decay fine-tuning of the standard network, and TRADES with augmentation and twice the epochs.
 # Profiles whose networks come from elsewhere leave `recipes` empty.
 #
-# *Place in the paper: section 5.1. Time: digits 2 min, others none.*
+# *Place in the paper: 6.1 Setting.*
+# *Time: digits 1 min, others none.*
 
 # %% tags=["parameters"]
 data = "digits"  # see wdat.data.load_data

@@ -6,7 +6,8 @@
 # another, as long as the p-mean of the displacements is at most δ. To first order it gives image i the budget
 # ε_i = δ(‖∇J_i‖ₛ/Υ)^(q−1).
 #
-# *Place in the paper: sections 2–4. Time: digits 1 min, zoo 2 min on a CPU, cifar10 10 min on a GPU.*
+# *Place in the paper: 6.2 First order against measurement; third-party networks: 7.*
+# *Time: digits 1 min, zoo 5 min on a CPU, cifar10 10 min on a GPU.*
 
 # %% tags=["parameters"]
 data = "digits"

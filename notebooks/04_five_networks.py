@@ -6,7 +6,8 @@
 # several seeds and equal gradient passes; the test is the exact allocation over minimal distances, W-PGD with ReDLR,
 # and pointwise accuracy. Methods are compared at equal clean accuracy, since robustness can always be bought with it.
 #
-# *Place in the paper: section 5.4, the main table. Time: digits 7 min, zoo four hours on a CPU, cifar10 days on a GPU.*
+# *Place in the paper: 6.5 Five networks, before and after; third-party networks: 7.*
+# *Time: digits 15 min, zoo four hours on a CPU, cifar10 days on a GPU.*
 
 # %% tags=["parameters"]
 data = "digits"

@@ -4,7 +4,8 @@
 # *Question: where do the first-order bounds R^u and R^l enclose the true ratio R_δ = A_δ / A?* R^u comes from an
 # attack, R^l from the loss and Υ. The black curve is the exact allocation over minimal distances.
 #
-# *Place in the paper: section 4. Time: digits 1 min, zoo 5 min on a CPU, cifar10 1 h on a GPU.*
+# *Place in the paper: 6.6 Where first-order bounds end; third-party networks: 7.*
+# *Time: digits 1 min, zoo 5 min on a CPU, cifar10 1 h on a GPU.*
 
 # %% tags=["parameters"]
 data = "digits"

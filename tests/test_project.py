@@ -109,6 +109,23 @@ def test_a_notebook_is_thin(source):
     assert len(lines) <= 80, f"{len(lines)} lines of code; move some into the library"
 
 
+def test_notebooks_name_their_place_in_the_paper():
+    """Sections are counted as LaTeX counts them."""
+    paper = ROOT / "paper"
+    order = re.findall(r"\\input\{(sections/\w+)\}", (paper / "main.tex").read_text(encoding="utf-8"))
+    text = "".join((paper / f"{name}.tex").read_text(encoding="utf-8") for name in order)
+    places, section, part = {}, 0, 0
+    for sub, title in re.findall(r"\\(sub)?section\{([^}]*)\}", text):
+        section, part = (section, part + 1) if sub else (section + 1, 0)
+        places[title] = f"{section}.{part}" if sub else f"{section}"
+    others = f"; third-party networks: {places['Networks trained by others']}"
+    found = [
+        re.search(r"\*Place in the paper: ([\d.]+) (.*)\.\*", path.read_text(encoding="utf-8")) for path in NOTEBOOKS
+    ]
+    assert all(places[where[2].removesuffix(others)] == where[1] for where in found)
+    assert [where[2].endswith(others) for where in found] == [False] + [True] * (len(found) - 1)
+
+
 @pytest.mark.parametrize("source", NOTEBOOKS, ids=lambda path: path.stem)
 def test_the_executed_copy_is_of_this_source(source):
     copy = source.with_suffix(".ipynb")

@@ -60,7 +60,9 @@ class Table:
         return f"{self.caption}\n\n{self.markdown()}"
 
     def write(self, record: Path, suffix: str = "") -> "Table":
-        """NAME.md and NAME.tex beside the record."""
+        """NAME.md and NAME.tex beside the record; nothing for a table without rows."""
+        if self.frame.empty:
+            return self
         stem = record.with_suffix("").name + (f"-{suffix}" if suffix else "")
         records.write_file(record.with_name(stem + ".md"), self.markdown())
         records.write_file(record.with_name(stem + ".tex"), f"% generated from {record.name}\n" + self.latex())
