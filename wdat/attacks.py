@@ -16,6 +16,7 @@ best and as signs of one step (a byte each). Source: arXiv 2306.09844, section 5
 2502.09352.
 """
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -147,14 +148,6 @@ def _some(x: Tensor, rows: Tensor | None) -> Tensor:
     return x if rows is None else x[rows]
 
 
-def _with_rows(
-    kept: tuple[Tensor | None, ...], rows: Tensor, new: tuple[Tensor | None, ...]
-) -> tuple[Tensor | None, ...]:
-    """kept with its rows replaced; None stays None."""
-    pairs = zip(kept, new, strict=False)  # a last iterate is judged without norms
-    return tuple(None if b is None else a.index_copy(0, rows.to(b.device), b) for a, b in pairs)
-
-
 def _overwrite(kept: Tensor, images: Tensor, chosen: Tensor) -> None:
     """kept[i] = images[i] where chosen[i]. On a CPU, where reading a flag stops nothing, only those are touched."""
     if kept.device.type != "cpu":
@@ -229,7 +222,10 @@ def projected_gradient(
     exact = steps - math.ceil(POLISH * steps) if judged else steps  # the first step that is not in lower precision
     exact = -1 if precision == "float32" else exact
     broken = torch.zeros((), dtype=torch.bool, device=device)
-    found: list[tuple[Tensor | None, ...]] = [()] * len(sizes)
+    # Of the whole set in three tensors: small ones of every batch, kept from step to step, would break up the memory
+    # that batches come back to.
+    held: list[Tensor | None] = [None, None, None]  # losses, logits, dual norms
+    starts = list(itertools.accumulate(sizes, initial=0))
     moved: list[Tensor | None] = [None] * len(sizes)  # those to look at again in each batch; None: all
 
     def climb(number: int, rows: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -260,6 +256,18 @@ def projected_gradient(
         with torch.no_grad():
             return model(x.to(device))
 
+    def hold(number: int, rows: Tensor | None, new: tuple[Tensor | None, ...]) -> None:
+        for k, fresh in enumerate(new):
+            if fresh is None:
+                continue
+            if held[k] is None:
+                held[k] = fresh.new_empty(len(labels), *fresh.shape[1:])
+            part = held[k][starts[number] : starts[number + 1]]
+            if rows is None:
+                part.copy_(fresh)
+            else:
+                part[rows.to(part.device)] = fresh
+
     def score(values: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
         """What iterates are compared by, higher better for the adversary, image by image or of the whole set; means."""
         key = torch.stack([(~(margin(logits, labels) > 0)).double(), values.double()])
@@ -272,19 +280,18 @@ def projected_gradient(
         if final and not judged:
             break
         if step == exact:
-            moved = [None] * len(sizes)
+            moved, held = [None] * len(sizes), [None, None, None]
         for number, rows in enumerate(moved):
             if rows is None or len(rows):
-                new = (judge if final else climb)(number, rows, _some(aims[number], rows).to(device))
-                found[number] = new if rows is None else _with_rows(found[number], rows, new)
+                hold(number, rows, (judge if final else climb)(number, rows, _some(aims[number], rows).to(device)))
             if bar is not None:
                 bar.update(sizes[number])
         if judged:
-            values, logits = torch.cat([f[0] for f in found]).float(), torch.cat([f[1] for f in found])
+            values, logits = held[0].float(), held[1]
             key, mean = score(values, logits)
             history.append(mean)
             if best_key is None or keep == "last":
-                best_logits, best_key = logits, key
+                best_logits, best_key = (logits if keep == "last" else logits.clone()), key
                 best = current if keep == "last" else current.clone()
             else:
                 if step == exact:  # what was best so far is judged anew, in float32
@@ -301,7 +308,7 @@ def projected_gradient(
         if final:
             break
 
-        lengths = threat.budgets(torch.cat([f[2] for f in found])) if joint else radii
+        lengths = threat.budgets(held[2]) if joint else radii
         lengths = (lengths * (step_ratio / steps)).to(home).split(sizes)
         inside = from_clean and (step + 1) * step_ratio < steps
         norms = []
