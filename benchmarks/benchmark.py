@@ -335,12 +335,17 @@ def main(arguments: list[str] | None = None) -> None:
     chosen = parser.parse_args(arguments)
     print(records.device_line(chosen.device), flush=True)
     device = records.pick_device(chosen.device)
-    torch.set_num_threads(chosen.threads)
     gpu = device.type == "cuda"
     names = chosen.networks or ["cnn_a", "resnet18", *["wrn:depth=28,width=10"] * gpu]
     images = chosen.images or ([2048, 1024, 512] if gpu else [256, 16])
     batches = chosen.batch or ([512, 512, 256] if gpu else [128, 16])
     evaluations = chosen.evaluate or ([1000] * 3 if gpu else [1000, 0])
+    for option, given in (("images", images), ("batch", batches), ("evaluate", evaluations)):
+        if len(given) != len(names):
+            parser.error(f"--{option} has {len(given)} numbers for {len(names)} networks; give one for each")
+    if len(set(chosen.memory)) < 2:
+        parser.error("--memory needs two sizes at least: what is reported is the growth from one to another")
+    torch.set_num_threads(chosen.threads)
     before = os.getloadavg()
     found = []
     for name, n, batch, count in zip(names, images, batches, evaluations, strict=True):

@@ -423,3 +423,16 @@ def test_the_command_writes_a_record_a_table_and_a_figure(tmp_path: Path):
     assert rows["W-TRADES step"]["passes"] == {"forward": 13, "gradient": 11, "full": 2}
     assert all(row["seconds"] > 0 and row["ratio"] > 0 for row in rows.values())
     assert Counter(row["work"] for row in network["work"]).most_common(1)[0][1] == 1
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (["--networks", "cnn_a"], "--images has 2 numbers for 1 networks; give one for each"),
+        (["--memory", "256"], "--memory needs two sizes at least"),
+    ],
+)
+def test_the_command_asks_before_it_measures_for_minutes(given: list[str], message: str, capsys):
+    with pytest.raises(SystemExit):
+        benchmark.main(["--device", "cpu", *given])
+    assert message in capsys.readouterr().err
