@@ -238,6 +238,19 @@ def test_w_pgd_keeps_a_few_copies_of_the_images_and_one_batch_of_activations(p, 
     assert large < 0.6 * whole  # in one batch the activations of all images are alive at once
 
 
+def test_an_evaluation_inside_fixed_radii_holds_numbers_and_no_images():
+    """Exact curves and pointwise attacks go part by part; nearest points are for those who ask for them."""
+    found = []
+    for n in (512, 1024):
+        x = torch.rand(n, 3, 16, 16)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(768, 4))
+        data = from_tensors(x, labels(model, x, 5), classes=list("abcd"))
+        with benchmark.Live() as live:
+            evaluate(model, data, [Threat(0.1, INF)], losses=["ce"], steps=2, curve=5, progress=False)
+        found.append(live.peak)
+    assert found[1] - found[0] <= 0.1 * 512 * 4 * x[0].numel()
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU to measure")
 def test_the_gpu_holds_one_batch_however_many_images_there_are():
     model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 900, 10)).cuda()
@@ -383,15 +396,19 @@ def test_batch_norm_folds_into_the_convolution_before_it():
 
 
 @pytest.mark.parametrize("kind", scale.MODEL)
-def test_growing_sets_hold_no_more_than_the_model_of_their_cost_says(kind):
+def test_growing_sets_take_what_the_model_of_their_cost_says(kind):
     """Bytes of the tensors made, beyond the copies of the images: numbers an image, not pixels, and one batch."""
-    found = []
+    found, model = [], benchmark.build("digits_cnn", width=4).eval()
+    _, gradients, forwards = scale.MODEL[kind]
     for n in (1000, 5000):
         pixels = scale.Pixels(torch.randint(0, 256, (n, *scale.SHAPE), dtype=torch.uint8))
-        run = scale.works(benchmark.build("digits_cnn", width=4).eval(), pixels, torch.arange(n) % 10)[kind]
-        with benchmark.Live() as live:
+        with torch.no_grad():
+            y = model(pixels[:]).argmax(1)
+        run = scale.works(model, pixels, y)[kind]
+        with benchmark.Live() as live, benchmark.counted(model) as counts:
             run()
         found.append(live.peak)
+        assert counts["gradient"] == gradients * n and counts["forward"] == (gradients + forwards) * n
     predicted = scale.model_of(kind, 5000)["bytes"] - scale.model_of(kind, 1000)["bytes"]
     grown = found[1] - found[0]
     assert predicted <= grown + 1e5 and grown <= predicted + 400 * 4000

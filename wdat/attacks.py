@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from wdat.checks import check_logits, checking, device_of, frozen
-from wdat.images import Images, Pixels, check_set
+from wdat.images import Images, Joined, Pixels, check_set
 from wdat.losses import Loss, get_loss, kl, margin, redlr
 from wdat.sensitivity import dual_norms, input_gradient
 from wdat.threat import Threat, per_image, pixel_norm
@@ -436,22 +436,16 @@ def attack(
         else:
             moved = displacement.split(batch_size) if displacement is not None else [None] * len(batches)
             pieces = zip(batches, radii.split(batch_size), moved, y.split(batch_size), strict=True)
-            parts, kept = [], torch.empty(x.whole.shape if isinstance(x, Pixels) else x.shape, device=x.device)
-            for place, (b, e, d, t) in zip(kept.split(batch_size), pieces, strict=True):
+            joined, history, passes = Joined(len(x)), 0, 0
+            for b, e, d, t in pieces:
                 part = run([b], radii=e, displacement=d, labels=t)
-                parts.append(replace(part, x=place.copy_(part.x)))
-            result = _join(parts, kept, threat)
+                joined.add(**{name: getattr(part, name) for name in ("x", "logits", "values", "correct", "norms")})
+                history, passes = history + part.history * len(t), passes + part.passes * len(t)
+            found = joined.all()
+            distance = float(threat.distance(found["norms"]))
+            result = Adversarial(**found, distance=distance, history=history / len(x), passes=passes / len(x))
     check_logits(result.logits)
     return replace(result, passes=result.passes + (function is kl))
-
-
-def _join(parts: list[Adversarial], x: Tensor, threat: Threat) -> Adversarial:
-    """One result of the batches' results, whose images are the parts of x; histories and passes are averaged."""
-    logits, values, correct, norms = (
-        torch.cat([getattr(a, name) for a in parts]) for name in ("logits", "values", "correct", "norms")
-    )
-    history, passes = (sum(getattr(a, name) * len(a.x) for a in parts) / len(x) for name in ("history", "passes"))
-    return Adversarial(x, logits, values, correct, norms, float(threat.distance(norms)), history, passes)
 
 
 def w_pgd_budget(model: nn.Module, x: Images, y: Tensor, threat: Threat, **settings) -> Adversarial:

@@ -28,6 +28,7 @@ from wdat.bounds import ratio_bounds
 from wdat.checks import check_labels, check_logits, check_model, device_of, frozen
 from wdat.data import Data, draw
 from wdat.dual import LADDER, dual_attack
+from wdat.images import Joined
 from wdat.losses import get_loss, margin
 from wdat.parts import (
     CERTIFY,
@@ -56,7 +57,7 @@ def clean_pass(
     "norms.LOSS.1" and "norms.LOSS.2", the dual norms ||grad_x J||_s for s = 1 (r = inf) and s = 2; "logits" (N, m).
     ValueError for logits or gradients that are not finite, and for a model without gradients in the images.
     """
-    device, parts = device_of(model), []
+    device, joined = device_of(model), Joined(len(data))
     functions = {name: get_loss(name) for name in losses}
     norms = (Threat(1, r=float("inf")), Threat(1, r=2))
     with frozen(model):
@@ -72,8 +73,8 @@ def clean_pass(
                 (gradient,) = torch.autograd.grad(values.sum(), x, retain_graph=number < len(functions))
                 row[f"values.{name}"] = values.detach()
                 row |= {f"norms.{name}.{t.s:g}": t.dual_norm(gradient) for t in norms}
-            parts.append(row)
-    result = {key: torch.cat([p[key] for p in parts]).cpu() for key in parts[0]}
+            joined.add(**row)
+    result = {key: found.cpu() for key, found in joined.all().items()}
     check_logits(result["logits"])
     for key in [key for key in result if key.startswith("norms.")]:
         if bad := int((~torch.isfinite(result[key])).sum()):
@@ -201,7 +202,7 @@ def evaluate(
                 result["attacks"].append(row)
             if dual and not threat.pointwise:
                 result.setdefault("dual", []).append(_dual(kept, model, data, threat, steps, batch_size))
-        found = {r: distances_in_parts(kept, data, r, search, batch_size) for r in norms} if exact else {}
+        found = {r: distances_in_parts(kept, data, r, search, batch_size, points=False) for r in norms} if exact else {}
         for r in norms:
             own = [t for t in threats if t.r == r]
             if exact:

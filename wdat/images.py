@@ -1,4 +1,4 @@
-"""Images as float32 tensors or in 8 bits: what attacks, minimal distances and sensitivity take."""
+"""Sets of images, as float32 tensors or in 8 bits, and what is found of them batch by batch."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -51,3 +51,29 @@ def check_set(x: Images, y: Tensor) -> None:
     if not isinstance(x, Pixels):
         check_images(x)
     check_labels(y, len(x))
+
+
+class Joined:
+    """Rows found batch after batch, by name: each name a tensor of all n images from the first batch on.
+
+    Kept one by one, rows would be there twice while they are joined, and small ones, made between the large tensors of
+    a batch, would break up the memory that the next batches come back to.
+    """
+
+    def __init__(self, n: int) -> None:
+        self.n, self.done = n, 0
+        self.tensors: dict[str, Tensor] = {}
+
+    def add(self, **rows: Tensor) -> None:
+        """The rows of the next images, as many under each name."""
+        for name, row in rows.items():
+            if name not in self.tensors:
+                self.tensors[name] = row.new_empty(self.n, *row.shape[1:])
+            self.tensors[name][self.done : self.done + len(row)] = row
+        self.done += len(row)
+
+    def all(self) -> dict[str, Tensor]:
+        """Everything, once all images have come."""
+        if self.done != self.n:
+            raise ValueError(f"rows of {self.done} images of {self.n}")
+        return self.tensors

@@ -16,14 +16,15 @@ from tqdm.auto import tqdm
 from wdat.certify import certified_radii
 from wdat.checks import weights_digest
 from wdat.data import Data
+from wdat.images import Joined
 from wdat.radii import Radii, minimal_distances
 from wdat.records import write_tensors
 
 Part = dict[str, Tensor | float]
 PART = 256  # images in a part, about
 CERTIFY = 3000  # what a certificate costs an image, in forward passes: rough, for the progress bar alone
-COMPUTING = ("threat", "losses", "checks", "sensitivity", "attacks", "dual", "radii", "graph", "certify", "rb",
-             "parts", "evaluation")  # fmt: skip
+COMPUTING = ("threat", "images", "losses", "checks", "sensitivity", "attacks", "dual", "radii", "graph", "certify",
+             "rb", "parts", "evaluation")  # fmt: skip
 
 
 @functools.cache
@@ -34,7 +35,7 @@ def library_digest() -> str:
 
 
 class Parts:
-    """Parts by key, each in a file of `folder` (None: nothing outlives the object) written whole as it is finished.
+    """Parts by key, each in a file of `folder` (None: nothing is kept) written whole as it is finished.
 
     A file's name is a digest of the key, the model's weights and the library, and keys name their data: a folder may
     be shared, and what was computed from anything else is simply not found.
@@ -42,7 +43,6 @@ class Parts:
 
     def __init__(self, folder: str | Path | None, model: nn.Module, bar: tqdm | None = None) -> None:
         self.folder, self.model, self.bar = Path(folder) if folder else None, model, bar
-        self.known: dict[str, Part] = {}
         if self.folder is not None:
             if self.folder.is_file():
                 raise ValueError(f"state {self.folder} is a file; it must be a folder: delete the file or name another")
@@ -51,20 +51,19 @@ class Parts:
     def get(self, key: str, compute: Callable[[], Part], passes: float = 0) -> Part:
         """The part of this key, computed and kept if it is not there; `passes`: expected, counted by the bar."""
         file = None
-        if key not in self.known and self.folder is not None:
+        if self.folder is not None:
             file = self.folder / (hashlib.sha256(f"{self.owner} {key}".encode()).hexdigest()[:32] + ".pt")
             if file.is_file():
                 try:
-                    self.known[key] = torch.load(file, weights_only=True)
+                    part = torch.load(file, weights_only=True)
                 except Exception as error:
                     raise ValueError(f"state file {file} can not be read; delete it to start anew") from error
-        if key in self.known:
-            self._skip(passes)
-            return self.known[key]
-        self.known[key] = self._counted(compute, passes)
+                self._skip(passes)
+                return part
+        part = self._counted(compute, passes)
         if file is not None:
-            write_tensors(file, self.known[key])
-        return self.known[key]
+            write_tensors(file, part)
+        return part
 
     def _skip(self, passes: float) -> None:
         if self.bar is not None:
@@ -92,23 +91,25 @@ class Parts:
         return result
 
     def each(
-        self, name: str, data: Data, size: int, compute: Callable[[Tensor], Part], passes: float
+        self, name: str, data: Data, size: int, compute: Callable[[Tensor], Part], passes: float, drop: str = ""
     ) -> dict[str, Tensor | float]:
         """Numbers per image (tensors, joined) and per part (averaged over images) of every `size` images.
 
-        compute takes indices of images; passes: expected for an image.
+        compute takes indices of images; passes: expected for an image; drop: a name that is kept in files only.
         """
-        rows = []
+        joined, sums = Joined(len(data)), {}
         for index in torch.arange(len(data)).split(size):
             key = f"{name} {data.sha256} {int(index[0])}:{int(index[-1]) + 1}"
-            rows.append((len(index), self.get(key, lambda: compute(index), len(index) * passes)))  # noqa: B023
-        first = rows[0][1]
-        tensors = {key: torch.cat([row[key] for _, row in rows]) for key, v in first.items() if isinstance(v, Tensor)}
-        return tensors | {k: sum(n * row[k] for n, row in rows) / len(data) for k in first if k not in tensors}
+            part = self.get(key, lambda: compute(index), len(index) * passes)  # noqa: B023
+            joined.add(**{k: v for k, v in part.items() if isinstance(v, Tensor) and k != drop})
+            for k, v in part.items():
+                if not isinstance(v, Tensor):
+                    sums[k] = sums.get(k, 0) + len(index) * v
+        return joined.all() | {k: total / len(data) for k, total in sums.items()}
 
 
-def distances_in_parts(kept: Parts, data: Data, r: float, search: dict, batch_size: int) -> Radii:
-    """`distances` among the parts of other work."""
+def distances_in_parts(kept: Parts, data: Data, r: float, search: dict, batch_size: int, points: bool = True) -> Radii:
+    """`distances` among the parts of other work. points=False: none in memory, x is empty."""
 
     def compute(index: Tensor) -> Part:
         found = minimal_distances(kept.model, *data.batch(index), r, batch_size=batch_size, **search)
@@ -116,9 +117,10 @@ def distances_in_parts(kept: Parts, data: Data, r: float, search: dict, batch_si
         return tensors | {"passes": float(found.passes), **{str(k): gain for k, gain in enumerate(found.gains)}}
 
     key = f"distances {r} {sorted(search.items())} {batch_size}"
-    found = kept.each(key, data, batch_size * -(-PART // batch_size), compute, search_passes(search))
-    fields = [found.pop(name) for name in ("distance", "x", "correct", "passes")]
-    return Radii(*fields, tuple(found.values()))
+    size, drop = batch_size * -(-PART // batch_size), "" if points else "x"
+    found = {"x": torch.empty(0)} | kept.each(key, data, size, compute, search_passes(search), drop)
+    known = {name: found.pop(name) for name in ("distance", "x", "correct", "passes")}
+    return Radii(**known, gains=tuple(found.values()))
 
 
 def certified_in_parts(kept: Parts, data: Data, r: float) -> Tensor:

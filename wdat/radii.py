@@ -21,17 +21,15 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from wdat.checks import check_labels, check_logits, device_of, frozen
-from wdat.images import Images, check_set
+from wdat.images import Images, Joined, check_set
 from wdat.losses import margin
 from wdat.sensitivity import input_gradient
 from wdat.threat import parse_norm, pixel_norm
 
 MEMORY = (0.1, 0.9)  # weight of the past in the running mean of gradients, at the first and the last step
 MIXTURE = 0.8  # weight of the step from the clean image, falling to 0 as the root of the steps left
-OVERSHOOT = (
-    0.06,
-    0.015,
-)  # beyond the linearised boundary, before a first flip (then growing), and after it (falling to 0)
+# beyond the linearised boundary, before a first flip (then growing), and after it (falling to 0)
+OVERSHOOT = (0.06, 0.015)
 TRIAL = 6  # first steps, from the clean image alone; they are walked towards every class in question
 RIVALRY = 1.15  # a class is in question up to this multiple of the nearest one's linearised distance
 RUNG, RUNGS = 0.98, 10  # radius of APGD relative to the nearest flip known, and how often it is tried
@@ -137,7 +135,7 @@ def minimal_distances(
         )
     if not (tolerance >= 0 and max_radius > 0):
         raise ValueError(f"tolerance={tolerance} must be >= 0 and max_radius={max_radius} > 0")
-    device, parts = device_of(model), []
+    device, joined, passes, lowered, flipped = device_of(model), Joined(len(x)), 0.0, 0, 0
     with frozen(model), tqdm(total=len(x), desc=f"distances l{r:g}", unit="img", disable=not progress) as bar:
         for i, (images, labels) in enumerate(zip(x.split(batch_size), y.split(batch_size), strict=True)):
             generator = torch.Generator(device).manual_seed(seed + i)
@@ -153,16 +151,15 @@ def minimal_distances(
             if tight:
                 search.tighten(max_radius)
                 history.append(search.best)
-            parts.append((*(t.to(x.device) for t in (*search.result(), torch.stack(history))), search.passes))
+            joined.add(**{name: found.to(x.device) for name, found in search.result().items()})
+            passes += search.passes
+            history = torch.stack(history).double()
+            before, after = history[:-1], history[1:]
+            lowered = lowered + torch.where(before.isinf(), 1, 1 - after / before).where(after.isfinite(), 0).sum(1)
+            flipped = flipped + after.isfinite().sum(1)
             bar.update(len(images))
-    distance, points, correct = (torch.cat([part[k] for part in parts]) for k in range(3))
-    history = torch.cat([part[3] for part in parts], 1).double()
-    before, after = history[:-1], history[1:]
-    lowered = torch.where(before.isinf(), 1, 1 - after / before).where(after.isfinite(), 0).sum(1)
-    gains = (lowered / after.isfinite().sum(1).clamp_min(1)).tolist()
-    return Radii(
-        distance, points, correct, sum(part[4] for part in parts) / len(x), tuple(gains[1:] if gains[1:] else gains)
-    )
+    gains = (lowered / flipped.clamp_min(1)).tolist()
+    return Radii(**joined.all(), passes=passes / len(x), gains=tuple(gains[1:] if gains[1:] else gains))
 
 
 class _Search:
@@ -300,13 +297,13 @@ class _Search:
         chosen = nearer[:, None].to(points.dtype)  # 0 or 1, where lerp is exact, and a tenth of torch.where's time
         self.point = self.point.index_copy(0, index, torch.lerp(self.point[index], points, chosen))
 
-    def result(self) -> tuple[Tensor, Tensor, Tensor]:
+    def result(self) -> dict[str, Tensor]:
         """Distances (N,), points (N, C, H, W) and correctness (N,) of the whole batch."""
         distance = torch.zeros(len(self.x), device=self.x.device)
         distance[self.correct] = self.best
         points = self.x.clone()
         points[self.correct] = self.point.view(len(self.point), *self.x.shape[1:])
-        return distance, points, self.correct
+        return {"distance": distance, "x": points, "correct": self.correct}
 
     def tighten(self, max_radius: float) -> None:
         """Targeted FAB, APGD down a ladder of radii (each RUNG times what is known), bisection towards the clean image.

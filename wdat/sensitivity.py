@@ -102,13 +102,12 @@ def _dual_norms(
 ) -> Tensor:
     """The same, of images and labels that have been checked."""
     loss, device = checking(get_loss(loss), y), device_of(model)
-    norms = []
+    norms = torch.empty(len(y), device=device)
     with frozen(model):
-        for a, b in zip(x.split(batch_size), y.split(batch_size), strict=True):
+        for part, a, b in zip(*(t.split(batch_size) for t in (norms, x, y)), strict=True):
             a, b = a.to(device), b.to(device)
             gradient, _, _ = input_gradient(model, a, b, loss)
-            norms.append(threat.dual_norm(feasible(gradient, a) if box else gradient).float())
-    norms = torch.cat(norms)
+            part.copy_(threat.dual_norm(feasible(gradient, a) if box else gradient))
     if bad := int((~torch.isfinite(norms)).sum()):
         raise ValueError(f"gradients of {bad} of {len(norms)} images are NaN or infinite; look at weights and loss")
     return norms
