@@ -134,7 +134,8 @@ def elsewhere() -> Iterator[Elsewhere]:
     mode, fork, autocast = Elsewhere(), torch.random.fork_rng, torch.autocast
     switch, switched, copied = torch.set_autocast_enabled, torch.is_autocast_enabled, nn.Parameter.__deepcopy__
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "Generator", mode.generator)
+        made = {"__new__": lambda _, device=HERE: mode.generator(device)}  # a class, since annotations name it
+        patch.setattr(torch, "Generator", type("Generator", (), made))
         patch.setattr(nn.Parameter, "__deepcopy__", lambda self, memo: mode.put(copied(self, memo), mode.place(self)))
         patch.setattr(torch.random, "fork_rng", lambda devices=(), **_: fork(devices=[]))
         patch.setattr(torch, "autocast", lambda _, *args, **kwargs: autocast("cpu", *args, **kwargs))

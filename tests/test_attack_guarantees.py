@@ -327,32 +327,6 @@ def test_progress_is_shown_on_request(capsys):
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("home", ["cpu", "cuda"])
-@pytest.mark.parametrize("p", [2.0, INF])
-@pytest.mark.parametrize("r", NORMS)
-def test_images_may_stay_on_another_device_than_the_model(home, p, r, monkeypatch):
-    """With tensors that have a device but no numbers, so that no GPU is needed: nothing meets on two devices."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    def gradient(model, x, targets, loss):  # the backward pass itself would need the GPU
-        logits = model(x)
-        return torch.rand_like(x), loss(logits, targets), logits
-
-    monkeypatch.setattr("wdat.attacks.input_gradient", gradient)
-    monkeypatch.setattr("wdat.attacks.float", lambda number: 0.0, raising=False)
-    monkeypatch.setattr("wdat.attacks._overwrite", lambda kept, images, chosen: kept.copy_(images))
-    with FakeTensorMode():
-        model = nn.Sequential(nn.Flatten(), nn.Linear(18, 4, device="cuda"))
-        x, y = torch.rand(6, 2, 3, 3, device=home), torch.zeros(6, dtype=torch.int64, device=home)
-        for size, radii in ((6, None), (4, None), (6, torch.ones(6, device=home))):
-            batches = list(zip(x.split(size), y.split(size), strict=True))
-            for keep in ("accuracy", "unjudged"):
-                found = projected_gradient(
-                    model, batches, Threat(0.1, p, r), redlr, steps=2, step_ratio=1, radii=radii, keep=keep
-                )
-                assert found.x.device.type == found.norms.device.type == home
-
-
 # Bad input
 
 

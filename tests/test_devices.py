@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from elsewhere import THERE, Elsewhere, elsewhere
+from elsewhere import THERE, elsewhere
 from elsewhere import moved as put
 from nets import batch_norm, built, images, labels
 from torch import nn
