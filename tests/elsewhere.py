@@ -16,17 +16,30 @@ from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
 HERE, THERE = torch.device("cpu"), torch.device("cuda", 0)
+# what makes the host wait for numbers of a tensor there; masks as indices, and copies to here, do so, too
+READS = {
+    "item",
+    "tolist",
+    "nonzero",
+    "equal",
+    "allclose",
+    "masked_select",
+    "unique",
+    "__bool__",
+    "__int__",
+    "__float__",
+}
 ANYWHERE = {"copy_", "_foreach_copy_", "__set__", "_has_compatible_shallow_copy_type", "set_"}
 
 
 class Elsewhere(TorchFunctionMode):
-    """Inside, `model.to("cuda")` and device="cuda" work; `generators` knows where each was made."""
+    """Inside, `model.to("cuda")` and device="cuda" work; `waits` counts how often the host waited for a number."""
 
     def __init__(self) -> None:
         super().__init__()
         self.places = WeakTensorKeyDictionary()
         self.generators: dict[int, tuple[torch.Generator, torch.device]] = {}
-        self.maker = torch.Generator
+        self.maker, self.waits = torch.Generator, 0
 
     def place(self, tensor: Tensor) -> torch.device:
         """Where it says it is."""
@@ -65,6 +78,8 @@ class Elsewhere(TorchFunctionMode):
         if name == "__set__" and func.__self__ is Tensor.data:
             self.put(args[0], self.place(args[1]))
         wanted = kwargs.pop("device", None)
+        if name in READS and any(self.place(t) != HERE for t in args if isinstance(t, Tensor)):
+            self.waits += 1
         tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         if name in ("__getitem__", "__setitem__"):
             self.check_index(name, args)
@@ -98,6 +113,7 @@ class Elsewhere(TorchFunctionMode):
         """Indices on the CPU or beside what is indexed, and with them values beside it, too."""
         place = self.place(args[0])
         index = [t for t in pytree.tree_leaves(args[1]) if isinstance(t, Tensor)]
+        self.waits += any(t.dtype == torch.bool and self.place(t) != HERE for t in index)
         if any(self.place(t) not in (HERE, place) for t in index):
             raise RuntimeError(f"{name}: indices on cuda:0 into a tensor on {place}")
         value = args[2] if name == "__setitem__" else None
@@ -117,6 +133,7 @@ class Elsewhere(TorchFunctionMode):
                 kind = given
             elif isinstance(given, str | torch.device):
                 target = _device(given)
+        self.waits += (place, target) == (THERE, HERE)
         result = tensor.to(kind, copy=target != place or kwargs.get("copy", False))
         if kwargs.get("memory_format") is not None:
             result = result.contiguous(memory_format=kwargs["memory_format"])

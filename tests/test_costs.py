@@ -4,12 +4,14 @@ Times are never tested; `benchmarks/` measures them.
 """
 
 import copy
+import itertools
 import math
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+from elsewhere import elsewhere, moved
 from nets import batch_norm, counting, images, labels, relu, smooth
 from torch import nn
 
@@ -18,9 +20,11 @@ from wdat.attacks import attack, autocast, pgd, projected_gradient, w_fgsm, w_pg
 from wdat.checks import frozen
 from wdat.data import from_tensors
 from wdat.evaluation import evaluate
+from wdat.finetuning import finetune
 from wdat.losses import ce, margin
 from wdat.objectives import at, combined, mart, plain, trades, w_trades, water_level
 from wdat.radii import minimal_distances
+from wdat.recipes import Recipe
 from wdat.sensitivity import MovingAverage, dual_norms, input_gradient, upsilon
 from wdat.threat import Threat
 from wdat.trackers import Rule, Tracker
@@ -142,19 +146,53 @@ def test_the_benchmark_counts_as_the_tests_do():
 # Nothing is read back from the device inside a step
 
 
+def waits(run, steps, n=N):
+    """How often the host waits for a number of images and a model elsewhere, by number of steps."""
+    found = []
+    for k in steps:
+        model, x, y = case(n=n)
+        with elsewhere() as mode:
+            moved(mode, model)
+            x, y = x.to("cuda"), y.to("cuda")
+            mode.waits = 0
+            run(model, x, y, k)
+            found.append(mode.waits)
+    return found
+
+
+@pytest.mark.parametrize("r", ["2", "inf"])
+@pytest.mark.parametrize("p", [2, INF])
+def test_no_step_of_an_attack_waits_for_the_device(p, r):
+    batches, threat = 3, Threat(0.1, p, r)
+    for loss, keep, each in (("ce", "accuracy", 0), ("dlr", "loss", 0), ("redlr", "last", 0), ("redlr", "loss", 1)):
+        # under ReDLR once a batch and step, for the images that rest
+        found = waits(
+            lambda m, x, y, k: attack(m, x, y, threat, steps=k, loss=loss, keep=keep, batch_size=N // batches),  # noqa: B023
+            (3, 6, 9),
+        )
+        assert [b - a for a, b in itertools.pairwise(found)] == [3 * batches * each] * 2
+    assert len(set(waits(lambda m, x, y, k: w_pgd_budget(m, x, y, threat, steps=k, loss="ce"), (3, 9)))) == 1
+
+
+@pytest.mark.parametrize("r", [2.0, INF])
+def test_no_move_of_a_search_waits_for_the_device(r):
+    assert len(set(waits(lambda m, x, y, k: minimal_distances(m, x, y, r, steps=k), (6, 9, 15)))) == 1
+
+
 @pytest.mark.parametrize("kind", ["ema", "memory", "batch"])
 @pytest.mark.parametrize("r", ["2", "inf"])
-def test_a_training_step_reads_no_number_from_the_device(kind, r):
-    """On the device "meta" tensors have shapes and no numbers: whatever would wait for one raises."""
-    model, x, y = (t.to("meta") for t in case())
+def test_no_step_of_training_waits_for_the_device(kind, r):
+    """But for what an epoch ends with."""
     threat = Threat(0.1, 2, r)
-    for objective in (trades(0.1, r=threat.r, steps=2), w_trades(threat, steps=2), at(0.1, steps=2)):
-        tracker = Tracker(Rule(kind), threat, N) if objective.name == "w-trades" else None
-        loss, log = objective(model, x, y, torch.arange(N), [tracker])
-        loss.backward()
-        assert loss.device.type == "meta" and all(value.device.type == "meta" for value in log.values())
-    with pytest.raises(RuntimeError, match="meta"):
-        float(loss)
+    for objective in (plain(), trades(0.1, r=threat.r, steps=2, distil=1.0), w_trades(threat, steps=2),
+                      combined(threat, 0.1, steps=2), at(0.1, steps=2), mart(0.1, steps=2)):  # fmt: skip
+        model, x, y = case(make=batch_norm, n=30)
+        train, seen = from_tensors(x, y, classes=list("abcd")), []
+        recipe = Recipe(objective, epochs=1, batch_size=6, upsilon=Rule(kind), augment=1, flip=True)
+        with elsewhere() as mode:
+            moved(mode, model)
+            finetune(model, train, recipe, progress=False, on_step=lambda *_: seen.append(mode.waits))  # noqa: B023
+        assert seen[0] == seen[1] == seen[3] < seen[4]
 
 
 def test_the_average_is_the_same_wherever_it_is_kept(monkeypatch):
