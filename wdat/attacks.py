@@ -122,9 +122,12 @@ def _dual_norm(gradient: Tensor, threat: Threat, memory: Tensor) -> Tensor:
     return torch.abs(gradient, out=memory).flatten(1).sum(1)
 
 
-def _norm(move: Tensor, r: float, memory: Tensor) -> Tensor:
+def _norm(move: Tensor, r: float) -> Tensor:
     """`pixel_norm`."""
-    return torch.abs(move, out=memory).flatten(1).amax(1) if math.isinf(r) else pixel_norm(move, r)
+    if r == 2:
+        return pixel_norm(move, r)
+    move = move.flatten(1)
+    return torch.maximum(move.amax(1), -move.amin(1))
 
 
 def _project(move: Tensor, radii: Tensor, r: float) -> Tensor:
@@ -276,7 +279,7 @@ def projected_gradient(
         return key.flip(0) if keep == "loss" else key, mean
 
     for step in range(steps + 1):
-        final = step == steps
+        final, origins = step == steps, parts
         if final and not judged:
             break
         if step == exact:
@@ -301,10 +304,14 @@ def projected_gradient(
                 if not reference:
                     better = better | ((key[0] == best_key[0]) & (key[1] > best_key[1]))
                 best_key = torch.where(better, key, best_key)
-                better = better.expand(len(labels))
                 best_logits = torch.where(better[:, None], logits, best_logits)
-                for chosen, old, part in zip(better.to(home).split(sizes), best.split(sizes), parts, strict=True):
-                    _overwrite(old, part, chosen)
+                if whole and home.type == "cpu" and better:  # the next iterate is made beside this one, none is copied
+                    best, current = current, best
+                    parts = current.split(sizes)
+                else:
+                    better = better.expand(len(labels)).to(home)
+                    for chosen, old, part in zip(better.split(sizes), best.split(sizes), parts, strict=True):
+                        _overwrite(old, part, chosen)
         if final:
             break
 
@@ -312,14 +319,14 @@ def projected_gradient(
         lengths = (lengths * (step_ratio / steps)).to(home).split(sizes)
         inside = from_clean and (step + 1) * step_ratio < steps
         norms = []
-        for part, direction, length, (x0, _) in zip(parts, directions, lengths, batches, strict=True):
-            part.add_(work[: len(part)].copy_(direction).mul_(per_image(length, part)))
+        for part, origin, direction, length, (x0, _) in zip(parts, origins, directions, lengths, batches, strict=True):
+            torch.add(origin, work[: len(part)].copy_(direction).mul_(per_image(length, part)), out=part)
             if inside:
                 part.clamp_(0, 1)
                 continue
             part.sub_(x0)  # until it is projected, the displacement
             if joint:
-                norms.append(_norm(part, threat.r, work[: len(part)]))
+                norms.append(_norm(part, threat.r))
         if settling:
             still = values == 0
             if norms:  # the projection scales displacements, and leaves nothing but nothing where it is
@@ -341,7 +348,7 @@ def projected_gradient(
     if float(broken):  # a NaN gradient moves no image, which would then look robust
         raise ValueError("the loss's gradient in the images is NaN or infinite; look at the weights and the layers")
     moves = (torch.sub(b, x0, out=work[: len(b)]) for b, (x0, _) in zip(best.split(sizes), batches, strict=True))
-    norms = torch.cat([_norm(move, threat.r, move) for move in moves])
+    norms = torch.cat([_norm(move, threat.r) for move in moves])
     distance = float(threat.distance(norms))
     values, correct = loss(best_logits, targets.to(device)), margin(best_logits, labels) > 0
     wrong, mean_loss = torch.stack(history).unbind(1)
