@@ -1,6 +1,10 @@
-"""Checks before use, and leaving a model as it was found. Every error says what was seen and what to do."""
+"""Checks before use, and leaving a model as it was found. Every error says what was seen and what to do.
+
+A check that holds reads its numbers at once: a GPU waits for each reading.
+"""
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -17,8 +21,8 @@ def check_images(x: Tensor) -> None:
     if x.dtype != torch.float32:
         remedy = "; divide by 255" if x.dtype == torch.uint8 else "; call .float()"
         raise ValueError(f"images are {x.dtype}; expected float32 with pixels in [0, 1]{remedy}")
-    low, high = torch.aminmax(x)  # NaN propagates through both
-    if not (torch.isfinite(low) and torch.isfinite(high)):
+    low, high = torch.stack(torch.aminmax(x)).tolist()  # NaN propagates through both
+    if not (math.isfinite(low) and math.isfinite(high)):
         raise ValueError(f"{int((~torch.isfinite(x)).flatten(1).any(1).sum())} image(s) hold NaN or infinite pixels")
     if low < 0 or high > 1:
         remedy = "divide by 255" if low >= 0 and high <= 255 else "put the normalisation inside the model"
@@ -32,7 +36,7 @@ def check_labels(y: Tensor, n: int, classes: int | None = None) -> None:
         raise ValueError(f"labels are {seen}; expected an int64 tensor (N,) of class indices")
     if len(y) != n:
         raise ValueError(f"{len(y)} labels for {n} images")
-    low, high = int(y.min()), int(y.max())
+    low, high = torch.stack(torch.aminmax(y)).tolist()
     if low < 0 or (classes is not None and high >= classes):
         allowed = "class indices start at 0" if classes is None else f"{classes} classes are 0..{classes - 1}"
         raise ValueError(f"labels lie in {low}..{high}, but {allowed}")
@@ -48,14 +52,16 @@ def check_logits(logits: Tensor, n: int | None = None) -> None:
         raise ValueError(f"the model returned {seen}; expected logits ({'N' if n is None else n}, classes)")
     if logits.shape[1] < 2:
         raise ValueError("the model has one output; a classifier needs at least 2 (one logit per class)")
-    if not torch.isfinite(logits).all():
+    z = logits.detach().float()
+    finite, shares = z.isfinite().all(), (z >= 0).all() & ((z.sum(1) - 1).abs().max() < 1e-4)
+    finite, shares = torch.stack([finite, shares]).tolist()
+    if not finite:
         bad = int((~torch.isfinite(logits)).any(1).sum())
         remedy = ", or at the precision: float16 ends at 65,504" if under_autocast(logits.device) else ""
         raise ValueError(
             f"logits of {bad} of {len(logits)} images are NaN or infinite; look at weights and input{remedy}"
         )
-    z = logits.detach().float()
-    if (z >= 0).all() and (z.sum(1) - 1).abs().max() < 1e-4:
+    if shares:
         raise ValueError("the model returns probabilities (rows sum to 1); remove its final softmax: pass logits")
 
 

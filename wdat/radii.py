@@ -192,7 +192,7 @@ class _Search:
         ratios = torch.where(norm > 0, gaps / norm.clamp_min(1e-30), math.inf)
         self.passes += len(x) * (1 + count)
         self.classes = z.shape[1]
-        keep = self.correct.nonzero()[:, 0]
+        self.kept = keep = self.correct.nonzero()[:, 0]
         self.y, self.clean = y[keep], x[keep].flatten(1)
         self.ratios, rank = ratios[keep].sort(dim=1, stable=True)
         self.targets, self.values = order[keep].gather(1, rank), gaps[keep].gather(1, rank)
@@ -300,9 +300,9 @@ class _Search:
     def result(self) -> dict[str, Tensor]:
         """Distances (N,), points (N, C, H, W) and correctness (N,) of the whole batch."""
         distance = torch.zeros(len(self.x), device=self.x.device)
-        distance[self.correct] = self.best
+        distance[self.kept] = self.best
         points = self.x.clone()
-        points[self.correct] = self.point.view(len(self.point), *self.x.shape[1:])
+        points[self.kept] = self.point.view(len(self.point), *self.x.shape[1:])
         return {"distance": distance, "x": points, "correct": self.correct}
 
     def tighten(self, max_radius: float) -> None:
