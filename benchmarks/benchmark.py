@@ -39,6 +39,7 @@ from wdat.studies import upsilon_rules
 from wdat.threat import Threat
 
 HERE = Path(__file__).parent
+CURVE = ("1/255", "2/255", "4/255", "8/255")
 NOISE = (1e-5, 1e-4)  # of pixels, a scale for what rounding does; a grey level is 4e-3
 
 
@@ -201,6 +202,27 @@ def precision(cards: Sequence[Path], weights: str, images: str, device: torch.de
     return rows
 
 
+def going_on(cards: Sequence[Path], weights: str, images: str, device: torch.device) -> list[dict]:
+    """W-PGD along a curve of W_2 radii: each from the clean images, or from what was found at the radius before."""
+    rows = []
+    data = load_data("folder", "test", root=images)
+    x, y = data.x.to(device), data.y.to(device)
+    for card in cards:
+        model = load_model(str(card), root=weights, device=device)
+        for loss in ("redlr", "ce"):
+            ways = {}
+            for steps, going in ((50, False), (50, True), (STEPS, False), (STEPS, True)):
+                found = []
+                for delta in CURVE:
+                    start = found[-1].x if going and found else "clean"
+                    found.append(attack(model, x, y, Threat(delta, 2), loss=loss, steps=steps, start=start))
+                ways[f"{steps} steps{', going on' * going}"] = {
+                    "accuracy": [one.accuracy for one in found], "passes": sum(one.passes for one in found)
+                }  # fmt: skip
+            rows.append({"network": card.stem, "loss": loss, "n": len(y), "deltas": CURVE, "ways": ways})
+    return rows
+
+
 def noisy(x: Tensor, size: float, seed: int) -> Tensor:
     """Images (N, C, H, W) whose pixels differ from x by up to size, uniformly, kept in [0, 1]."""
     noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(seed)).to(x.device)
@@ -287,6 +309,18 @@ def precision_table(path: Path) -> tables.Table:
     return tables.Table(pd.DataFrame(frame), "Adversarial accuracy, %, and differences from it, points.")
 
 
+def curve_table(path: Path) -> tables.Table:
+    """Accuracies along the curve and passes an image for all of it, each way of walking it."""
+    rows = records.read(path, "benchmark")["results"]["curves"]
+    frame = {"network": [row["network"] for row in rows], "loss": [plots.LOSS_NAMES[row["loss"]] for row in rows]}
+    for way in rows[0]["ways"]:
+        frame[way] = [
+            f"{' / '.join(map(percent, one['accuracy']))} ({one['passes']:.0f})"
+            for one in (row["ways"][way] for row in rows)
+        ]
+    return tables.Table(pd.DataFrame(frame), "W-PGD at " + ", ".join(rows[0]["deltas"]) + ", % (passes an image).")
+
+
 def tracking_table(path: Path) -> tables.Table:
     """What each rule for Υ adds to training, and how far it is from the full pass, root mean square over the steps."""
     rows = records.read(path, "benchmark")["results"]["tracking"]
@@ -362,6 +396,7 @@ def main(arguments: list[str] | None = None) -> None:
         results["scale"] = scale(chosen.scale, device, chosen.threads)
     if chosen.cards:
         results["precision"] = precision(chosen.cards, chosen.weights, chosen.data, device)
+        results["curves"] = going_on(chosen.cards, chosen.weights, chosen.data, device)
         results["tracking"] = tracking(chosen.cards[0], chosen.weights, chosen.train, device)
     load = {"before": before, "after": os.getloadavg(), "cores": os.cpu_count()}
     config = {key: value for key, value in vars(chosen).items() if key != "out"} | {"steps": STEPS}
@@ -369,7 +404,8 @@ def main(arguments: list[str] | None = None) -> None:
     path = records.write(chosen.out, "benchmark", results, config, device, load=load, peers=others)
     table(path).write(path)
     memory_table(path).write(path, "memory")
-    for name, draw in (("scale", scale_table), ("precision", precision_table), ("tracking", tracking_table)):
+    for name, draw in (("scale", scale_table), ("precision", precision_table), ("curves", curve_table),
+                       ("tracking", tracking_table)):  # fmt: skip
         if name in results:
             draw(path).write(path, name)
     plots.benchmark(path)

@@ -123,6 +123,38 @@ def test_kl_attacks_the_clean_prediction(p):
     assert found.loss > 0 and found.accuracy <= float((margin(model(x), y) > 0).double().mean())
 
 
+# Images to go on from
+
+
+@pytest.mark.parametrize("keep", ["accuracy", "loss"])
+@pytest.mark.parametrize("p", [1.5, 2.0, INF])
+@pytest.mark.parametrize("r", NORMS)
+def test_going_on_at_a_larger_radius_never_falls_behind(p, r, keep):
+    """The first iterate is what it goes on from, so a curve walked this way never rises."""
+    model, x, y = case()
+    found = None
+    for delta in (0.02, 0.05, 0.1, 0.2):
+        threat, start = Threat(delta, p, r), "clean" if found is None else found.x
+        before, found = found, w_pgd(model, x, y, threat, start=start, steps=3, keep=keep, batch_size=10)
+        assert found.distance <= exact(threat)
+        if before is not None:
+            first, last = found.history[0].tolist(), (found.accuracy, found.loss)
+            assert first == pytest.approx((before.accuracy, before.loss), rel=1e-5)
+            assert last[0] <= first[0] if keep == "accuracy" else last[1] >= first[1] * (1 - 1e-6)
+    assert found.accuracy < float((margin(model(x), y) > 0).double().mean())
+
+
+def test_given_images_are_where_the_attack_starts():
+    model, x, y = case()
+    radii = torch.linspace(0, 0.1, len(x))
+    start = (x + random_start(x, radii, INF, generator(0))).clamp(0, 1)
+    same = attack(model, x, y, Threat(0.1), radii=radii, steps=3, loss="ce", start=start)
+    drawn = attack(model, x, y, Threat(0.1), radii=radii, steps=3, loss="ce", start="random", generator=generator(0))
+    assert torch.equal(same.x, drawn.x)
+    with torch.no_grad():
+        assert float(same.history[0, 1]) == pytest.approx(float(ce(model(start), y).mean()), rel=1e-5)
+
+
 # Images in eight bits, and memory that is given
 
 
@@ -339,6 +371,10 @@ def test_progress_is_shown_on_request(capsys):
         ({"keep": "best"}, "keep='best' must be"),
         ({"keep": "unjudged"}, "keep='unjudged' must be"),
         ({"start": "noise"}, "start='noise'"),
+        ({"start": images(3)}, r"start has shape \(3, 2, 3, 3\); expected that of the images, \(4, 2, 3, 3\)"),
+        ({"start": images(4) * torch.nan}, "4 image.s. hold NaN"),
+        ({"start": images(4, seed=1)}, r"start is 0\.\d+ from the images, beyond delta=0.1"),
+        ({"start": images(4, seed=1), "radii": torch.full((4,), 0.1)}, r"start holds 4 image\(s\) outside their radii"),
         ({"loss": "hinge"}, "unknown loss 'hinge'"),
         ({"loss": "kl"}, '"kl" is zero at clean images; use start="random"'),
         ({"radii": torch.tensor([0.1, -0.1, 0.1, 0.1])}, "4 numbers >= 0"),

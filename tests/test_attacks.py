@@ -245,14 +245,14 @@ def test_the_size_of_the_loss_plays_no_part(p, r, run):
        steps=st.integers(1, 7), ratio=st.floats(0.2, 4))  # fmt: skip
 @quick
 def test_steps_that_can_not_leave_the_ball_need_no_projection(seed, n, p, r, steps, ratio):
-    """From clean images the first of them are not projected; from a displacement of 0, all are: the same iterates."""
+    """From clean images the first of them are not projected; from given ones, all are: the same iterates."""
     model, x, y = case(seed, n, wrong=0)
     threat = Threat(0.05, p, r)
     with frozen(model):
         skipping, projecting = (
             projected_gradient(model, [(x[:-1], y[:-1]), (x[-1:], y[-1:])], threat, ce, steps=steps, step_ratio=ratio,
-                               displacement=moved, keep="last")
-            for moved in (None, torch.zeros_like(x))
+                               start=start, keep="last")
+            for start in (None, x)
         )  # fmt: skip
     assert skipping.distance <= threat.delta * (1 + 1e-6)
     assert torch.allclose(skipping.x, projecting.x, atol=2e-6)

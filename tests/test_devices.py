@@ -102,6 +102,7 @@ def pixels(x: torch.Tensor) -> Pixels:
         lambda m, x, y, r: attack(m, x, y, Threat(0.2, INF, r), steps=5, batch_size=6, reference=True),
         lambda m, x, y, r: attack(m, x, y, Threat(0.2, 2, r), steps=5, batch_size=6, precision="bfloat16"),
         lambda m, x, y, r: pgd(m, x, y, 0.2, r, steps=5, batch_size=6, loss="redlr"),
+        lambda m, x, y, r: attack(m, x, y, Threat(0.2, 2, r), steps=3, start=w_fgsm(m, x, y, Threat(0.1, 2, r)).x),
         lambda m, x, y, r: w_fgsm(m, x, y, Threat(0.2, 2, r), batch_size=6),
         lambda m, x, y, r: w_pgd_budget(m, x, y, Threat(0.2, 2, r), steps=5, batch_size=6),
         lambda m, x, y, r: dual_attack(m, x, y, Threat(0.2, 2, r), steps=3, batch_size=6).adversarial,

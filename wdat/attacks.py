@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from wdat.checks import check_logits, checking, device_of, frozen
+from wdat.checks import check_images, check_logits, checking, device_of, frozen
 from wdat.images import Images, Joined, Pixels, check_set
 from wdat.losses import Loss, get_loss, kl, margin, redlr
 from wdat.sensitivity import dual_norms, input_gradient
@@ -172,7 +172,7 @@ def projected_gradient(
     steps: int,
     step_ratio: float,
     radii: Tensor | None = None,
-    displacement: Tensor | None = None,
+    start: Tensor | None = None,
     keep: str = "accuracy",
     labels: Tensor | None = None,
     reference: bool = False,
@@ -186,7 +186,7 @@ def projected_gradient(
         batches: (images, targets of the loss) per batch; together they are the set whose W_p distance is bounded. Asked
             for anew each time they are needed, so that they may be made on the way.
         radii: fixed radius per image (N,), or None for the joint constraint, whose radii follow the gradients.
-        displacement: start of the attack relative to the clean images; None starts at them.
+        start: images to start at, in [0, 1] and in the ball; None starts at the clean ones.
         keep: which iterate is returned. "accuracy": lowest accuracy, ties by loss; "loss": highest mean loss;
             "last": the last one; "unjudged": the last one, without the forward pass that would judge it.
             Under fixed radii (and p = inf) the choice is made image by image, otherwise for the whole set, since
@@ -210,16 +210,18 @@ def projected_gradient(
     home, current = first.device, first.new_empty(len(labels), *first.shape[1:])
     parts, work = current.split(sizes), torch.empty_like(first)
     there = work if home == device else torch.empty_like(first, device=device)
-    for part, (x, _), d in zip(parts, batches, [None] * len(sizes) if displacement is None else
-                               displacement.split(sizes), strict=True):  # fmt: skip
-        part.copy_(x) if d is None else torch.add(x, d, out=part).clamp_(0, 1)
+    if start is not None:
+        current.copy_(start)
+    else:
+        for part, (x, _) in zip(parts, batches, strict=True):
+            part.copy_(x)
     joint = radii is None
     directions = torch.empty_like(current, dtype=torch.int8 if threat.s == 1 else None).split(sizes)
     judged = keep != "unjudged"
     whole = reference or (joint and not threat.pointwise)
     # The first steps from the clean images add up to less than delta (triangle inequality of L^p; clamping to the box
     # shortens): there is nothing to project. Under fixed radii all is projected, bit for bit the textbook's PGD.
-    from_clean = joint and displacement is None and not reference
+    from_clean = joint and start is None and not reference
     best, best_logits, best_key = current, None, None
     history, passes = [], 0
     exact = steps - math.ceil(POLISH * steps) if judged else steps  # the first step that is not in lower precision
@@ -382,7 +384,7 @@ def attack(
     steps: int = 50,
     step_ratio: float = STEP_RATIO,
     radii: Tensor | None = None,
-    start: str = "clean",
+    start: str | Tensor = "clean",
     keep: str = "accuracy",
     batch_size: int = 128,
     reference: bool = False,
@@ -402,7 +404,8 @@ def attack(
         loss: name from `wdat.losses.LOSSES` or a function (logits, labels) -> (N,). "kl" is against the clean logits
             and needs start="random".
         steps, step_ratio: n steps of step_ratio * radius / n.
-        start: "clean", or "random" for a uniform draw from each image's ball.
+        start: "clean", "random" for a uniform draw from each image's ball, or images (N, C, H, W) in the ball to go on
+            from, such as those found at a smaller delta: unless keep="last", what is returned is as strong as they are.
         keep, reference, precision: see `projected_gradient`.
 
     Returns: `Adversarial`, whose `distance` is <= delta (to float32 rounding) or whose norms are <= radii.
@@ -411,8 +414,11 @@ def attack(
     check_set(x, y)
     if steps < 1 or step_ratio <= 0 or batch_size < 1:
         raise ValueError(f"steps={steps}, step_ratio={step_ratio}, batch_size={batch_size} must all be positive")
-    if keep not in ("accuracy", "loss", "last") or start not in ("clean", "random"):
-        raise ValueError(f'keep={keep!r} must be "accuracy", "loss" or "last", start={start!r} "clean" or "random"')
+    begin = "given" if isinstance(start, Tensor) else start
+    if keep not in ("accuracy", "loss", "last") or begin not in ("clean", "random", "given"):
+        raise ValueError(
+            f'keep={keep!r} must be "accuracy", "loss" or "last", start={start!r} "clean", "random" or images'
+        )
     if precision not in PRECISIONS:
         raise ValueError(f"precision={precision!r} must be one of {', '.join(PRECISIONS)}")
     if radii is not None and (radii.shape != y.shape or not bool((radii >= 0).all())):
@@ -420,18 +426,23 @@ def attack(
     function, device = get_loss(loss), device_of(model)
     if radii is None and threat.pointwise and not reference:
         radii = torch.full((len(x),), threat.delta, device=x.device)
-    displacement = None
-    if start == "random":
+    first = None
+    if begin == "random":
         around = torch.full((len(x),), threat.delta, device=x.device) if radii is None else radii
         like = torch.empty(1, device=x.device).expand(x.whole.shape) if isinstance(x, Pixels) else x
-        displacement = random_start(like, around, threat.r, generator)
+        first = random_start(like, around, threat.r, generator)
+        for part, images in zip(first.split(batch_size), x.split(batch_size), strict=True):
+            part.add_(images).clamp_(0, 1)
+    elif begin == "given":
+        first = start.to(x.device)
+        _check_start(first, x, threat, radii, batch_size)
 
     with frozen(model), torch.no_grad(), tqdm(
         total=len(x) * (steps + 1), desc=str(threat), unit="img", disable=not progress
     ) as bar:  # fmt: skip
         targets = y
         if function is kl:
-            if start == "clean":
+            if begin == "clean":
                 raise ValueError('the gradient of "kl" is zero at clean images; use start="random" or another loss')
             targets = torch.cat([model(b.to(device)) for b in x.split(batch_size)])
         batches = _Batches(x, targets, batch_size)
@@ -439,13 +450,13 @@ def attack(
                       step_ratio=step_ratio, keep=keep, reference=reference, precision=precision, bar=bar,
                       settling=function is redlr and keep != "last" and not reference)  # fmt: skip
         if radii is None:
-            result = run(batches, displacement=displacement, labels=y)
+            result = run(batches, start=first, labels=y)
         else:
-            moved = displacement.split(batch_size) if displacement is not None else [None] * len(batches)
-            pieces = zip(batches, radii.split(batch_size), moved, y.split(batch_size), strict=True)
+            starts = first.split(batch_size) if first is not None else [None] * len(batches)
+            pieces = zip(batches, radii.split(batch_size), starts, y.split(batch_size), strict=True)
             joined, history, passes = Joined(len(x)), 0, 0
-            for b, e, d, t in pieces:
-                part = run([b], radii=e, displacement=d, labels=t)
+            for b, e, s, t in pieces:
+                part = run([b], radii=e, start=s, labels=t)
                 joined.add(**{name: getattr(part, name) for name in ("x", "logits", "values", "correct", "norms")})
                 history, passes = history + part.history * len(t), passes + part.passes * len(t)
             found = joined.all()
@@ -453,6 +464,20 @@ def attack(
             result = Adversarial(**found, distance=distance, history=history / len(x), passes=passes / len(x))
     check_logits(result.logits)
     return replace(result, passes=result.passes + (function is kl))
+
+
+def _check_start(start: Tensor, x: Images, threat: Threat, radii: Tensor | None, batch_size: int) -> None:
+    """Raise ValueError unless these are images, as many and of the shape of x, in the ball but for rounding."""
+    check_images(start)
+    shape = x.whole.shape if isinstance(x, Pixels) else x.shape
+    if start.shape != shape:
+        raise ValueError(f"start has shape {tuple(start.shape)}; expected that of the images, {tuple(shape)}")
+    moves = (s - b for s, b in zip(start.split(batch_size), x.split(batch_size), strict=True))
+    norms = torch.cat([threat.norm(move) for move in moves])
+    if radii is None and (far := float(threat.distance(norms))) > threat.delta * (1 + 1e-5) + 1e-6:
+        raise ValueError(f"start is {far:.4g} from the images, beyond delta={threat.delta:.4g}")
+    if radii is not None and (out := int((norms > radii * (1 + 1e-5) + 1e-6).sum())):
+        raise ValueError(f"start holds {out} image(s) outside their radii")
 
 
 def w_pgd_budget(model: nn.Module, x: Images, y: Tensor, threat: Threat, **settings) -> Adversarial:

@@ -134,14 +134,14 @@ class Term:
                 with torch.no_grad(), autocast(model, self.precision):
                     logits = model(x).float()
             targets = logits
-        moved = None
+        start = None
         if self.start == "random":
-            moved = random_start(x, radii, self.threat.r)
+            start = random_start(x, radii, self.threat.r).add_(x).clamp_(0, 1)
         elif self.start:
-            moved = project(self.start * torch.randn_like(x), radii, self.threat.r)
+            start = project(self.start * torch.randn_like(x), radii, self.threat.r).add_(x).clamp_(0, 1)
         found = projected_gradient(
             model, [(x, targets)], self.threat, get_loss(self.inner), steps=self.steps, step_ratio=self.step_ratio,
-            radii=radii, displacement=moved, keep="unjudged", labels=y, precision=self.precision,
+            radii=radii, start=start, keep="unjudged", labels=y, precision=self.precision,
         )  # fmt: skip
         order = self.threat.p if not self.threat.pointwise else 1.0
         log["epsilon^p"] = radii.double().pow(order).sum()
