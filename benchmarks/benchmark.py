@@ -14,7 +14,7 @@ import importlib.util
 import os
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -177,16 +177,23 @@ def memory(device: torch.device, sizes: Sequence[int], batch: int) -> list[dict]
     return rows
 
 
+def trained(
+    cards: Sequence[Path], weights: str, images: str, device: torch.device
+) -> Iterator[tuple[str, nn.Module, Tensor, Tensor]]:
+    """Name, network, test images and labels of every card, on the device."""
+    data = load_data("folder", "test", root=images)
+    x, y = data.x.to(device), data.y.to(device)
+    for card in cards:
+        yield card.stem, load_model(str(card), root=weights, device=device), x, y
+
+
 def precision(cards: Sequence[Path], weights: str, images: str, device: torch.device) -> list[dict]:
     """Adversarial accuracy of trained networks by the same attack of 10 steps, in every precision.
 
     As a scale for the differences, the same attack in float32 on pixels that differ a little, five draws of each size.
     """
     rows = []
-    data = load_data("folder", "test", root=images)
-    x, y = data.x.to(device), data.y.to(device)
-    for card in cards:
-        model = load_model(str(card), root=weights, device=device)
+    for name, model, x, y in trained(cards, weights, images, device):
         for threat, loss in (
             (Threat("4/255", 2), "redlr"), (Threat("4/255", 2), "ce"),
             (Threat("2/255", "inf"), "redlr"), (Threat("8/255", "inf"), "ce"),
@@ -198,17 +205,14 @@ def precision(cards: Sequence[Path], weights: str, images: str, device: torch.de
                 found["noise"][f"{size:g}"] = [
                     attack(model, z, y, threat, loss=loss, steps=STEPS).accuracy for z in draws
                 ]
-            rows.append({"network": card.stem, "threat": threat.describe(), "loss": loss, "n": len(y), **found})
+            rows.append({"network": name, "threat": threat.describe(), "loss": loss, "n": len(y), **found})
     return rows
 
 
 def going_on(cards: Sequence[Path], weights: str, images: str, device: torch.device) -> list[dict]:
     """W-PGD along a curve of W_2 radii: each from the clean images, or from what was found at the radius before."""
     rows = []
-    data = load_data("folder", "test", root=images)
-    x, y = data.x.to(device), data.y.to(device)
-    for card in cards:
-        model = load_model(str(card), root=weights, device=device)
+    for name, model, x, y in trained(cards, weights, images, device):
         for loss in ("redlr", "ce"):
             ways = {}
             for steps, going in ((50, False), (50, True), (STEPS, False), (STEPS, True)):
@@ -219,7 +223,7 @@ def going_on(cards: Sequence[Path], weights: str, images: str, device: torch.dev
                 ways[f"{steps} steps{', going on' * going}"] = {
                     "accuracy": [one.accuracy for one in found], "passes": sum(one.passes for one in found)
                 }  # fmt: skip
-            rows.append({"network": card.stem, "loss": loss, "n": len(y), "deltas": CURVE, "ways": ways})
+            rows.append({"network": name, "loss": loss, "n": len(y), "deltas": CURVE, "ways": ways})
     return rows
 
 

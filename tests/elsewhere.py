@@ -17,18 +17,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 HERE, THERE = torch.device("cpu"), torch.device("cuda", 0)
 # what makes the host wait for numbers of a tensor there; masks as indices, and copies to here, do so, too
-READS = {
-    "item",
-    "tolist",
-    "nonzero",
-    "equal",
-    "allclose",
-    "masked_select",
-    "unique",
-    "__bool__",
-    "__int__",
-    "__float__",
-}
+READS = {"item", "tolist", "nonzero", "equal", "allclose", "masked_select", "unique"}
+READS |= {"__bool__", "__int__", "__float__"}
 ANYWHERE = {"copy_", "_foreach_copy_", "__set__", "_has_compatible_shallow_copy_type", "set_"}
 
 

@@ -122,14 +122,6 @@ def _dual_norm(gradient: Tensor, threat: Threat, memory: Tensor) -> Tensor:
     return torch.abs(gradient, out=memory).flatten(1).sum(1)
 
 
-def _norm(move: Tensor, r: float) -> Tensor:
-    """`pixel_norm`."""
-    if r == 2:
-        return pixel_norm(move, r)
-    move = move.flatten(1)
-    return torch.maximum(move.amax(1), -move.amin(1))
-
-
 def _project(move: Tensor, radii: Tensor, r: float) -> Tensor:
     """`project`, in place."""
     bound = per_image(radii, move)
@@ -328,7 +320,7 @@ def projected_gradient(
                 continue
             part.sub_(x0)  # until it is projected, the displacement
             if joint:
-                norms.append(_norm(part, threat.r))
+                norms.append(pixel_norm(part, threat.r))
         if settling:
             still = values == 0
             if norms:  # the projection scales displacements, and leaves nothing but nothing where it is
@@ -350,7 +342,7 @@ def projected_gradient(
     if float(broken):  # a NaN gradient moves no image, which would then look robust
         raise ValueError("the loss's gradient in the images is NaN or infinite; look at the weights and the layers")
     moves = (torch.sub(b, x0, out=work[: len(b)]) for b, (x0, _) in zip(best.split(sizes), batches, strict=True))
-    norms = torch.cat([_norm(move, threat.r) for move in moves])
+    norms = torch.cat([pixel_norm(move, threat.r) for move in moves])
     distance = float(threat.distance(norms))
     values, correct = loss(best_logits, targets.to(device)), margin(best_logits, labels) > 0
     wrong, mean_loss = torch.stack(history).unbind(1)
