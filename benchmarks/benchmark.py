@@ -26,17 +26,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.counting import Clock, Live, counted, timed
 from benchmarks.scale import scale
 from benchmarks.work import POINTWISE, STEPS, THREAT, bare, library, peers, repeats
-from wdat import plots, publish, records, tables
-from wdat.attacks import PRECISIONS, attack
-from wdat.checks import frozen
-from wdat.data import load_data
-from wdat.losses import ce
-from wdat.models import load_model
-from wdat.networks import build
-from wdat.rows import percent
-from wdat.sensitivity import dual_norms
-from wdat.studies import upsilon_rules
-from wdat.threat import Threat
+from wdat import records
+from wdat.attacks.pgd import PRECISIONS, attack
+from wdat.report import figures, numbers, tables
+from wdat.report.rows import percent
+from wdat.studies.experiments import upsilon_rules
+from wdat.threats.ball import Threat
+from wdat.threats.checks import frozen
+from wdat.threats.losses import ce
+from wdat.threats.sensitivity import dual_norms
+from wdat.zoo.data import load_data
+from wdat.zoo.models import load_model
+from wdat.zoo.networks import build
 
 HERE = Path(__file__).parent
 CURVE = ("1/255", "2/255", "4/255", "8/255")
@@ -302,7 +303,7 @@ def precision_table(path: Path) -> tables.Table:
     frame = {
         "network": [row["network"] for row in rows],
         "threat": threats,
-        "loss": [plots.LOSS_NAMES[row["loss"]] for row in rows],
+        "loss": [figures.LOSS_NAMES[row["loss"]] for row in rows],
         "float32": [percent(row["float32"]) for row in rows],
     }
     for key in ("float16", "bfloat16"):
@@ -316,7 +317,7 @@ def precision_table(path: Path) -> tables.Table:
 def curve_table(path: Path) -> tables.Table:
     """Accuracies along the curve and passes an image for all of it, each way of walking it."""
     rows = records.read(path, "benchmark")["results"]["curves"]
-    frame = {"network": [row["network"] for row in rows], "loss": [plots.LOSS_NAMES[row["loss"]] for row in rows]}
+    frame = {"network": [row["network"] for row in rows], "loss": [figures.LOSS_NAMES[row["loss"]] for row in rows]}
     for way in rows[0]["ways"]:
         frame[way] = [
             f"{' / '.join(map(percent, one['accuracy']))} ({one['passes']:.0f})"
@@ -335,7 +336,7 @@ def tracking_table(path: Path) -> tables.Table:
     for loss in dict.fromkeys(row["loss"] for row in rows):
         found = {row["rule"]: row["rms"] for row in rows if row["loss"] == loss}
         typical = {row["rule"]: row["median"] for row in rows if row["loss"] == loss}
-        frame[f"error, {plots.LOSS_NAMES[loss]}"] = [
+        frame[f"error, {figures.LOSS_NAMES[loss]}"] = [
             f"{100 * found[name]:.1f} % (median {100 * typical[name]:.1f})" for name in names
         ]
     return tables.Table(pd.DataFrame(frame), "Extra arithmetic of W-TRADES (K = 10) and relative error of Υ.")
@@ -412,9 +413,9 @@ def main(arguments: list[str] | None = None) -> None:
                        ("tracking", tracking_table)):  # fmt: skip
         if name in results:
             draw(path).write(path, name)
-    plots.benchmark(path)
+    figures.benchmark(path)
     if path.parent == HERE:
-        publish.fill(HERE / "README.md")
+        numbers.fill(HERE / "README.md")
     print(f"wrote {path}")
 
 

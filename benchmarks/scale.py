@@ -16,15 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from wdat.allocation import accuracy_curve
-from wdat.attacks import attack
-from wdat.checks import frozen
-from wdat.images import Pixels
-from wdat.losses import ce
-from wdat.networks import build
-from wdat.radii import minimal_distances
-from wdat.sensitivity import dual_norms
-from wdat.threat import Threat
+from wdat.accuracy.allocation import accuracy_curve
+from wdat.attacks.nearest import minimal_distances
+from wdat.attacks.pgd import attack
+from wdat.threats.ball import Threat
+from wdat.threats.checks import frozen
+from wdat.threats.images import Pixels
+from wdat.threats.losses import ce
+from wdat.threats.sensitivity import dual_norms
+from wdat.zoo.networks import build
 
 SHAPE = (1, 8, 8)  # small, so that a million images are a matter of minutes
 BATCH, STEPS = 500, 2

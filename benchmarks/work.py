@@ -8,16 +8,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from wdat.attacks import attack, w_fgsm, w_pgd_budget
-from wdat.checks import device_of, frozen
-from wdat.data import from_tensors
-from wdat.evaluation import evaluate
-from wdat.losses import ce
-from wdat.objectives import Objective, trades, w_trades, water_level
-from wdat.radii import minimal_distances
-from wdat.sensitivity import input_gradient, upsilon
-from wdat.threat import Threat
-from wdat.trackers import Rule, Tracker
+from wdat.attacks.nearest import minimal_distances
+from wdat.attacks.pgd import attack, w_fgsm, w_pgd_budget
+from wdat.studies.evaluation import evaluate
+from wdat.threats.ball import Threat
+from wdat.threats.checks import device_of, frozen
+from wdat.threats.losses import ce
+from wdat.threats.sensitivity import input_gradient, upsilon
+from wdat.training.objectives import Objective, trades, w_trades, water_level
+from wdat.training.trackers import Rule, Tracker
+from wdat.zoo.data import from_tensors
 
 STEPS = 10
 THREAT = Threat("8/255", 2, "inf")

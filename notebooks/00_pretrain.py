@@ -10,25 +10,27 @@
 # *Time: digits 1 min, others none.*
 
 # %% tags=["parameters"]
-data = "digits"  # see wdat.data.load_data
+data = "digits"  # see wdat.zoo.data.load_data
 train_root = ""  # folder of the training images; not used by digits
 n_train = 0  # images; 0 means all
-architecture = "digits_cnn"  # see wdat.networks
+architecture = "digits_cnn"  # see wdat.zoo.networks
 arguments = {}  # of the architecture
-recipes = {}  # name -> settings of wdat.finetuning.Recipe
+recipes = {}  # name -> settings of wdat.training.loop.Recipe
 seed = 0
 out = "figures/digits"  # below the repository
 work = ".wdat/digits/made"
 
 # %%
-from wdat import records, studies, tables
+from wdat import records
+from wdat.report import tables
+from wdat.studies import experiments
 
 root, device = records.root(), records.pick_device()
 print(records.device_line())
 
 # %%
-train = studies.load_images(data, "train", root, train_root, n_train)
-results = studies.pretrain(train, root / work / "zoo", recipes, architecture, arguments, device, seed)
+train = experiments.load_images(data, "train", root, train_root, n_train)
+results = experiments.pretrain(train, root / work / "zoo", recipes, architecture, arguments, device, seed)
 record = records.write(root / out / "00_pretrain.json", "pretraining", results, recipes, seeds=[seed])
 
 # %%
@@ -36,5 +38,5 @@ tables.pretraining(record)
 
 # %% [markdown]
 # Each network is kept as a weight file with a card beside it (architecture, normalisation, checksum), which
-# `wdat.models.load_model` reads. Training is a pure function of recipe and seed, so on a CPU a second run gives the
+# `wdat.zoo.models.load_model` reads. Training is a pure function of recipe and seed, so on a CPU a second run gives the
 # same weights.

@@ -26,16 +26,18 @@ out = "figures/digits"
 work = ".wdat/digits/made"
 
 # %%
-from wdat import plots, records, studies
-from wdat.threat import parse_number
+from wdat import records
+from wdat.report import figures
+from wdat.studies import experiments
+from wdat.threats.ball import parse_number
 
 root, device = records.root(), records.pick_device()
 print(records.device_line())
 
 # %%
-test = studies.load_images(data, "test", root, test_root, n_test)
-models = studies.load_networks(networks[:1], root, weights, device, dataset=dataset, threat=threat)
-results = studies.attack_theory(
+test = experiments.load_images(data, "test", root, test_root, n_test)
+models = experiments.load_networks(networks[:1], root, weights, device, dataset=dataset, threat=threat)
+results = experiments.attack_theory(
     *models.values(), test, r=parse_number(r), orders=[parse_number(p) for p in orders], losses=losses, deltas=deltas,
     steps=steps,
 )  # fmt: skip
@@ -49,21 +51,21 @@ record = records.write(root / out / "01_attack_derivation.json", "attack-theory"
 # network is piecewise linear, so the remainder is smaller at small δ and grows in steps.
 
 # %%
-plots.theory(record)
+figures.theory(record)
 
 # %% [markdown]
 # **Budgets on images.** From the smallest to the largest budget: images far from the boundary, or already
 # misclassified (ReDLR has no gradient there), get nothing; the budget goes where the loss is steep.
 
 # %%
-plots.images(record)
+figures.images(record)
 
 # %% [markdown]
 # **Which loss.** CE and DLR spend part of the budget on images that are wrong already (right panel). ReDLR, the
 # negative part of DLR, spends nothing there. At p = ∞ every image has the same radius and the choice matters less.
 
 # %%
-plots.losses(record)
+figures.losses(record)
 
 # %% [markdown]
 # **p = ∞ is the usual threat.** The largest pixel difference between W-FGSM and FGSM, and between W-PGD and PGD:

@@ -23,8 +23,8 @@ orders = [1.5, 2, 4, "inf"]
 losses = ["ce", "redlr"]
 sizes = [16, 32, 64, 128, 256, 512]  # images in the subset
 repeats = 200  # random subsets per size
-recipe = {}  # W-TRADES fine-tuning during which the rules are compared, settings of wdat.finetuning.Recipe
-rules = {}  # name -> settings of wdat.trackers.Rule
+recipe = {}  # W-TRADES fine-tuning during which the rules are compared, settings of wdat.training.loop.Recipe
+rules = {}  # name -> settings of wdat.training.trackers.Rule
 every = 5  # steps between measurements of the true upsilon
 seed = 0
 batch_size = 128
@@ -32,17 +32,19 @@ out = "figures/digits"
 work = ".wdat/digits/made"
 
 # %%
-from wdat import plots, records, studies
-from wdat.threat import parse_number
+from wdat import records
+from wdat.report import figures
+from wdat.studies import experiments
+from wdat.threats.ball import parse_number
 
 root, device = records.root(), records.pick_device()
 print(records.device_line())
 
 # %%
-train = studies.load_images(data, "train", root, train_root, n_train)
-test = studies.load_images(data, "test", root, test_root, n_test)
-models = studies.load_networks(networks, root, weights, device, dataset=dataset, threat=threat)
-results = studies.sensitivity(
+train = experiments.load_images(data, "train", root, train_root, n_train)
+test = experiments.load_images(data, "test", root, test_root, n_test)
+models = experiments.load_networks(networks, root, weights, device, dataset=dataset, threat=threat)
+results = experiments.sensitivity(
     models, test, r=parse_number(r), orders=[parse_number(p) for p in orders], losses=losses, sizes=sizes,
     repeats=repeats, seed=seed, batch_size=batch_size,
 )  # fmt: skip
@@ -53,10 +55,10 @@ record = records.write(root / out / "02_sensitivity.json", "sensitivity", result
 # lines are what the estimator claims for itself: where they agree, the standard error can be trusted.
 
 # %%
-plots.sensitivity(record)
+figures.sensitivity(record)
 
 # %%
-drift = studies.upsilon_rules(
+drift = experiments.upsilon_rules(
     list(models.values())[-1], train, recipe=recipe, rules=rules, every=every, seed=seed, batch_size=batch_size
 )
 record = records.write(root / out / "02_upsilon_rules.json", "upsilon-rules", drift, recipe, seeds=[seed])
@@ -67,4 +69,4 @@ record = records.write(root / out / "02_upsilon_rules.json", "upsilon-rules", dr
 # last network of the list is fine-tuned.
 
 # %%
-plots.rules(record)
+figures.rules(record)

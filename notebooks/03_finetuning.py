@@ -20,25 +20,27 @@ dataset = "cifar10"  # of RobustBench names, with their threat
 threat = "Linf"
 r = "inf"
 deltas = ["1/16", "2/16", "3/16"]  # W_2 radii of the evaluation
-base = {}  # recipe, settings of wdat.finetuning.Recipe
+base = {}  # recipe, settings of wdat.training.loop.Recipe
 variants = []  # [{"name": ..., settings that differ from base}]
 shown = []  # variants in the figure of histories; none means the first six
 seeds = [0]
-measure = {}  # further settings of wdat.sweeps.finetuning
+measure = {}  # further settings of wdat.studies.sweeps.finetuning
 out = "figures/digits"
 work = ".wdat/digits/made"
 
 # %%
-from wdat import plots, records, studies, sweeps, tables
-from wdat.threat import Threat
+from wdat import records
+from wdat.report import figures, tables
+from wdat.studies import experiments, sweeps
+from wdat.threats.ball import Threat
 
 root, device = records.root(), records.pick_device()
 print(records.device_line())
 
 # %%
-train = studies.load_images(data, "train", root, train_root, n_train)
-test = studies.load_images(data, "test", root, test_root, n_test)
-models = studies.load_networks(networks[:1], root, weights, device, dataset=dataset, threat=threat)
+train = experiments.load_images(data, "train", root, train_root, n_train)
+test = experiments.load_images(data, "test", root, test_root, n_test)
+models = experiments.load_networks(networks[:1], root, weights, device, dataset=dataset, threat=threat)
 print(sweeps.forecast(models, train, base=base, variants=variants, seeds=seeds))
 results = sweeps.finetuning(
     models, train, test, base=base, variants=variants, seeds=seeds, threats=[Threat(d, 2, r) for d in deltas],
@@ -54,7 +56,7 @@ tables.finetuning(record)
 # accuracy, and one seed moves them by about a point.
 
 # %%
-plots.variants(record)
+figures.variants(record)
 
 # %% [markdown]
 # During training: validation accuracies (validation images are cut from the training set and choose nothing; W-PGD at
@@ -62,4 +64,4 @@ plots.variants(record)
 # while the exact accuracy does not rise means masked gradients, not robustness.
 
 # %%
-plots.histories(record, shown)
+figures.histories(record, shown)

@@ -21,26 +21,28 @@ dataset = "cifar10"  # of RobustBench names, with their threat
 threat = "Linf"
 r = "inf"
 deltas = ["1/16", "2/16", "3/16"]  # W_2 radii of the evaluation
-base = {}  # recipe, settings of wdat.finetuning.Recipe
-variants = []  # [{"name": ..., settings that differ from base, "sweep": [{...}, ...]}], see wdat.sweeps.expand
+base = {}  # recipe, settings of wdat.training.loop.Recipe
+variants = []  # [{"name": ..., settings that differ from base, "sweep": [{...}, ...]}], see wdat.studies.sweeps.expand
 ours = []  # methods to compare ...
 controls = []  # ... with these at equal clean accuracy
 seeds = [0, 1, 2]
-measure = {}  # further settings of wdat.sweeps.finetuning
+measure = {}  # further settings of wdat.studies.sweeps.finetuning
 out = "figures/digits"
 work = ".wdat/digits/made"
 
 # %%
-from wdat import plots, records, studies, sweeps, tables
-from wdat.threat import Threat
+from wdat import records
+from wdat.report import figures, tables
+from wdat.studies import experiments, sweeps
+from wdat.threats.ball import Threat
 
 root, device = records.root(), records.pick_device()
 print(records.device_line())
 
 # %%
-train = studies.load_images(data, "train", root, train_root, n_train)
-test = studies.load_images(data, "test", root, test_root, n_test)
-models = studies.load_networks(networks, root, weights, device, dataset=dataset, threat=threat)
+train = experiments.load_images(data, "train", root, train_root, n_train)
+test = experiments.load_images(data, "test", root, test_root, n_test)
+models = experiments.load_networks(networks, root, weights, device, dataset=dataset, threat=threat)
 print(sweeps.forecast(models, train, base=base, variants=variants, seeds=seeds))
 results = sweeps.finetuning(
     models, train, test, base=base, variants=variants, seeds=seeds, threats=[Threat(d, 2, r) for d in deltas],
@@ -55,7 +57,7 @@ record = records.write(root / out / "04_five_networks.json", "finetuning", resul
 # measure nothing); crosses, where AutoAttack ran, add what it left more than the nearest points on the same images.
 
 # %%
-plots.tradeoff(record)
+figures.tradeoff(record)
 
 # %% [markdown]
 # **Before and after**, the chosen settings. Columns: clean accuracy; AA, AutoAttack at the radius given, where it was
@@ -74,4 +76,4 @@ tables.finetuning(record)
 tables.compared(record) if ours else None
 
 # %%
-plots.equal_clean(record) if ours else None
+figures.equal_clean(record) if ours else None

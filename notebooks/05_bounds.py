@@ -19,29 +19,31 @@ r = "inf"
 deltas = ["1/64", "1/32", "1/16", "2/16", "3/16"]
 losses = ["redlr", "ce"]
 steps = 50
-search = {}  # settings of wdat.radii.minimal_distances
+search = {}  # settings of wdat.attacks.nearest.minimal_distances
 batch_size = 128
 out = "figures/digits"
 work = ".wdat/digits/made"
 
 # %%
-from wdat import plots, records, studies
-from wdat.threat import Threat
+from wdat import records
+from wdat.report import figures
+from wdat.studies import experiments
+from wdat.threats.ball import Threat
 
 root, device = records.root(), records.pick_device()
 print(records.device_line())
 
 # %%
-test = studies.load_images(data, "test", root, test_root, n_test)
-models = studies.load_networks(networks, root, weights, device, dataset=dataset, threat=threat)
-results = studies.across_networks(
+test = experiments.load_images(data, "test", root, test_root, n_test)
+models = experiments.load_networks(networks, root, weights, device, dataset=dataset, threat=threat)
+results = experiments.across_networks(
     models, test, [Threat(d, 2, r) for d in deltas], root / work / "05", losses=losses, steps=steps, search=search,
     orders=[2], curve=61, batch_size=batch_size,
 )  # fmt: skip
 record = records.write(root / out / "05_bounds.json", "evaluation", results, {"networks": networks})
 
 # %%
-plots.bounds(record)
+figures.bounds(record)
 
 # %% [markdown]
 # R^u comes from one attack, so it can only lie above the true ratio; its gap to the black curve is what W-PGD leaves on

@@ -22,7 +22,7 @@ losses = ["redlr", "ce", "dlr"]
 steps = 50
 budget_attack = True  # also W-PGD-Budget
 dual = True  # also the dual attack on the loss
-search = {}  # settings of wdat.radii.minimal_distances
+search = {}  # settings of wdat.attacks.nearest.minimal_distances
 certified = 100  # images to certify
 attacked = []  # radii of AutoAttack, pointwise, in the first norm
 autoattacked = 100  # images it is run on
@@ -32,16 +32,18 @@ out = "figures/digits"
 work = ".wdat/digits/made"
 
 # %%
-from wdat import plots, records, studies, tables
-from wdat.threat import Threat
+from wdat import records
+from wdat.report import figures, tables
+from wdat.studies import experiments
+from wdat.threats.ball import Threat
 
 root, device = records.root(), records.pick_device()
 print(records.device_line())
 
 # %%
-test = studies.load_images(data, "test", root, test_root, n_test)
-models = studies.load_networks(networks, root, weights, device, dataset=dataset, threat=threat)
-results = studies.across_networks(
+test = experiments.load_images(data, "test", root, test_root, n_test)
+models = experiments.load_networks(networks, root, weights, device, dataset=dataset, threat=threat)
+results = experiments.across_networks(
     models, test, [Threat(d, 2, r) for r in norms for d in deltas[r]] + [Threat(d, "inf", norms[0]) for d in attacked],
     root / work / "06", losses=losses, steps=steps, budget_attack=budget_attack, dual=dual, search=search,
     certified=certified, autoattacked=autoattacked, orders=[1, 2, float("inf")], curve=121,
@@ -55,10 +57,10 @@ record = records.write(root / out / "06_how_robust.json", "evaluation", results,
 # dear. Dotted: the first-order lower bound, which is no bound beyond small δ.
 
 # %%
-plots.sandwich(record, norms[0])
+figures.sandwich(record, norms[0])
 
 # %%
-plots.sandwich(record, norms[-1])
+figures.sandwich(record, norms[-1])
 
 # %%
 tables.evaluation(record)
@@ -67,13 +69,13 @@ tables.evaluation(record)
 # **Every order.** The same distances give the curve of every p. p = ∞ is the usual pointwise threat.
 
 # %%
-plots.curves(record)
+figures.curves(record)
 
 # %% [markdown]
 # **Ranks.** Does the order of the networks depend on the threat?
 
 # %%
-plots.ranks(record)
+figures.ranks(record)
 
 # %%
 tables.ranks(record)
@@ -100,8 +102,8 @@ tables.failures(record)
 # %%
 middle = Threat(deltas[norms[0]][1], 2, norms[0])
 checks = {
-    "sets": studies.verified_sets(models, test, middle, root / work / "06", search, batch_size),
-    "convergence": studies.convergence(
+    "sets": experiments.verified_sets(models, test, middle, root / work / "06", search, batch_size),
+    "convergence": experiments.convergence(
         models,
         test,
         [Threat(d, 2, r) for r in norms for d in deltas[r]],
@@ -110,7 +112,7 @@ checks = {
         longer,
         batch_size,
     ),
-    "probes": studies.probed_certificates(models, test, norms, root / work / "06", certified, batch_size=batch_size)
+    "probes": experiments.probed_certificates(models, test, norms, root / work / "06", certified, batch_size=batch_size)
     if certified
     else [],
 }

@@ -11,7 +11,8 @@ import torch
 from repository import notebook
 from torch import Tensor, nn
 
-from wdat import execution, records
+from wdat import records
+from wdat.reproduce import execution
 
 torch.set_num_threads(1)  # busy OpenMP threads of parallel tests wait on each other, a hundred times slower than one
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import settings
 from torch import Tensor, nn
 
-from wdat.threat import Threat
+from wdat.threats.ball import Threat
 
 quick = settings(deadline=None, max_examples=25, derandomize=True)
 ORDERS = (1.2, 1.5, 2.0, 3.0, 10.0, float("inf"))

@@ -5,8 +5,8 @@ import copy
 import torch
 from nets import images, labels, relu
 
-from wdat.objectives import Objective
-from wdat.trackers import Rule, Tracker
+from wdat.training.objectives import Objective
+from wdat.training.trackers import Rule, Tracker
 
 N = 20
 

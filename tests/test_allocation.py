@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linprog
 
-from wdat.allocation import (
+from wdat.accuracy.allocation import (
     accuracy_curve,
     adversarial_set,
     class_accuracy,
@@ -20,7 +20,7 @@ from wdat.allocation import (
     pointwise_curve,
     water_level,
 )
-from wdat.threat import wasserstein_distance
+from wdat.threats.ball import wasserstein_distance
 
 ORDERS = [1.0, 1.5, 2.0, 3.0, 8.0, math.inf]
 random_case = given(

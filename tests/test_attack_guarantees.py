@@ -12,15 +12,15 @@ from hypothesis import strategies as st
 from nets import NORMS, ORDERS, batch_norm, counting, exact, generator, images, labels, linear, quick, relu, smooth
 from torch import nn
 
-from wdat import attacks
-from wdat.attacks import attack, projected_gradient, random_start, w_fgsm, w_pgd, w_pgd_budget
-from wdat.checks import frozen
-from wdat.dual import dual_attack
-from wdat.images import Pixels
-from wdat.losses import ce, get_loss, margin, redlr
-from wdat.radii import minimal_distances
-from wdat.sensitivity import dual_norms
-from wdat.threat import Threat, per_image, pixel_norm, project, wasserstein_distance
+from wdat.attacks import pgd
+from wdat.attacks.dual import dual_attack
+from wdat.attacks.nearest import minimal_distances
+from wdat.attacks.pgd import attack, projected_gradient, random_start, w_fgsm, w_pgd, w_pgd_budget
+from wdat.threats.ball import Threat, per_image, pixel_norm, project, wasserstein_distance
+from wdat.threats.checks import frozen
+from wdat.threats.images import Pixels
+from wdat.threats.losses import ce, get_loss, margin, redlr
+from wdat.threats.sensitivity import dual_norms
 
 INF = math.inf
 
@@ -188,17 +188,17 @@ def test_what_is_computed_in_given_memory_is_what_the_threat_computes(seed, n, r
     threat, gradient = Threat(0.1, 2, r), scale * torch.randn(n, 2, 3, 3, generator=generator(seed))
     gradient[0] = 0
     memory, before = torch.empty_like(gradient), gradient.clone()
-    dual = attacks._dual_norm(gradient, threat, memory)
+    dual = pgd._dual_norm(gradient, threat, memory)
     assert torch.equal(dual, threat.dual_norm(gradient))
-    assert torch.equal(attacks._direction(gradient, dual, threat, memory), threat.direction(gradient))
+    assert torch.equal(pgd._direction(gradient, dual, threat, memory), threat.direction(gradient))
     assert torch.equal(gradient, before)  # it may be the user's memory, or one number seen many times
     bounds = threat.norm(gradient) * torch.rand(n, generator=generator(seed)) * 2
     assert torch.equal(
         threat.norm(gradient), gradient.flatten(1).abs().amax(1) if r == INF else gradient.flatten(1).norm(dim=1)
     )
-    assert torch.equal(attacks._project(gradient.clone(), bounds, r), project(gradient, bounds, r))
+    assert torch.equal(pgd._project(gradient.clone(), bounds, r), project(gradient, bounds, r))
     gradient[-1] = math.nan
-    assert not attacks._direction(gradient, threat.dual_norm(gradient), threat, memory)[-1].any()
+    assert not pgd._direction(gradient, threat.dual_norm(gradient), threat, memory)[-1].any()
 
 
 @pytest.mark.parametrize("r", NORMS)

@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from nets import NORMS, ORDERS, exact, generator, images, linear, norms_of, quick, smooth
 
-from wdat.attacks import STEP_RATIO, attack, fgsm, pgd, projected_gradient, w_fgsm, w_pgd, w_pgd_budget
-from wdat.checks import frozen
-from wdat.losses import ce, get_loss, margin
-from wdat.sensitivity import input_gradient, upsilon
-from wdat.threat import Threat, per_image, pixel_norm
+from wdat.attacks.pgd import STEP_RATIO, attack, fgsm, pgd, projected_gradient, w_fgsm, w_pgd, w_pgd_budget
+from wdat.threats.ball import Threat, per_image, pixel_norm
+from wdat.threats.checks import frozen
+from wdat.threats.losses import ce, get_loss, margin
+from wdat.threats.sensitivity import input_gradient, upsilon
 
 INF = math.inf
 FINITE = [p for p in ORDERS if p < INF]

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import wdat
-from wdat import cli, records, tables
-from wdat.networks import build
-from wdat.objectives import plain
+from wdat import cli, records
+from wdat.report import tables
+from wdat.training.objectives import plain
+from wdat.zoo.networks import build
 
 BALL = [wdat.Threat("1/16")]
 QUICK = {"steps": 2, "progress": False}
@@ -165,7 +166,7 @@ def place(tmp_path, monkeypatch) -> Path:
         network = build("digits_cnn", width=2)
     wdat.save_model(network, tmp_path / "net.yaml", architecture="digits_cnn", arguments={"width": 2})
     (tmp_path / "mine.py").write_text(
-        "from wdat.networks import build\n"
+        "from wdat.zoo.networks import build\n"
         "def make():\n    return build('digits_cnn', width=2)\n"
         "def needs(width):\n    return build('digits_cnn', width=width)\n"
         "def text():\n    return 'a network'\n"

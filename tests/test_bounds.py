@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from nets import images, labels, linear, quick
 
-from wdat.attacks import attack
-from wdat.bounds import out_of_sample, ratio_bounds
-from wdat.losses import redlr
-from wdat.sensitivity import upsilon
-from wdat.threat import Threat
+from wdat.accuracy.bounds import out_of_sample, ratio_bounds
+from wdat.attacks.pgd import attack
+from wdat.threats.ball import Threat
+from wdat.threats.losses import redlr
+from wdat.threats.sensitivity import upsilon
 
 fractions = st.floats(0.01, 1)
 

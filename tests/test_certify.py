@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from nets import NORMS, batch_norm, built, generator, images, labels, linear, quick, relu
 from torch import Tensor, nn
 
-from wdat import certify
-from wdat.allocation import accuracy_curve
-from wdat.certify import certified_radii, crossing, hidden_bounds
-from wdat.graph import network_steps
-from wdat.networks import Normalised, build
-from wdat.radii import minimal_distances
-from wdat.threat import Threat, per_image, pixel_norm, project
+from wdat.accuracy import crown
+from wdat.accuracy.allocation import accuracy_curve
+from wdat.accuracy.crown import certified_radii, crossing, hidden_bounds
+from wdat.accuracy.graph import network_steps
+from wdat.attacks.nearest import minimal_distances
+from wdat.threats.ball import Threat, per_image, pixel_norm, project
+from wdat.zoo.networks import Normalised, build
 
 SHAPE = (3, 10, 10)
 
@@ -318,7 +318,7 @@ def test_chunks_do_not_change_bounds(monkeypatch):
     model, x = convolutional().eval(), images(4, SHAPE).double()
     steps, radius = network_steps(model, x[:1].float()), torch.full((4,), 0.03).double()
     whole = hidden_bounds(steps, x, radius, math.inf)
-    monkeypatch.setattr(certify, "CHUNK", 700)
+    monkeypatch.setattr(crown, "CHUNK", 700)
     parts = hidden_bounds(steps, x, radius, math.inf)
     assert all(torch.allclose(a, b, atol=1e-12) for i in whole for a, b in zip(whole[i], parts[i], strict=True))
 

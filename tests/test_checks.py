@@ -5,8 +5,8 @@ import torch
 from nets import batch_norm, images, labels, linear
 from torch import nn
 
-from wdat.checks import check_images, check_labels, check_logits, check_model, checking, device_of, frozen
-from wdat.losses import ce
+from wdat.threats.checks import check_images, check_labels, check_logits, check_model, checking, device_of, frozen
+from wdat.threats.losses import ce
 
 GOOD = torch.rand(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
 

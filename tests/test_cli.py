@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import wdat
-from wdat import cli, evaluation
-from wdat.networks import build
+from wdat import cli
+from wdat.studies import evaluation
+from wdat.zoo.networks import build
 
 RUN = ["evaluate", "net.yaml", "--data", "digits", "--n", "40", "--steps", "3", "--delta", "1/16", "2/16"]
 

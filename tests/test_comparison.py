@@ -7,9 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wdat.allocation import accuracy_curve
-from wdat.comparison import BEST_OF_OURS, bootstrap_counts, equal_clean, frontier, resampled_accuracy
-from wdat.threat import Threat
+from wdat.accuracy.allocation import accuracy_curve
+from wdat.studies.comparison import (
+    BEST_OF_OURS,
+    bootstrap_counts,
+    equal_clean,
+    frontier,
+    resampled_accuracy,
+)
+from wdat.threats.ball import Threat
 
 
 def some_distances(n: int, seed: int = 0) -> torch.Tensor:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from wdat.data import Data, from_tensors, load_data
+from wdat.zoo.data import Data, from_tensors, load_data
 
 
 def random_set(n=60, classes=4, seed=0, shape=(3, 4, 4)):

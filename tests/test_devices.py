@@ -11,18 +11,18 @@ from elsewhere import moved as put
 from nets import batch_norm, built, images, labels
 from torch import nn
 
-from wdat.attacks import attack, pgd, w_fgsm, w_pgd_budget
-from wdat.certify import certified_radii
-from wdat.data import from_tensors
-from wdat.dual import dual_attack
-from wdat.evaluation import evaluate
-from wdat.finetuning import finetune
-from wdat.images import Pixels
-from wdat.objectives import at, combined, mart, plain, trades, w_trades, water_level
-from wdat.radii import minimal_distances
-from wdat.recipes import Recipe
-from wdat.sensitivity import upsilon
-from wdat.threat import Threat
+from wdat.accuracy.crown import certified_radii
+from wdat.attacks.dual import dual_attack
+from wdat.attacks.nearest import minimal_distances
+from wdat.attacks.pgd import attack, pgd, w_fgsm, w_pgd_budget
+from wdat.studies.evaluation import evaluate
+from wdat.threats.ball import Threat
+from wdat.threats.images import Pixels
+from wdat.threats.sensitivity import upsilon
+from wdat.training.loop import finetune
+from wdat.training.objectives import at, combined, mart, plain, trades, w_trades, water_level
+from wdat.training.recipes import Recipe
+from wdat.zoo.data import from_tensors
 
 INF = math.inf
 N = 14

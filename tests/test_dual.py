@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from scipy.optimize import linprog
 from torch import nn
 
-from wdat.attacks import w_fgsm, w_pgd
-from wdat.dual import FINE, dual_attack, price
-from wdat.threat import Threat, power_mean
+from wdat.attacks.dual import FINE, dual_attack, price
+from wdat.attacks.pgd import w_fgsm, w_pgd
+from wdat.threats.ball import Threat, power_mean
 
 
 @settings(deadline=None, max_examples=25, derandomize=True)

@@ -9,15 +9,15 @@ import yaml
 from nets import batch_norm, images, labels, relu, smooth
 from torch import nn
 
-from wdat import estimates
-from wdat.data import from_tensors
-from wdat.estimates import check_memory, estimate, kept_for_backward
-from wdat.finetuning import finetune
-from wdat.networks import build
-from wdat.objectives import at, combined, plain, trades, w_trades, water_level
-from wdat.recipes import Recipe, make_recipe
-from wdat.threat import Threat
-from wdat.trackers import Rule
+from wdat.threats.ball import Threat
+from wdat.training import memory
+from wdat.training.loop import finetune
+from wdat.training.memory import check_memory, estimate, kept_for_backward
+from wdat.training.objectives import at, combined, plain, trades, w_trades, water_level
+from wdat.training.recipes import Recipe, make_recipe
+from wdat.training.trackers import Rule
+from wdat.zoo.data import from_tensors
+from wdat.zoo.networks import build
 
 SHAPE = (2, 3, 3)
 THREAT = Threat(0.05, 2)
@@ -115,7 +115,7 @@ def test_time_follows_the_passes_of_a_real_epoch(objective, rule, monkeypatch):
             logits.register_hook(lambda gradient: clock.__setitem__(0, clock[0] + weight * len(gradient)))
 
     model.register_forward_hook(forward)  # copies have it too
-    monkeypatch.setattr(estimates.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(memory.time, "perf_counter", lambda: clock[0])
     found = estimate(model, recipe, SHAPE, 50)
     before = clock[0]
     finetune(model, train, recipe, progress=False)

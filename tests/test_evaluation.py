@@ -10,15 +10,15 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from wdat import evaluation, parts
-from wdat.allocation import accuracy_curve
-from wdat.attacks import attack, pgd, w_pgd, w_pgd_budget
-from wdat.data import from_tensors
-from wdat.evaluation import clean_pass, evaluate
-from wdat.losses import ce, margin, redlr
-from wdat.radii import minimal_distances
-from wdat.sensitivity import upsilon
-from wdat.threat import Threat
+from wdat.accuracy.allocation import accuracy_curve
+from wdat.attacks.nearest import minimal_distances
+from wdat.attacks.pgd import attack, pgd, w_pgd, w_pgd_budget
+from wdat.studies import cache, evaluation
+from wdat.studies.evaluation import clean_pass, evaluate
+from wdat.threats.ball import Threat
+from wdat.threats.losses import ce, margin, redlr
+from wdat.threats.sensitivity import upsilon
+from wdat.zoo.data import from_tensors
 
 THREATS = [Threat("1/32", 2), Threat("1/16", 2), Threat("1/16", math.inf)]
 
@@ -77,10 +77,10 @@ EVERYTHING = dict(
 
 
 def test_an_evaluation_killed_in_any_part_resumes_and_ends_the_same(tiny_model, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(parts, "PART", 16)
+    monkeypatch.setattr(cache, "PART", 16)
     monkeypatch.setattr(evaluation, "PART", 16)
     whole, done, lives = evaluate(tiny_model, data, THREATS, **EVERYTHING), [], 0
-    real = parts.Parts._counted
+    real = cache.Parts._counted
 
     def dies(*arguments):
         if len(done) % 4 == 3:
@@ -89,7 +89,7 @@ def test_an_evaluation_killed_in_any_part_resumes_and_ends_the_same(tiny_model, 
         done.append("computed")
         return real(*arguments)
 
-    monkeypatch.setattr(parts.Parts, "_counted", dies)
+    monkeypatch.setattr(cache.Parts, "_counted", dies)
     again = None
     while again is None:
         lives += 1
@@ -136,20 +136,20 @@ def test_distances_and_certificates_of_an_evaluation_are_not_computed_again(tiny
     def never(*_, **__):
         raise AssertionError("computed again")
 
-    monkeypatch.setattr(parts, "minimal_distances", never)
-    monkeypatch.setattr(parts, "certified_radii", never)
-    monkeypatch.setattr(parts, "search_passes", lambda _: 1)
-    again = parts.distances(tiny_model, data, math.inf, batch_size=16, state=state, progress=False)
+    monkeypatch.setattr(cache, "minimal_distances", never)
+    monkeypatch.setattr(cache, "certified_radii", never)
+    monkeypatch.setattr(cache, "search_passes", lambda _: 1)
+    again = cache.distances(tiny_model, data, math.inf, batch_size=16, state=state, progress=False)
     assert (
         torch.equal(again.distance, own.distance)
         and torch.equal(again.x, own.x)
         and again.gains == pytest.approx(own.gains)
     )
     assert again.passes == pytest.approx(own.passes) and found["exact"][0]["passes"] == again.passes
-    radii = parts.certificates(tiny_model, data.take(20, seed=0), math.inf, state=state, progress=False)
+    radii = cache.certificates(tiny_model, data.take(20, seed=0), math.inf, state=state, progress=False)
     assert found["certified"][0]["mean_distance"] == pytest.approx(float(radii.mean()))
     with pytest.raises(AssertionError, match="computed again"):
-        parts.distances(tiny_model, data, math.inf, {"steps": 3}, batch_size=16, state=state, progress=False)
+        cache.distances(tiny_model, data, math.inf, {"steps": 3}, batch_size=16, state=state, progress=False)
 
 
 def test_the_bar_counts_passes_and_ends_full(tiny_model, data, tmp_path):

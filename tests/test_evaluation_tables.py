@@ -3,8 +3,9 @@
 import matplotlib.pyplot as plt
 import pytest
 
-from wdat import plots, publish, records, tables
-from wdat.threat import Threat
+from wdat import records
+from wdat.report import figures, numbers, tables
+from wdat.threats.ball import Threat
 
 CLEAN = 0.8
 
@@ -45,7 +46,7 @@ def test_ranks_count_reversed_pairs(tmp_path):
     assert [row["δ"] for row in rows] == ["1/16", "2/16"]
     assert [row["Kendall's τ"] for row in rows] == ["1.00", "-1.00"]
     assert [row["pairs reversed"] for row in rows] == ["0 of 3", "3 of 3"]
-    found = publish.numbers(tmp_path)
+    found = numbers.numbers(tmp_path)
     assert found["06_x.linf.small.tau"] == "1.00" and found["06_x.linf.large.reversed"] == "3 of 3"
 
 
@@ -57,7 +58,7 @@ def test_the_first_radius_at_which_a_bound_fails_is_named(tmp_path):
     )
     rows = {row["network"]: row for row in tables.failures(path).frame.to_dict("records")}
     assert rows["holds"]["ReDLR"] == "–" and rows["fails"]["ReDLR"] == "2/16 (0.60 > 0.50)"
-    found = publish.numbers(tmp_path)
+    found = numbers.numbers(tmp_path)
     assert found["06_x.fails.linf.redlr.fails-at"] == "2/16" and found["06_x.holds.linf.redlr.fails-at"] == "none"
     assert (tmp_path / "06_x-failures.tex").read_text().count(r"$>$") == 3  # of each loss
 
@@ -75,7 +76,7 @@ def test_the_dual_attack_is_compared_with_the_best_iterate_of_w_pgd(tmp_path):
     assert [(row["V(0)"], row["W-PGD"], row["dual attack"]) for row in rows] == [
         ("0.500", "1.250", "1.500"), ("0.500", "1.250", "1.000"),
     ]  # fmt: skip
-    found = publish.numbers(tmp_path)
+    found = numbers.numbers(tmp_path)
     assert found["06_x.linf.dual.above"] == "1 of 2" and found["06_x.linf.dual.gain.mean"] == "0.0"
 
 
@@ -91,7 +92,7 @@ def test_the_sandwich_shows_everything_the_record_has_and_its_legend_fits(tmp_pa
     auto = [{"threat": Threat("1/16", "inf").describe(), "accuracy": 0.5, "n": 4}]
     own = network("net", [0.6, 0.4], [0.6, 0.4], [0.5, 0.2], autoattack=auto)
     own["certified"] = [{**own["exact"][0], "n": 4}]
-    figure = plots.sandwich(written(tmp_path, *[own | {"network": f"net{k}"} for k in range(count)]))
+    figure = figures.sandwich(written(tmp_path, *[own | {"network": f"net{k}"} for k in range(count)]))
     figure.canvas.draw()
     (legend,) = figure.legends
     shown = {text.get_text() for text in legend.get_texts()}

@@ -9,8 +9,9 @@ import nbformat
 import pytest
 from repository import notebook, said
 
-from wdat import cli, execution
-from wdat.reproduce import reproduce
+from wdat import cli
+from wdat.reproduce import execution
+from wdat.reproduce.runner import reproduce
 
 
 def test_notebooks_run_in_this_interpreter_without_ports_and_leave_no_trace_of_the_machine(repo, monkeypatch, capsys):

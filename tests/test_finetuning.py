@@ -11,14 +11,14 @@ from nets import batch_norm, counting, images, labels, linear, relu, smooth
 from torch import nn
 from tuning import QUICK, THREAT, N, changed, data, run, weights
 
-from wdat.data import Data, from_tensors
-from wdat.finetuning import Recipe, finetune, interpolate, make_recipe, shift_and_flip, step_seed
-from wdat.losses import ce, kl
-from wdat.objectives import PRECISIONS, Objective, at, plain, trades, w_trades, water_level
-from wdat.recipes import initialise, last_layer
-from wdat.schedules import SCHEDULES
-from wdat.sensitivity import upsilon
-from wdat.trackers import Rule, Tracker
+from wdat.threats.losses import ce, kl
+from wdat.threats.sensitivity import upsilon
+from wdat.training.loop import Recipe, finetune, interpolate, make_recipe, shift_and_flip, step_seed
+from wdat.training.objectives import PRECISIONS, Objective, at, plain, trades, w_trades, water_level
+from wdat.training.recipes import initialise, last_layer
+from wdat.training.schedules import SCHEDULES
+from wdat.training.trackers import Rule, Tracker
+from wdat.zoo.data import Data, from_tensors
 
 # Where it starts
 
@@ -180,7 +180,7 @@ def test_upsilon_costs_what_its_rule_says(rule, passes, monkeypatch):
             counts.update(now=context.__enter__(), kept=context)
         return made
 
-    monkeypatch.setattr("wdat.finetuning.copy.deepcopy", counted)
+    monkeypatch.setattr("wdat.training.loop.copy.deepcopy", counted)
     run(model, data(model), Recipe(w_trades(THREAT, steps=1), upsilon=rule, **QUICK))
     assert counts["now"] == {"grad": passes + 3 * N * 4, "no_grad": 0, "backward": passes + 3 * N * 4}
 

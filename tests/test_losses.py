@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from nets import generator, quick
 
-from wdat.losses import LOSSES, boosted_ce, ce, dlr, get_loss, kl, margin, negative_margin, redlr
+from wdat.threats.losses import LOSSES, boosted_ce, ce, dlr, get_loss, kl, margin, negative_margin, redlr
 
 random_logits = given(seed=st.integers(0, 10**6), n=st.integers(1, 20), m=st.integers(3, 10))
 

@@ -8,8 +8,8 @@ import yaml
 from torch import nn
 from weightfiles import BAD_FILES, ZOO, Trap, perturbed, same
 
-from wdat.models import load_model, read_card, read_weights, save_model, sha256
-from wdat.networks import ARCHITECTURES, Normalised, build
+from wdat.zoo.models import load_model, read_card, read_weights, save_model, sha256
+from wdat.zoo.networks import ARCHITECTURES, Normalised, build
 
 
 @pytest.fixture

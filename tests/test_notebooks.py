@@ -6,8 +6,9 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from wdat import publish, records
-from wdat.reproduce import reproduce
+from wdat import records
+from wdat.report import numbers
+from wdat.reproduce.runner import reproduce
 
 ROOT = Path(__file__).parents[1]
 
@@ -69,7 +70,7 @@ def test_executed_copies_show_outputs_and_no_errors(smoke):
 
 def test_a_second_run_redoes_nothing_and_numbers_can_be_written(smoke):
     assert reproduce("smoke", root=smoke) == []
-    found = publish.numbers(smoke / "figures/smoke")
+    found = numbers.numbers(smoke / "figures/smoke")
     assert len(found) > 20 and (smoke / "figures/smoke/numbers.tex").read_text().count(r"\csname") == len(found)
 
 

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from nets import NORMS, batch_norm, counting, generator, relu, smooth
 from steps import N, case, same, step, trackers
 
-from wdat.attacks import pgd
-from wdat.losses import kl
-from wdat.objectives import (
+from wdat.attacks.pgd import pgd
+from wdat.threats.ball import Threat, pixel_norm
+from wdat.threats.losses import kl
+from wdat.training.objectives import (
     Objective,
     Term,
     WaterLevel,
@@ -24,7 +25,6 @@ from wdat.objectives import (
     w_trades,
     water_level,
 )
-from wdat.threat import Threat, pixel_norm
 
 INF = math.inf
 

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from scipy.optimize import linprog, minimize, nnls
 from torch import nn
 
-from wdat.allocation import accuracy_curve, adversarial_set
-from wdat.attacks import w_pgd
-from wdat.certify import certified_radii
-from wdat.losses import margin
-from wdat.models import load_model
-from wdat.radii import box_step, minimal_distances
-from wdat.threat import Threat, pixel_norm
+from wdat.accuracy.allocation import accuracy_curve, adversarial_set
+from wdat.accuracy.crown import certified_radii
+from wdat.attacks.nearest import box_step, minimal_distances
+from wdat.attacks.pgd import w_pgd
+from wdat.threats.ball import Threat, pixel_norm
+from wdat.threats.losses import margin
+from wdat.zoo.models import load_model
 
 NORMS = [2, math.inf]
 ZOO = Path(__file__).parents[1] / "notebooks" / "zoo"
@@ -216,7 +216,7 @@ def test_passes_are_what_a_hook_counts(tiny_model, tiny_data, r, monkeypatch):
     n, correct = len(x), int(found.correct.sum())
     least = n * (1 + 3) + correct * (2 * 4 + 1) + correct * (2 * 5 + 1)
     assert least <= found.passes * n < least + correct * 2 * 4  # less than one other class in question an image
-    monkeypatch.setattr("wdat.radii.RIVALRY", math.inf)
+    monkeypatch.setattr("wdat.attacks.nearest.RIVALRY", math.inf)
     all_ = minimal_distances(tiny_model, x, y, r, steps=5, rivals=3, restarts=1, batch_size=48, tolerance=0)
     handle.remove()
     assert all_.passes * n == least + correct * 2 * 2 * 4

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wdat import records
-from wdat.threat import Threat
+from wdat.threats.ball import Threat
 
 leaves = (
     st.none()

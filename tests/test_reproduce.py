@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from repository import notebook, said
 
-from wdat import cli, execution, paper
-from wdat import reproduce as runner
-from wdat.reproduce import reproduce
+from wdat import cli
+from wdat.reproduce import execution, paper, runner
+from wdat.reproduce.runner import reproduce
 
 
 def test_a_killed_run_resumes_after_the_last_finished_notebook(repo, capsys):

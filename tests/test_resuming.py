@@ -16,10 +16,10 @@ from nets import batch_norm, built, relu
 from torch import nn
 from tuning import QUICK, THREAT, changed, data, run, weights
 
-from wdat.finetuning import Diverged, Recipe
-from wdat.objectives import at, combined, plain, trades, w_trades, water_level
-from wdat.threat import Threat
-from wdat.trackers import Rule
+from wdat.threats.ball import Threat
+from wdat.training.loop import Diverged, Recipe
+from wdat.training.objectives import at, combined, plain, trades, w_trades, water_level
+from wdat.training.trackers import Rule
 
 
 def deep() -> nn.Module:
@@ -252,7 +252,7 @@ def test_other_errors_of_a_step_stay_what_they_are(monkeypatch):
     def refuse(*_):
         raise ValueError("something else")
 
-    monkeypatch.setattr("wdat.finetuning._norms", refuse)
+    monkeypatch.setattr("wdat.training.loop._norms", refuse)
     with pytest.raises(ValueError, match="something else") as caught:
         run(model, data(model), Recipe(w_trades(THREAT, steps=2), **QUICK))
     assert not isinstance(caught.value, Diverged)

@@ -12,21 +12,23 @@ import yaml
 from torch import nn
 from weightfiles import BAD_FILES, ZOO, Trap, perturbed, same
 
-from wdat import rb
-from wdat.data import from_tensors
-from wdat.finetuning import Recipe, finetune
-from wdat.models import export_robustbench, load_model, save_model, sha256
-from wdat.networks import Normalised, build
-from wdat.objectives import w_trades
-from wdat.sensitivity import upsilon
-from wdat.threat import Threat, pixel_norm
-from wdat.trackers import Rule
+from wdat.attacks.autoattack import autoattack
+from wdat.threats.ball import Threat, pixel_norm
+from wdat.threats.sensitivity import upsilon
+from wdat.training.loop import Recipe, finetune
+from wdat.training.objectives import w_trades
+from wdat.training.trackers import Rule
+from wdat.zoo import robustbench as rb
+from wdat.zoo.data import from_tensors
+from wdat.zoo.models import export_robustbench, load_model, save_model, sha256
+from wdat.zoo.networks import Normalised, build
 
 # RobustBench
 
 
 def test_robustbench_is_imported_only_when_asked():
-    code = "import sys, wdat.models, wdat.data; print({'robustbench', 'pyautoattack', 'sklearn'} & set(sys.modules))"
+    code = "import sys; from wdat.zoo import models, data; "
+    code += "print({'robustbench', 'pyautoattack', 'sklearn'} & set(sys.modules))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "set()"
 
@@ -146,7 +148,7 @@ def test_autoattack_stays_in_the_ball_and_leaves_nothing_behind(tiny_model, tiny
     tiny_model.train()
     tiny_model[0].weight.requires_grad_(False)
     before = torch.get_rng_state()
-    adversarial = rb.autoattack(
+    adversarial = autoattack(
         tiny_model, x, y, delta, r, version="custom", attacks=["apgd-ce", "apgd-t", "fab-t"], batch_size=10
     )
     assert torch.equal(before, torch.get_rng_state()) and capfd.readouterr() == ("", "")
@@ -157,7 +159,7 @@ def test_autoattack_stays_in_the_ball_and_leaves_nothing_behind(tiny_model, tiny
     with torch.no_grad():
         clean, robust = ((tiny_model(a).argmax(1) == y).float().mean() for a in (x, adversarial))
     assert clean == 20 / 24 and robust < 0.5 * clean
-    again = rb.autoattack(
+    again = autoattack(
         tiny_model, x, y, delta, r, version="custom", attacks=["apgd-ce", "apgd-t", "fab-t"], batch_size=10
     )
     assert torch.equal(again, adversarial)
@@ -169,7 +171,7 @@ def test_autoattack_standard_is_the_reference_class(tiny_model, tiny_data):
     from autoattack import AutoAttack
 
     x, y = (t[:6] for t in tiny_data)
-    ours = rb.autoattack(tiny_model, x, y, 0.2, batch_size=6)
+    ours = autoattack(tiny_model, x, y, 0.2, batch_size=6)
     theirs = AutoAttack(tiny_model.eval(), norm="Linf", eps=0.2, seed=0, verbose=False, device="cpu")
     theirs.apgd_targeted.n_target_classes = theirs.fab.n_target_classes = 4
     reference = theirs.run_standard_evaluation(x, y, bs=6)
@@ -182,15 +184,15 @@ def test_autoattack_says_what_it_can_not_do(tiny_model, tiny_data):
     x, y = tiny_data
     three = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
     with pytest.raises(ValueError, match="at least 4 classes, the model has 3; use version='custom'"):
-        rb.autoattack(three, x, y.clamp_max(2), 0.1)
+        autoattack(three, x, y.clamp_max(2), 0.1)
     with pytest.raises(ValueError, match="needs attacks"):
-        rb.autoattack(tiny_model, x, y, 0.1, version="custom")
+        autoattack(tiny_model, x, y, 0.1, version="custom")
     with pytest.raises(ValueError, match="divide by 255"):
-        rb.autoattack(tiny_model, 255 * x, y, 0.1)
+        autoattack(tiny_model, 255 * x, y, 0.1)
     with pytest.raises(ValueError, match="probabilities"):
-        rb.autoattack(nn.Sequential(tiny_model, nn.Softmax(1)), x, y, 0.1)
+        autoattack(nn.Sequential(tiny_model, nn.Softmax(1)), x, y, 0.1)
     with pytest.raises(ValueError, match=r"labels lie in \d\.\.9"):
-        rb.autoattack(tiny_model, x, torch.cat([y[:-1], torch.tensor([9])]), 0.1)
+        autoattack(tiny_model, x, torch.cat([y[:-1], torch.tensor([9])]), 0.1)
 
 
 def test_only_known_upstream_warnings_are_silenced():

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from nets import quick
 
-from wdat.schedules import SCHEDULES, constant, cosine, get_schedule, slow_start_fast_decay, step
+from wdat.training.schedules import SCHEDULES, constant, cosine, get_schedule, slow_start_fast_decay, step
 
 
 def rates(schedule, epochs: int, base: float = 1.0) -> list[float]:

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from nets import NORMS, ORDERS, batch_norm, counting, generator, images, labels, linear, norms_of, quick, relu, smooth
 from torch import nn
 
-from wdat.checks import frozen
-from wdat.losses import ce, redlr
-from wdat.sensitivity import MovingAverage, dual_norms, estimate, feasible, input_gradient, upsilon
-from wdat.threat import Threat, per_image
+from wdat.threats.ball import Threat, per_image
+from wdat.threats.checks import frozen
+from wdat.threats.losses import ce, redlr
+from wdat.threats.sensitivity import MovingAverage, dual_norms, estimate, feasible, input_gradient, upsilon
 
 INF = math.inf
 random_case = given(

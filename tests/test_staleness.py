@@ -1,12 +1,11 @@
 """What makes a finished notebook run again, and what does not."""
 
 import json
-from pathlib import Path
 
 from repository import HEAD, notebook, said
 
-from wdat import staleness
-from wdat.reproduce import reproduce
+from wdat.reproduce import staleness
+from wdat.reproduce.runner import reproduce
 
 
 def test_every_rerun_says_why(repo, pretend, capsys, monkeypatch):
@@ -62,7 +61,7 @@ def test_files_of_other_conditions_are_removed_and_those_of_a_resumed_run_kept(r
     (repo / "figures/digits/a.json").unlink()
     assert reproduce() == ["01_first"] and network.exists() and figure.exists()
     library = staleness.library
-    monkeypatch.setattr(staleness, "library", lambda code: library(code) | {"wdat/plots.py": "new"})
+    monkeypatch.setattr(staleness, "library", lambda code: library(code) | {"wdat/report/figures.py": "new"})
     assert reproduce(only=["1"]) == ["01_first"] and network.exists()  # drawing changes no network
     said(capsys)
     assert reproduce(parameters={"n": 7}, only=["1"]) == ["01_first"]
@@ -73,27 +72,30 @@ def test_files_of_other_conditions_are_removed_and_those_of_a_resumed_run_kept(r
 
 def test_the_library_of_a_notebook_is_what_its_imports_reach(tmp_path, monkeypatch):
     package = tmp_path / "wdat"
-    package.mkdir()
+    (package / "room").mkdir(parents=True)
     sources = {
         "__init__": '"""Doc."""\n',
-        "low": "x = 1\n",
-        "high": "from wdat.low import x\n",
-        "lazy": "def f():\n    import wdat.low\n    return wdat.low.x\n",
+        "room/__init__": '"""A room."""\n',
+        "room/low": "x = 1\n",
+        "high": "from wdat.room.low import x\n",
+        "lazy": "def f():\n    import wdat.room.low\n    return wdat.room.low.x\n",
         "apart": "y = 2\n",
     }
     for name, text in sources.items():
         (package / f"{name}.py").write_text(text)
-    monkeypatch.setattr(staleness, "__file__", str(package / "staleness.py"))
+    monkeypatch.setattr(staleness, "__file__", str(package / "reproduce" / "staleness.py"))
 
     def modules(code: str) -> set[str]:
-        return {Path(name).stem for name in staleness.library(code)}
+        return {name.removeprefix("wdat/").removesuffix(".py") for name in staleness.library(code)}
 
+    below = {"__init__", "room/__init__", "room/low"}
     assert modules("import math") == set()
-    assert modules("from wdat import high") == modules("import wdat.high as h") == {"__init__", "high", "low"}
-    assert modules("%matplotlib inline\nfrom wdat.lazy import f") == {"__init__", "lazy", "low"}
+    assert modules("from wdat import high") == modules("import wdat.high as h") == {"high", *below}
+    assert modules("from wdat.room import low") == modules("from wdat.room.low import x") == below
+    assert modules("%matplotlib inline\nfrom wdat.lazy import f") == {"lazy", *below}
     assert modules("import wdat") == modules("from wdat import evaluate") == set(sources)
     before = staleness.library("from wdat import high")
-    (package / "low.py").write_text('"""Now with a docstring."""\n# and a comment\nx  =  1\n')
+    (package / "room" / "low.py").write_text('"""Now with a docstring."""\n# and a comment\nx  =  1\n')
     assert staleness.library("from wdat import high") == before
-    (package / "low.py").write_text("x = 2\n")
-    assert {k for k, v in staleness.library("from wdat import high").items() if v != before[k]} == {"wdat/low.py"}
+    (package / "room" / "low.py").write_text("x = 2\n")
+    assert {k for k, v in staleness.library("from wdat import high").items() if v != before[k]} == {"wdat/room/low.py"}

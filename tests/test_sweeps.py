@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from wdat import sweeps
-from wdat.data import load_data
-from wdat.networks import Normalised, build
-from wdat.rows import chosen_runs
-from wdat.threat import Threat
+from wdat.report.rows import chosen_runs
+from wdat.studies import sweeps
+from wdat.threats.ball import Threat
+from wdat.zoo.data import load_data
+from wdat.zoo.networks import Normalised, build
 
 
 def test_variants_expand_to_settings_of_the_recipe_and_of_its_objective():

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wdat import plots, publish, records, tables
-from wdat.rows import percent
+from wdat import records
+from wdat.report import figures, numbers, tables
+from wdat.report.rows import percent
 
 PAPER = Path(__file__).parents[1] / "paper"
 DIGITS = Path(__file__).parents[1] / "figures" / "digits"
@@ -83,19 +84,19 @@ def test_networks_on_the_way_are_no_runs_and_take_the_history_of_theirs(tmp_path
         after = r["after"] | {"autoattack": {"2/16": 0.40 + excess}, "nearest": {"2/16": 0.40}}
         found["runs"][place] = r | {"after": after}
     write(tmp_path / "04.json", "finetuning", found)
-    own = {key.removeprefix("04."): text for key, text in publish.numbers(tmp_path).items()}
+    own = {key.removeprefix("04."): text for key, text in numbers.numbers(tmp_path).items()}
     assert own["runs"] == str(sum(not r["before"] for r in RUNS)) and own["shares"] == "0.5"
     assert own["a.safe.clean"] == "95.0 ± 0.0" and own["safe.realised_delta"] == "0.125"
     assert [own[f"autoattack.small.beyond.{k}"] for k in ("low", "high", "mean", "n", "none")] == [
         "+0.0", "+2.0", "+1.0", "2", "1"
     ]  # fmt: skip
     assert "safe, 0.5 of the way" in tables.finetuning(tmp_path / "04.json").markdown()
-    plots.tradeoff(tmp_path / "04.json")
+    figures.tradeoff(tmp_path / "04.json")
 
 
 def test_gains_are_means_over_networks_of_means_over_seeds(tmp_path):
     write(tmp_path / "04.json", "finetuning", finetuning(RUNS))
-    found = publish.numbers(tmp_path)
+    found = numbers.numbers(tmp_path)
     own = {key.removeprefix("04."): text for key, text in found.items()}
     assert own["a.safe.exact.middle"] == "44.0 ± 1.4" and own["a.before.exact.middle"] == "40.0"
     assert own["safe.exact.middle.gain.mean"] == "+1.0"  # +4 on a, -2 on b
@@ -114,7 +115,7 @@ def test_gains_are_means_over_networks_of_means_over_seeds(tmp_path):
 
 def test_without_a_variant_that_keeps_clean_accuracy_before_is_kept(tmp_path):
     write(tmp_path / "04.json", "finetuning", finetuning([r for r in RUNS if r["variant"] != "safe"]))
-    found = publish.numbers(tmp_path)
+    found = numbers.numbers(tmp_path)
     assert found["04.kept.exact.middle"] == "before" and found["04.kept.exact.middle.gain"] == "+0.0"
 
 
@@ -127,7 +128,7 @@ def test_numbers_agree_with_the_runs_they_come_from(tmp_path_factory, rows):
         runs += [run(f"n{i}", "before", None, clean / 1000, [before / 1000] * 3)]
         runs += [run(f"n{i}", "v", 0, clean / 1000, [after / 1000] * 3)]
     write(folder / "04.json", "finetuning", finetuning(runs))
-    found = publish.numbers(folder)
+    found = numbers.numbers(folder)
     gains = [(after - before) / 10 for before, after, _ in rows]
     assert values(found["04.v.exact.large.gain.mean"]) == pytest.approx(np.mean(gains), abs=0.0501)
     assert values(found["04.v.exact.large.gain.high"]) == pytest.approx(max(gains))
@@ -158,7 +159,7 @@ def test_only_the_chosen_setting_of_a_method_is_in_the_table_and_the_numbers(tmp
     results["chosen"] = [{"network": "a", "method": "m", "variant": "m (delta 1)", "kept": True}]
     path = write(tmp_path / "04.json", "finetuning", results)
     assert tables.finetuning(path).frame["variant"].tolist() == ["before", "m (delta 1)"]
-    found = publish.numbers(tmp_path)
+    found = numbers.numbers(tmp_path)
     assert found["04.m.exact.middle.mean"] == "50.0" and found["04.runs"] == "2" and found["04.variants"] == "1"
 
 
@@ -174,14 +175,14 @@ def test_differences_at_equal_clean_accuracy_are_counted_and_tabulated(tmp_path)
         row("a", 0.0, 0.03, 0.01, 0.05), row("b", 0.0, -0.02, -0.03, -0.01), row("c", 0.0, None, None, None),
     ]  # fmt: skip
     path = write(tmp_path / "04.json", "finetuning", results)
-    found = publish.numbers(tmp_path)
+    found = numbers.numbers(tmp_path)
     assert found["04.m.equal.1.middle.above"] == "2 of 2" and found["04.m.equal.1.middle.clear"] == "1 of 2"
     assert found["04.m.equal.0.middle.above"] == "1 of 2" and found["04.m.equal.0.middle.below"] == "1 of 2"
     assert found["04.m.equal.middle.everywhere"] == "1 of 2" and found["04.m.equal.1.middle.mean"] == "+1.5"
     table = tables.compared(path)
     assert table.frame["δ = 2/16"].tolist() == ["+2.0 [+1.0, +3.0]", "+1.0 [-1.0, +3.0]"]
     assert tables.compared(path, 0.0).frame["δ = 2/16"].tolist()[-1] == "–"
-    assert publish.best_of_ours(path) is None  # of one method, the method itself
+    assert numbers.best_of_ours(path) is None  # of one method, the method itself
 
 
 def test_the_rows_of_the_best_of_ours_are_put_apart(tmp_path):
@@ -191,7 +192,7 @@ def test_the_rows_of_the_best_of_ours_are_put_apart(tmp_path):
     results = finetuning(RUNS) | {"ours": ["m", "n"], "controls": ["plain"], "comparison": rows}
     path = write(tmp_path / "04.json", "finetuning", results)
     tables.compared(path)
-    lines = publish.best_of_ours(path).read_text().splitlines()
+    lines = numbers.best_of_ours(path).read_text().splitlines()
     assert len(lines) == 3 and "the best of ours" in lines[2] and "+2.0 [+1.0, +3.0]" in lines[2]
 
 
@@ -232,7 +233,7 @@ NETWORKS = [
 
 def test_gaps_failed_bounds_and_ranks(tmp_path):
     write(tmp_path / "06.json", "evaluation", {"n": 50, "networks": NETWORKS})
-    found = {key.removeprefix("06."): text for key, text in publish.numbers(tmp_path).items()}
+    found = {key.removeprefix("06."): text for key, text in numbers.numbers(tmp_path).items()}
     assert found["linf.gap.mean"] == "8.2"  # (10 + 10 + 20 + 10 - 1 + 0) / 6
     assert (found["linf.gap.low"], found["linf.gap.low.of"]) == ("−1.0", "two at 2/16")
     assert (found["linf.gap.high"], found["linf.gap.high.of"]) == ("20.0", "one at 3/16")
@@ -249,7 +250,7 @@ def test_gaps_failed_bounds_and_ranks(tmp_path):
 
 def test_the_table_of_an_evaluation_agrees_with_the_numbers(tmp_path):
     path = write(tmp_path / "06.json", "evaluation", {"n": 50, "networks": NETWORKS})
-    frame, found = tables.evaluation(path).frame, publish.numbers(tmp_path)
+    frame, found = tables.evaluation(path).frame, numbers.numbers(tmp_path)
     row = frame[(frame["network"] == "two") & (frame["δ"] == "3/16")].iloc[0]
     for column in ("exact", "certified"):
         assert row[column] == found[f"06.two.linf.large.{column}"]
@@ -271,7 +272,7 @@ def test_the_order_of_the_remainder_is_found(tmp_path_factory, order, slope, res
         points.insert(0, {"delta": delta, "written": f"1/{2**i}", "w_fgsm": attacked, "w_pgd": attacked, "wasted": 0.1})
     row = {"loss": "ce", "p": "inf", "v0": 1.0, "upsilon": 2 * slope, "upsilon_box": slope, "points": points}
     write(folder / "01.json", "attack-theory", {"n": 5, "accuracy": 0.9, "pointwise": {"x": 0.0}, "theory": [row]})
-    found = publish.numbers(folder)
+    found = numbers.numbers(folder)
     assert values(found["01.ce.pinf.order"]) == pytest.approx(order, abs=0.0051)
     assert values(found["01.ce.pinf.large.gained"]) == pytest.approx(100 * (1 + rest / slope), abs=0.0501)
     assert found["01.ce.pinf.box-share"] == "50.0" and found["01.middle.delta"] == "1/8" and found["01.x"] == "0"
@@ -284,7 +285,7 @@ def test_sensitivity_names_extremes_and_does_without_a_claim(tmp_path):
         for n, s, e, c in (("a", 8, 0.3, None), ("b", 8, 0.5, 0.4), ("a", 64, 0.1, 0.1), ("b", 64, 0.2, 0.1))
     ]
     write(tmp_path / "02.json", "sensitivity", {"n": 9, "upsilon": rows, "subset": subset})
-    found = publish.numbers(tmp_path)
+    found = numbers.numbers(tmp_path)
     assert (found["02.ce.p2.low"], found["02.ce.p2.low.of"]) == ("1.5", "b") and found["02.ce.p2.mean"] == "2.25"
     assert (found["02.subset.small.size"], found["02.subset.large.size"]) == ("8", "64")
     assert found["02.subset.small.error.high"] == "50.0" and found["02.subset.small.claimed.high.of"] == "b"
@@ -295,7 +296,7 @@ def test_rules_are_listed_from_best_to_worst(tmp_path):
     errors = {"median": 0.05, "trace": trace}
     rules = [{"rule": name, "rms": rms, "share": n, **errors} for name, rms, n in (("x", 0.2, 0.09), ("y", 0.1, 0.0))]
     write(tmp_path / "02.json", "upsilon-rules", {"rules": rules})
-    found = publish.numbers(tmp_path)
+    found = numbers.numbers(tmp_path)
     assert found["02.all"] == "y: 10.0 % (+0.0 %), x: 20.0 % (+9.0 %)" and found["02.x.share"] == "9.0"
     assert (found["02.drift.low"], found["02.drift.high"]) == ("50.0", "150.0")
 
@@ -307,7 +308,7 @@ def test_numbers_tex_holds_every_key_once_and_nothing_that_latex_would_misread(t
     folder = tmp_path / "digits"
     write(folder / "04_five.json", "finetuning", finetuning(RUNS), seconds=90)
     write(folder / "04_more.json", "other", {}, seconds=150)  # the same notebook: its time counts once
-    found = publish.numbers(folder)
+    found = numbers.numbers(folder)
     lines = (folder / "numbers.tex").read_text().splitlines()
     keys = [re.fullmatch(r"\\expandafter\\def\\csname wdat@digits/(.+)\\endcsname\{(.*)\}", line) for line in lines[1:]]
     assert [key[1] for key in keys] == list(found) and lines[0].startswith("% ")
@@ -321,7 +322,7 @@ def test_numbers_tex_holds_every_key_once_and_nothing_that_latex_would_misread(t
 def test_a_name_latex_can_not_hold_is_refused(tmp_path, name):
     write(tmp_path / "04.json", "finetuning", finetuning([r | {"network": name} for r in RUNS if r["network"] == "a"]))
     with pytest.raises(ValueError, match="can not be a LaTeX key; give the network or variant a name without"):
-        publish.numbers(tmp_path)
+        numbers.numbers(tmp_path)
     assert not (tmp_path / "numbers.tex").exists()
 
 
@@ -359,7 +360,7 @@ def test_every_number_the_text_quotes_is_in_the_records(tmp_path):
         pytest.skip("no records in figures/digits yet: wdat reproduce makes them")
     for path in paths:
         shutil.copy(path, tmp_path / path.name)
-    found, keys = publish.numbers(tmp_path), list(quoted())
+    found, keys = numbers.numbers(tmp_path), list(quoted())
     assert len(keys) > 50
     assert not [key for key in keys if key not in found]
 
@@ -368,7 +369,7 @@ def test_every_number_the_text_quotes_is_in_the_records(tmp_path):
 @pytest.mark.parametrize("flat", [False, True])
 def test_the_text_reads_numbers_and_stops_at_one_that_does_not_exist(tmp_path, flat):
     write(tmp_path / "figures" / "digits" / "04.json", "finetuning", finetuning(RUNS))
-    publish.numbers(tmp_path / "figures" / "digits")
+    numbers.numbers(tmp_path / "figures" / "digits")
     if flat:  # as in the archive for arXiv
         shutil.move(tmp_path / "figures" / "digits" / "numbers.tex", tmp_path / "figures-digits-numbers.tex")
     source = (PAPER / "main.tex").read_text()

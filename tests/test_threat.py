@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from nets import NORMS, ORDERS, generator, images, norms_of, quick
 
-from wdat.threat import Threat, parse_number, per_image, pixel_norm, power_mean, project, wasserstein_distance
+from wdat.threats.ball import Threat, parse_number, per_image, pixel_norm, power_mean, project, wasserstein_distance
 
 INF = math.inf
 shapes = st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 5))

@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from nets import NORMS, ORDERS, labels, norms_of, quick, smooth
 from steps import N, case, same, step, trackers
 
-from wdat.allocation import accuracy_curve
-from wdat.allocation import water_level as allocated_level
-from wdat.checks import frozen
-from wdat.losses import ce, margin
-from wdat.objectives import Objective, Term, WaterLevel, w_trades, water_level
-from wdat.sensitivity import dual_norms
-from wdat.threat import Threat, pixel_norm
-from wdat.trackers import RULES, Rule, Tracker
+from wdat.accuracy.allocation import accuracy_curve
+from wdat.accuracy.allocation import water_level as allocated_level
+from wdat.threats.ball import Threat, pixel_norm
+from wdat.threats.checks import frozen
+from wdat.threats.losses import ce, margin
+from wdat.threats.sensitivity import dual_norms
+from wdat.training.objectives import Objective, Term, WaterLevel, w_trades, water_level
+from wdat.training.trackers import RULES, Rule, Tracker
 
 INF = math.inf
 

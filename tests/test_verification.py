@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from wdat import parts, studies
-from wdat.data import from_tensors
-from wdat.models import load_model
-from wdat.radii import minimal_distances
-from wdat.threat import Threat
+from wdat.attacks.nearest import minimal_distances
+from wdat.studies import cache, experiments
+from wdat.threats.ball import Threat
+from wdat.zoo.data import from_tensors
+from wdat.zoo.models import load_model
 
 ROOT = Path(__file__).parents[1]
 
@@ -20,13 +20,13 @@ def data(tiny_data):
 
 
 def test_probes_find_no_violation_inside_certified_balls_and_many_beyond(tiny_model, data, tmp_path, monkeypatch):
-    rows = studies.probed_certificates({"tiny": tiny_model}, data, ["inf", "2"], tmp_path, 40, restarts=3, steps=30)
+    rows = experiments.probed_certificates({"tiny": tiny_model}, data, ["inf", "2"], tmp_path, 40, restarts=3, steps=30)
     for row in rows:
         assert row["images"] > 20 and row["violations"] == 0
         assert row["probes"] == row["images"] * 4 * 31
-    real = parts.certified_radii
-    monkeypatch.setattr(parts, "certified_radii", lambda *a, **k: 10 * real(*a, **k))
-    wrong = studies.probed_certificates({"tiny": tiny_model}, data, ["inf", "2"], tmp_path / "other", 40)
+    real = cache.certified_radii
+    monkeypatch.setattr(cache, "certified_radii", lambda *a, **k: 10 * real(*a, **k))
+    wrong = experiments.probed_certificates({"tiny": tiny_model}, data, ["inf", "2"], tmp_path / "other", 40)
     assert all(row["violations"] > row["images"] for row in wrong)
 
 
@@ -38,14 +38,14 @@ def test_a_longer_search_shares_the_short_one_and_gains_what_is_said(tiny_model,
         calls.append(settings.get("restarts", 0))
         return real(model, x, y, r, **settings)
 
-    monkeypatch.setattr(parts, "minimal_distances", counted)
+    monkeypatch.setattr(cache, "minimal_distances", counted)
     search = {"steps": 3, "rivals": 1}
-    studies.across_networks(
+    experiments.across_networks(
         {"tiny": tiny_model}, data, threats, tmp_path, losses=("ce",), steps=1, search=search, progress=False
     )
     assert calls == [0, 0]  # one search for each norm
-    rows = studies.convergence({"tiny": tiny_model}, data, threats, tmp_path, search, longer=8)
-    (sets,) = studies.verified_sets({"tiny": tiny_model}, data, threats[0], tmp_path, search)
+    rows = experiments.convergence({"tiny": tiny_model}, data, threats, tmp_path, search, longer=8)
+    (sets,) = experiments.verified_sets({"tiny": tiny_model}, data, threats[0], tmp_path, search)
     assert calls == [0, 0, 5, 5]  # and one longer search for each
     for row in rows:
         (found,) = row["threats"]
@@ -62,5 +62,5 @@ def test_certificates_of_third_party_networks_withstand_probes(name, r, shared: 
         pytest.skip(f"no weights at {weights}")
     model = load_model(ROOT / f"notebooks/zoo/{name}.yaml", root=weights)
     part = from_tensors(png_test[0][:10], png_test[1][:10])
-    (row,) = studies.probed_certificates({name: model}, part, [r], tmp_path, 10, restarts=4, steps=40)
+    (row,) = experiments.probed_certificates({name: model}, part, [r], tmp_path, 10, restarts=4, steps=40)
     assert row["violations"] == 0 and row["images"] >= 4 and row["probes"] >= 800

@@ -4,9 +4,9 @@ import torch
 from nets import images, labels
 from torch import nn
 
-from wdat.data import Data, from_tensors
-from wdat.finetuning import finetune
-from wdat.threat import Threat
+from wdat.threats.ball import Threat
+from wdat.training.loop import finetune
+from wdat.zoo.data import Data, from_tensors
 
 N = 30
 THREAT = Threat(0.05, 2)

@@ -20,11 +20,12 @@ def _reproduce(sub: Any) -> None:
     verb.add_argument("-P", dest="parameters", action="append", default=[], type=_pair, metavar="NAME=VALUE")
 
     def run(args: argparse.Namespace) -> None:
-        from wdat import publish, records
-        from wdat.reproduce import reproduce
+        from wdat import records
+        from wdat.report import numbers
+        from wdat.reproduce.runner import reproduce
 
         reproduce(args.profile, args.only, args.force, parameters=dict(args.parameters), threads=args.threads)
-        publish.publish(records.root(), args.profile)
+        numbers.publish(records.root(), args.profile)
 
     verb.set_defaults(run=run)
 
@@ -34,7 +35,8 @@ def _paper(sub: Any) -> None:
     verb.add_argument("--arxiv", action="store_true", help="also write paper/build/arxiv.tar.gz, ready to submit")
 
     def run(args: argparse.Namespace) -> None:
-        from wdat import paper, records
+        from wdat import records
+        from wdat.reproduce import paper
 
         root = records.root()
         print(paper.build(root).relative_to(root))
@@ -48,7 +50,7 @@ def _source(verb: argparse.ArgumentParser) -> None:
     """Arguments that name a network and data; read by `_load`."""
     verb.add_argument("model", help="a card (NAME.yaml), a RobustBench name, or package.module:function for your own")
     verb.add_argument("--weights", help="folder of the weights (default: beside the card; models for RobustBench)")
-    verb.add_argument("--data", default="cifar10", help="cifar10, folder, digits, ...: see wdat.data.load_data")
+    verb.add_argument("--data", default="cifar10", help="cifar10, folder, digits, ...: see wdat.zoo.data.load_data")
     verb.add_argument("--root", help="folder of the data")
     verb.add_argument("--n", type=int, help="use this many images only")
     verb.add_argument("--dataset", help="RobustBench's data set of the network (default: that of --data, or cifar10)")
@@ -65,8 +67,8 @@ def _load(args: argparse.Namespace, split: str) -> tuple[Any, Any, str]:
     from pathlib import Path
 
     from wdat import records
-    from wdat.data import load_data
-    from wdat.models import load_model
+    from wdat.zoo.data import load_data
+    from wdat.zoo.models import load_model
 
     device = records.pick_device(args.device)
     print(records.device_line(args.device), flush=True)
@@ -104,9 +106,10 @@ def _evaluate(sub: Any) -> None:
         import shutil
         from pathlib import Path
 
-        from wdat import plots, records, tables
-        from wdat.evaluation import adversary, evaluate
-        from wdat.threat import Threat
+        from wdat import records
+        from wdat.report import figures, tables
+        from wdat.studies.evaluation import adversary, evaluate
+        from wdat.threats.ball import Threat
 
         out = Path(args.out)
         records.check_writable(out)
@@ -139,8 +142,8 @@ def _evaluate(sub: Any) -> None:
         shutil.rmtree(shared["state"])
         table = tables.evaluation(record)
         print(table.markdown())
-        plots.sandwich(record, r, p)
-        plots.curves(record, r)
+        figures.sandwich(record, r, p)
+        figures.curves(record, r)
         print(f"record and figures: {out}/{name}.json, .pdf, .png")
 
     verb.set_defaults(run=run)
@@ -150,7 +153,7 @@ def _finetune(sub: Any) -> None:
     verb = sub.add_parser("finetune", help="fine-tune a network by a recipe; writes weights and a card")
     _source(verb)
     verb.add_argument(
-        "recipe", help="YAML of wdat.finetuning.Recipe, such as {objective: {kind: w-trades, delta: 8/255}}"
+        "recipe", help="YAML of wdat.training.loop.Recipe, such as {objective: {kind: w-trades, delta: 8/255}}"
     )
     verb.add_argument("out", help="card to write (NAME.yaml); its weights and checkpoint go beside it")
     verb.add_argument(
@@ -164,8 +167,8 @@ def _finetune(sub: Any) -> None:
         import yaml
 
         from wdat import records
-        from wdat.finetuning import finetune, make_recipe
-        from wdat.models import save_model
+        from wdat.training.loop import finetune, make_recipe
+        from wdat.zoo.models import save_model
 
         out = Path(args.out)
         if out.suffix not in (".yaml", ".yml"):
@@ -180,7 +183,7 @@ def _finetune(sub: Any) -> None:
         if "architecture" not in getattr(model, "card", {}):
             raise ValueError(
                 f"{args.model} has no card, so its weights could not be read back; fine-tune it with wdat.finetune in "
-                "Python, or write a card (see wdat.models)"
+                "Python, or write a card (see wdat.zoo.models)"
             )
         rest, held = data.split_off(args.validation, seed=0)
         done = finetune(model, rest, recipe, validation=held, checkpoint=out.with_suffix(".checkpoint"))

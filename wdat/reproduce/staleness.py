@@ -1,0 +1,162 @@
+"""What a finished notebook depends on, and why it must run again."""
+
+import ast
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from wdat.reproduce.execution import load, relative
+
+SHOWN = {".pdf", ".png", ".tex", ".md"}  # drawn from records: outputs, but no later notebook's input
+DRAWING = (
+    "wdat/report/rows.py",
+    "wdat/report/figures.py",
+    "wdat/report/tables.py",
+)  # read records and change no network
+
+
+def key(
+    root: Path, sources: dict[str, Path], name: str, passed: dict[str, Any], state: dict[str, Any]
+) -> dict[str, Any]:
+    """Digests and values of all that a notebook depends on; its inputs are what `state` gives notebooks before it."""
+    cells = load(sources[name]).cells
+    code = [cell.source for cell in cells if cell.cell_type == "code"]
+    lock = root / "requirements.lock.txt"
+    earlier = [other for other in sources if other < name and other in state]
+    return {
+        "code": _sha("\0".join(code)),
+        "text": _sha("\0".join(cell.source for cell in cells if cell.cell_type != "code")),
+        "parameters": json.loads(json.dumps(passed)),
+        "library": library("\n".join(code)),
+        "lock": _sha(lock.read_text(encoding="utf-8")) if lock.is_file() else None,
+        "inputs": {
+            path: _content(root / path)
+            for other in earlier
+            for path in state[other]["outputs"]
+            if Path(path).suffix not in {*SHOWN, ".ipynb"} and (root / path).is_file()
+        },
+    }
+
+
+def library(code: str) -> dict[str, str]:
+    """Module file -> digest, for every `wdat` module that this code imports, directly or through others.
+
+    Digests are of the parsed code without docstrings, so that comments and layout do not count. Code that imports
+    `wdat` itself, or something from it that is no module, is taken to reach every module.
+    """
+    package = Path(__file__).parents[1]
+    files = {_dotted(path.relative_to(package.parent)): path for path in sorted(package.rglob("*.py"))}
+    code = "\n".join("" if line.lstrip().startswith(("%", "!")) else line for line in code.splitlines())  # magics
+    waiting, digests = imported(ast.parse(code), set(files)), {}
+    while waiting:
+        module = waiting.pop()
+        tree = ast.parse(files[module].read_text(encoding="utf-8"))
+        digests[module] = _sha(ast.dump(_bare(tree)))
+        waiting |= imported(tree, set(files)) - set(digests)
+    return {files[module].relative_to(package.parent).as_posix(): digests[module] for module in sorted(digests)}
+
+
+def reasons(root: Path, key: dict[str, Any], entry: dict[str, Any]) -> list[str]:
+    """Why a notebook must run, in words; empty if it is up to date."""
+    if not entry:
+        return ["not run yet"]
+    old = entry["key"]
+
+    def changed(part: str) -> list[str]:
+        return sorted(k for k in old[part].keys() | key[part].keys() if old[part].get(k) != key[part].get(k))
+
+    reasons = [] if entry["done"] else ["not finished"]
+    reasons += ["code changed"] * (old["code"] != key["code"])
+    shown = [
+        f"{k}: {old['parameters'].get(k, 'unset')} → {key['parameters'].get(k, 'unset')}" for k in changed("parameters")
+    ]
+    reasons += [f"parameters changed ({', '.join(shown)})"] * bool(shown)
+    reasons += [f"library changed: {', '.join(modules)}" for modules in [changed("library")] if modules]
+    reasons += ["requirements.lock.txt changed"] * (old["lock"] != key["lock"])
+    reasons += [f"earlier results changed: {_few(paths)}" for paths in [changed("inputs")] if paths]
+    if entry["done"]:
+        outputs = {path: _file_sha(root / path) for path in entry["outputs"]}
+        missing = [path for path, sha in outputs.items() if sha is None]
+        differ = [path for path, sha in outputs.items() if sha not in (None, entry["outputs"][path])]
+        reasons += [f"output missing: {_few(missing)}"] * bool(missing) + [f"output changed: {_few(differ)}"] * bool(
+            differ
+        )
+    return reasons or ["text changed"] * (old["text"] != key["text"])
+
+
+def same_conditions(old: dict[str, Any] | None, new: dict[str, Any]) -> bool:
+    """Whether scratch files made under the old key are good under the new one: all agrees but prose and drawing."""
+
+    def essence(key: dict[str, Any]) -> dict[str, Any]:
+        library = {path: sha for path, sha in key["library"].items() if path not in DRAWING}
+        return {part: value for part, value in key.items() if part != "text"} | {"library": library}
+
+    return old is None or essence(old) == essence(new)
+
+
+def digests(root: Path, paths: Sequence[Path]) -> dict[str, str]:
+    """Relative path -> sha256 of the bytes, of those that exist."""
+    return {relative(root, path): sha for path in sorted(set(paths)) if (sha := _file_sha(path))}
+
+
+def stamps(folders: Sequence[Path]) -> dict[Path, tuple[int, int, int]]:
+    """File -> time of change in ns, size in bytes, inode, of all in these folders: another stamp, written since."""
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    return {path: (s.st_mtime_ns, s.st_size, s.st_ino) for path in files for s in [path.stat()]}
+
+
+def imported(tree: ast.AST, modules: set[str]) -> set[str]:
+    """Those of `modules` (dotted names, packages without .__init__) that code imports itself, and their packages."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = [name if name in modules else node.module for name in names]
+        else:
+            continue
+        found |= {name for name in names if name in modules}
+    if "wdat" in found:  # something of the front door, which may come from anywhere
+        return set(modules)
+    return found | {name[: dot.start()] for name in found for dot in re.finditer(r"\.", name)}
+
+
+def _dotted(path: Path) -> str:
+    return ".".join(path.with_suffix("").parts).removesuffix(".__init__")
+
+
+def _bare(tree: ast.AST) -> ast.AST:
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:]
+    return tree
+
+
+def _content(path: Path) -> str | None:
+    """Digest of what a file says: of a record, all but its provenance, which has dates and durations."""
+    if path.suffix == ".json":
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            return _sha(json.dumps({k: v for k, v in record.items() if k != "provenance"}, sort_keys=True))
+        except (ValueError, AttributeError):
+            pass
+    return _file_sha(path)
+
+
+def _file_sha(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sha(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _few(words: Sequence[str], most: int = 3) -> str:
+    return ", ".join(words[:most]) + f" and {len(words) - most} more" * (len(words) > most)

@@ -1,0 +1,411 @@
+"""One call to evaluate a network under distributional threats: attacks, sensitivity, bounds and the exact curve.
+
+`evaluate(model, data, threats)` streams the data, reports fractions (not percentages), and can resume: every finished
+part is kept in a state folder and not computed twice. Minimal distances, certificates, PGD and W-PGD-Budget are parts
+of some hundred images. W-PGD of one threat and loss is one part, for it is one attack on the whole set: at every step
+the sensitivity of all images sets each one's move.
+"""
+
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from wdat.accuracy.allocation import (
+    accuracy_curve,
+    adversarial_set,
+    class_accuracy,
+    confidence_band,
+    mixture_bound,
+    pointwise_curve,
+    water_level,
+)
+from wdat.accuracy.bounds import ratio_bounds
+from wdat.attacks.autoattack import autoattack
+from wdat.attacks.dual import LADDER, dual_attack
+from wdat.attacks.pgd import attack
+from wdat.records import write_tensors
+from wdat.studies.cache import (
+    CERTIFY,
+    PART,
+    Part,
+    Parts,
+    certified_in_parts,
+    distances,
+    distances_in_parts,
+    search_passes,
+    search_settings,
+)
+from wdat.threats.ball import Threat, plain_number
+from wdat.threats.checks import check_labels, check_logits, check_model, device_of, frozen
+from wdat.threats.images import Joined
+from wdat.threats.losses import get_loss, margin
+from wdat.zoo.data import Data, draw
+
+AUTOATTACK = 3000  # passes an image: rough, for the progress bar alone
+
+
+def clean_pass(
+    model: nn.Module, data: Data, losses: Sequence[str] = ("redlr", "ce", "dlr"), batch_size: int = 128
+) -> dict[str, Tensor]:
+    """One streamed pass over clean images: one forward a batch, and one backward for each loss.
+
+    Returns tensors (N,) on the CPU: "correct" (bool; a tie is wrong), and for each loss "values.LOSS",
+    "norms.LOSS.1" and "norms.LOSS.2", the dual norms ||grad_x J||_s for s = 1 (r = inf) and s = 2; "logits" (N, m).
+    ValueError for logits or gradients that are not finite, and for a model without gradients in the images.
+    """
+    device, joined = device_of(model), Joined(len(data))
+    functions = {name: get_loss(name) for name in losses}
+    norms = (Threat(1, r=float("inf")), Threat(1, r=2))
+    with frozen(model):
+        for index in torch.arange(len(data)).split(batch_size):
+            x, y = (t.to(device) for t in data.batch(index))
+            x.requires_grad_(True)
+            logits = model(x)
+            if functions and not logits.requires_grad:
+                raise ValueError("the logits have no gradient in the images: the model must not detach or use no_grad")
+            row = {"logits": logits.detach(), "correct": margin(logits.detach(), y) > 0}
+            for number, (name, function) in enumerate(functions.items(), 1):
+                values = function(logits, y)
+                (gradient,) = torch.autograd.grad(values.sum(), x, retain_graph=number < len(functions))
+                row[f"values.{name}"] = values.detach()
+                row |= {f"norms.{name}.{t.s:g}": t.dual_norm(gradient) for t in norms}
+            joined.add(**row)
+    result = {key: found.cpu() for key, found in joined.all().items()}
+    check_logits(result["logits"])
+    for key in [key for key in result if key.startswith("norms.")]:
+        if bad := int((~torch.isfinite(result[key])).sum()):
+            raise ValueError(
+                f"gradients of {bad} of {len(data)} images are NaN or infinite ({key.split('.')[1]}): attacks would "
+                "find nothing, whatever the network; look at weights and layers"
+            )
+    return result
+
+
+def per_class(mass: Tensor, y: Tensor, classes: Sequence[str]) -> dict[str, float]:
+    """Mean of (N,) values in each class that occurs, by class name."""
+    mass = mass.double()
+    return {name: float(mass[y == k].mean()) for k, name in enumerate(classes) if bool((y == k).any())}
+
+
+def evaluate(
+    model: nn.Module,
+    data: Data,
+    threats: Sequence[Threat] = (Threat("8/255"),),
+    *,
+    losses: Sequence[str] | None = None,
+    steps: int = 50,
+    budget_attack: bool = False,
+    dual: bool = False,
+    exact: bool = True,
+    search: dict | None = None,
+    orders: Sequence[float] = (1.0, 2.0, float("inf")),
+    curve: int = 0,
+    certified: int = 0,
+    autoattacked: int = 0,
+    autoattack_version: str = "standard",
+    batch_size: int = 128,
+    state: str | Path | None = None,
+    progress: bool = True,
+) -> dict:
+    """Clean, adversarial and exact distributional accuracy of a network.
+
+    Args:
+        model: logits of float32 images in [0, 1] (normalisation inside); left as found, on its device.
+        data: test images; `data.take(n)` or `wdat.zoo.data.from_tensors` for fewer or one's own.
+        threats: W_p balls to attack; each by W-PGD with every loss (p = inf: PGD).
+        losses: attack losses; sensitivity, V(0), W(0) and bounds are given for each. Default: ReDLR, CE and DLR; for
+            two classes, where DLR is undefined, the negative margin and CE.
+        steps: of W-PGD. budget_attack: also W-PGD-Budget with the first loss.
+        dual: also the dual attack on the cross-entropy (`wdat.attacks.dual`) at every threat with p < inf, beside the
+            highest mean loss that W-PGD reached.
+        exact: exact allocation over minimal distances, for every pixel norm among the threats: A_delta at the
+            threats' radii and, with curve > 0, at that many radii from 0 to 1.5 times the largest, for all `orders`.
+        search: settings of `wdat.attacks.nearest.minimal_distances`.
+        certified: certify this many images (drawn with seed 0; all if there are fewer): a lower bound on A_delta for
+            those images, beside the exact allocation on the same ones. Needs layers the certifier knows.
+        autoattacked: run AutoAttack on this many images (likewise) at every radius with p = inf among the threats.
+        state: folder that keeps finished parts; a killed evaluation continues from it and ends the same. Parts of
+            another model, other data, settings or another version of the library are not used.
+        progress: a bar that counts passes through the network (a backward pass is one more), so that its estimate of
+            the time left means something.
+
+    Returns: a dict of plain numbers, ready for `wdat.records.write`: "clean", "sensitivity", "attacks", "exact",
+        "certified", "autoattack", "dual". Accuracies are fractions.
+    Raises: ValueError with number and remedy for unusable images, labels, logits, gradients or settings.
+    """
+    classes = check_model(model, *data.batch(torch.arange(min(len(data), 8))))
+    check_labels(data.y, len(data), classes)
+    threats = tuple(threats)
+    if not threats:
+        raise ValueError("no threat given; pass for example [Threat('8/255', p=2)]")
+    losses = (("redlr", "ce", "dlr") if classes > 2 else ("negative-margin", "ce")) if losses is None else losses
+    if not losses:
+        raise ValueError('no loss given; pass for example losses=("redlr", "ce")')
+    if batch_size < 1 or min(curve, certified, autoattacked) < 0:
+        raise ValueError(
+            f"batch_size={batch_size} must be >= 1, curve={curve}, certified={certified} "
+            f"and autoattacked={autoattacked} >= 0"
+        )
+    known = [name for name in search_settings({}) if name != "batch_size"]
+    if unknown := set(search or {}) - set(known):
+        raise ValueError(f"unknown setting {min(unknown)!r} of the search; known: {', '.join(known)}")
+    norms = sorted({t.r for t in threats})
+    joint = [t for t in threats if not t.pointwise]
+    pointwise = [t for t in threats if t.pointwise] if autoattacked else []
+    some = {name: draw(len(data), min(n, len(data)), 0) for name, n in (("c", certified), ("a", autoattacked)) if n}
+    search = search or {}
+    total = len(data) * (
+        1 + len(losses) + (len(threats) * len(losses) + budget_attack * len(joint)) * _attack_passes(steps)
+        + dual * len(joint) * _dual_passes(steps) + exact * len(norms) * search_passes(search)
+    )  # fmt: skip
+    total += len(some.get("c", ())) * len(norms) * CERTIFY + len(some.get("a", ())) * len(pointwise) * AUTOATTACK
+    with tqdm(total=total, desc="evaluate", unit="pass", unit_scale=True, disable=not progress) as bar:
+        kept = Parts(state, model, bar)
+        clean = kept.get(
+            f"clean {data.sha256} {sorted(losses)} {batch_size}", lambda: clean_pass(model, data, losses, batch_size),
+            len(data) * (1 + len(losses)),
+        )  # fmt: skip
+        correct = clean["correct"]
+        accuracy = float(correct.double().mean())
+        result = {
+            "n": len(data),
+            "clean": {
+                "accuracy": accuracy,
+                "per_class": per_class(correct, data.y, data.classes),
+                "losses": {name: _levels(clean[f"values.{name}"], correct) for name in losses},
+            },
+            "sensitivity": [
+                {
+                    "loss": name,
+                    "p": plain_number(t.p),
+                    "r": plain_number(t.r),
+                    "value": float(t.upsilon(clean[f"norms.{name}.{t.s:g}"])),
+                }
+                for name in losses
+                for t in {(t.p, t.r): t for t in threats}.values()
+            ],
+            "attacks": [],
+        }
+        for threat in threats:
+            for name in losses:
+                row = _attack(kept, model, data, threat, name, steps, batch_size)
+                upsilon = float(threat.upsilon(clean[f"norms.{name}.{threat.s:g}"]))
+                row["bounds"] = _bounds(accuracy, result["clean"]["losses"][name], row, upsilon, threat.delta)
+                result["attacks"].append(row)
+            if budget_attack and not threat.pointwise:
+                budgets = threat.budgets(clean[f"norms.{losses[0]}.{threat.s:g}"])
+                row = _attack(kept, model, data, threat, losses[0], steps, batch_size, budgets)
+                result["attacks"].append(row)
+            if dual and not threat.pointwise:
+                result.setdefault("dual", []).append(_dual(kept, model, data, threat, steps, batch_size))
+        found = {r: distances_in_parts(kept, data, r, search, batch_size, points=False) for r in norms} if exact else {}
+        for r in norms:
+            own = [t for t in threats if t.r == r]
+            if exact:
+                result.setdefault("exact", []).append(_curves(found[r].distance, data, own, orders, curve))
+                result["exact"][-1] |= {"passes": found[r].passes, "gain": found[r].gain}
+            if certified:
+                result.setdefault("certified", []).append(
+                    _certified(kept, data, some["c"], own, orders, curve, found[r].distance if exact else None)
+                )
+        for threat in pointwise:
+            nearest = found[threat.r].distance if exact else None
+            row = _autoattack(kept, model, data, some["a"], threat, autoattack_version, batch_size, nearest)
+            result.setdefault("autoattack", []).append(row)
+    return result
+
+
+def _attack_passes(steps: int) -> int:
+    return 2 * steps + 1
+
+
+def _dual_passes(steps: int) -> int:
+    ladder_steps = inspect.signature(dual_attack).parameters["ladder_steps"].default
+    return len(LADDER) * _attack_passes(ladder_steps) + _attack_passes(1) + _attack_passes(steps)
+
+
+def _levels(values: Tensor, correct: Tensor) -> dict[str, float | None]:
+    """V(0), the mean loss, and W(0), that of the misclassified images (None if there are none)."""
+    values = values.double()
+    wrong = values[~correct]
+    return {"v0": float(values.mean()), "w0": float(wrong.mean()) if len(wrong) else None}
+
+
+def _bounds(accuracy: float, level: dict, row: dict, upsilon: float, delta: float) -> dict | None:
+    """R^u and the two lower bounds, or None where they are undefined (no misclassified image, accuracy 0)."""
+    try:
+        w0 = level["w0"] if level["w0"] is not None else float("nan")
+        found = ratio_bounds(accuracy, row["accuracy"], level["v0"], w0, row["loss_value"], upsilon, delta)
+    except ValueError:
+        return None
+    return {"r_u": found.r_u, "r_tilde_l": found.r_tilde_l, "r_bar_l": found.r_bar_l, "r_l": found.r_l}
+
+
+def _attack(
+    kept: Parts, model: nn.Module, data: Data, threat: Threat, loss: str, steps: int, batch_size: int,
+    budgets: Tensor | None = None,
+) -> dict:  # fmt: skip
+    """W-PGD on the whole set at once; inside fixed radii (PGD, or the budgets given: W-PGD-Budget), part by part."""
+    settings = dict(loss=loss, steps=steps, batch_size=batch_size)
+    name = "w-pgd-budget" if budgets is not None else "pgd" if threat.pointwise else "w-pgd"
+    key = f"{name} {threat!r} {settings}"
+
+    def compute(index: Tensor) -> Part:
+        inside = {} if budgets is None else {"radii": budgets[index]}
+        found = attack(model, *data.stored(index), threat, **inside, **settings)
+        return {
+            **{key: getattr(found, key).cpu() for key in ("values", "correct", "norms")},
+            "highest": float(found.history[:, 1].max()),
+            "passes": found.passes,
+        }
+
+    size = len(data) if name == "w-pgd" else batch_size * -(-PART // batch_size)
+    found = kept.each(key, data, size, compute, _attack_passes(steps))
+    row = {
+        "attack": name,
+        "loss": loss,
+        "steps": steps,
+        "threat": threat.describe(),
+        "accuracy": float(found["correct"].double().mean()),
+        "per_class": per_class(found["correct"], data.y, data.classes),
+        "loss_value": float(found["values"].double().mean()),
+        "distance": float(threat.distance(found["norms"])),
+        "passes": found["passes"],
+    }
+    return row | ({"highest_loss": found["highest"]} if name == "w-pgd" else {})
+
+
+def _dual(kept: Parts, model: nn.Module, data: Data, threat: Threat, steps: int, batch_size: int) -> dict:
+    """The dual attack on the cross-entropy, a lower bound on V(delta); one part, for prices couple the images."""
+
+    def compute() -> Part:
+        found = dual_attack(model, *data.stored(), threat, loss="ce", steps=steps, batch_size=batch_size)
+        return {
+            "loss": "ce", "steps": steps, "loss_value": found.value, "estimate": found.estimate,
+            "accuracy": found.adversarial.accuracy, "distance": found.adversarial.distance,
+        }  # fmt: skip
+
+    key = f"dual {data.sha256} {threat!r} {steps} {batch_size}"
+    return {"threat": threat.describe(), **kept.get(key, compute, len(data) * _dual_passes(steps))}
+
+
+def _certified(
+    kept: Parts, data: Data, index: Tensor, threats: Sequence[Threat], orders: Sequence[float], curve: int,
+    nearest: Tensor | None,
+) -> dict:  # fmt: skip
+    """The curves again, of certified radii in place of distances; beside them the exact ones on the same images."""
+    part = data.take(len(index), seed=0)
+    radii = certified_in_parts(kept, part, threats[0].r)
+    result = _curves(radii, part, threats, orders, curve)
+    if nearest is not None:
+        for row, threat in zip(result["threats"], threats, strict=True):
+            row["exact"] = float(accuracy_curve(nearest[index], threat.delta, threat.p))
+        # an image with a flipping point inside its certified ball would refute the certificate
+        result["violations"] = int((radii > nearest[index].double()).sum())
+    return result
+
+
+def _autoattack(
+    kept: Parts, model: nn.Module, data: Data, index: Tensor, threat: Threat, version: str, batch_size: int,
+    nearest: Tensor | None,
+) -> dict:  # fmt: skip
+    part = data.take(len(index), seed=0)
+    row = kept.get(
+        f"autoattack {part.sha256} {version} {threat!r} {batch_size}",
+        lambda: autoattack_accuracy(model, part, threat, version, batch_size),
+        len(part) * AUTOATTACK,
+    )
+    if nearest is not None:
+        row = {**row, "exact": float(accuracy_curve(nearest[index], threat.delta, threat.p))}
+    return {"n": len(part), **row}
+
+
+def _curves(d: Tensor, data: Data, threats: Sequence[Threat], orders: Sequence[float], curve: int) -> dict:
+    """Accuracies by exact allocation, at the threats and along a grid of radii."""
+    finite = d[d.isfinite()].double()
+    result = {
+        "r": plain_number(threats[0].r),
+        "n": len(d),
+        "mean_distance": float(finite.mean()) if len(finite) else None,
+        "threats": [],
+        "curves": [],
+    }
+    result["never_flipped"] = float(d.isinf().double().mean())
+    for threat in threats:
+        low, high = confidence_band(d, threat.delta, threat.p)
+        classes = class_accuracy(d, data.y, threat.delta, threat.p, len(data.classes))
+        result["threats"].append({
+            "threat": threat.describe(),
+            "accuracy": float(accuracy_curve(d, threat.delta, threat.p)),
+            "deterministic": float(accuracy_curve(d, threat.delta, threat.p, split=False)),
+            "water_level": float(water_level(d, threat.delta, threat.p)),
+            "band": [float(low), float(high)],
+            "per_class": {c: float(v) for c, v in zip(data.classes, classes, strict=True) if not v.isnan()},
+        })  # fmt: skip
+    if curve:
+        grid = torch.linspace(0, 1.5 * max(t.delta for t in threats), curve, dtype=torch.float64)
+        for p in orders:
+            low, high = confidence_band(d, grid, p)
+            result["curves"].append({
+                "p": plain_number(p), "delta": grid.tolist(), "accuracy": accuracy_curve(d, grid, p).tolist(),
+                "low": low.tolist(), "high": high.tolist(),
+                "mixture": mixture_bound(*pointwise_curve(d), grid, p).tolist(),
+                "water_level": water_level(d, grid, p).tolist(),
+            })  # fmt: skip
+    return result
+
+
+def adversary(
+    model: nn.Module, data: Data, threat: Threat, search: dict | None = None, *, path: str | Path | None = None,
+    batch_size: int = 128, state: str | Path | None = None, progress: bool = True,
+) -> dict:  # fmt: skip
+    """The exact adversary's distribution at one radius, handed out: what it claims, and what its points say.
+
+    Accuracy and W_p cost are measured again by a fresh forward pass and from displacements. With a path they are those
+    of the file written there, for `torch.load(weights_only=True)`: "points" float32 (M, C, H, W), "index" int64 (M,) of
+    the image that each comes from (M is N, or N + 1 where one image's mass is split), "mass" float64 (M,), which sums
+    to 1, "y" (M,), and the "threat". search, state: as for `evaluate`, whose distances it shares.
+    """
+    found = distances(model, data, threat.r, search, batch_size=batch_size, state=state, progress=progress)
+    exact = adversarial_set(data.x, found.x, found.distance, threat.delta, threat.p)
+    points, index, mass = exact.measure()
+    if path is not None:
+        named = {"points": points, "index": index, "mass": mass, "y": data.y[index], "threat": threat.describe()}
+        named = torch.load(write_tensors(path, named | {"data": data.sha256}), weights_only=True)
+        points, index, mass = (named[key] for key in ("points", "index", "mass"))
+    with frozen(model), torch.no_grad():
+        logits = torch.cat([model(b.to(device_of(model))).cpu() for b in points.split(batch_size)])
+    correct = margin(logits, data.y[index]) > 0
+    return {
+        "threat": threat.describe(),
+        "claimed": exact.accuracy,
+        "measured": float(mass[correct].sum()),
+        "claimed_cost": exact.distance,
+        "measured_cost": _cost(points - data.x[index], mass, threat),
+        "in_box": bool((points >= 0).all() and (points <= 1).all()),
+    }
+
+
+def _cost(displacement: Tensor, mass: Tensor, threat: Threat) -> float:
+    """(sum mass ||displacement||_r^p)^(1/p) of points that carry mass."""
+    norms = threat.norm(displacement).double()
+    return float(norms.max() if threat.pointwise else ((mass * norms**threat.p).sum()) ** (1 / threat.p))
+
+
+def autoattack_accuracy(model: nn.Module, data: Data, threat: Threat, version: str, batch_size: int) -> dict:
+    """Robust accuracy by AutoAttack (p = inf only), overall and per class, re-checked on the images it returns."""
+    x = autoattack(model, data.x, data.y, threat.delta, threat.r, version=version, batch_size=batch_size)
+    device = device_of(model)
+    with frozen(model), torch.no_grad():
+        logits = torch.cat([model(b.to(device)).cpu() for b in x.split(batch_size)])
+    correct = margin(logits, data.y) > 0
+    return {
+        "threat": threat.describe(),
+        "version": version,
+        "accuracy": float(correct.double().mean()),
+        "per_class": per_class(correct, data.y, data.classes),
+    }

@@ -1,0 +1,79 @@
+"""Sets of images, as float32 tensors or in 8 bits, and what is found of them batch by batch."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from wdat.threats.checks import check_images, check_labels
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """Images kept as whole numbers 0..levels and made float32 in [0, 1] a batch at a time.
+
+    Stands for x (N, C, H, W) wherever attacks, minimal distances and sensitivity take images: the same numbers in a
+    quarter of the memory. ValueError unless uint8 (N, C, H, W) <= levels.
+    """
+
+    whole: Tensor
+    levels: int = 255
+
+    def __post_init__(self) -> None:
+        if self.whole.dtype != torch.uint8 or self.whole.dim() != 4 or not self.whole.numel():
+            seen = f"{self.whole.dtype} of shape {tuple(self.whole.shape)}"
+            raise ValueError(f"pixels are {seen}; expected a non-empty uint8 (N, C, H, W)")
+        if int(self.whole.max()) > self.levels:
+            raise ValueError(f"pixels go up to {int(self.whole.max())}, beyond levels={self.levels}")
+
+    def __len__(self) -> int:
+        return len(self.whole)
+
+    def __getitem__(self, index: slice | Tensor) -> Tensor:
+        return self.whole[index].float() / self.levels
+
+    def split(self, size: int) -> Iterator[Tensor]:
+        """Float32 batches of `size` images, one after the other."""
+        return (self[start : start + size] for start in range(0, len(self), size))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the pixels are."""
+        return self.whole.device
+
+
+Images = Tensor | Pixels
+
+
+def check_set(x: Images, y: Tensor) -> None:
+    """Raise ValueError unless these are images and as many labels."""
+    if not isinstance(x, Pixels):
+        check_images(x)
+    check_labels(y, len(x))
+
+
+class Joined:
+    """Rows found batch after batch, by name: each name a tensor of all n images from the first batch on.
+
+    Kept one by one, rows would be there twice while they are joined, and small ones, made between the large tensors of
+    a batch, would break up the memory that the next batches come back to.
+    """
+
+    def __init__(self, n: int) -> None:
+        self.n, self.done = n, 0
+        self.tensors: dict[str, Tensor] = {}
+
+    def add(self, **rows: Tensor) -> None:
+        """The rows of the next images, as many under each name."""
+        for name, row in rows.items():
+            if name not in self.tensors:
+                self.tensors[name] = row.new_empty(self.n, *row.shape[1:])
+            self.tensors[name][self.done : self.done + len(row)] = row
+        self.done += len(row)
+
+    def all(self) -> dict[str, Tensor]:
+        """Everything, once all images have come."""
+        if self.done != self.n:
+            raise ValueError(f"rows of {self.done} images of {self.n}")
+        return self.tensors

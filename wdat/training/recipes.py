@@ -1,0 +1,139 @@
+"""Recipes: everything a fine-tuning run depends on besides the network and the data.
+
+Source: arXiv 2502.09352; defaults of TRADES (arXiv 1901.08573).
+"""
+
+from dataclasses import dataclass, field, fields
+
+import torch
+from torch import nn
+
+from wdat.threats.ball import parse_number
+from wdat.training.objectives import PRECISIONS, Objective, make_objective
+from wdat.training.schedules import get_schedule
+from wdat.training.trackers import Rule, Tracker
+
+INITS = ("none", "perturb", "rerandomise")
+LAYERS = ("all", "last")
+EXAMPLE = {
+    "recipe": "{objective: {kind: plain}, epochs: 5}", "objective": "{kind: w-trades, delta: 8/255}",
+    "upsilon": "{kind: full, every: 10}",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything a fine-tuning run depends on besides the network and the data.
+
+    Args:
+        objective: see `wdat.training.objectives`.
+        epochs, batch_size: as usual; the last, smaller batch is kept.
+        lr, schedule: base learning rate and a name from `wdat.training.schedules.SCHEDULES`.
+        accumulate: micro-batches a step is split into, for networks that do not fit at once; the step is that of the
+            whole batch but for rounding and the inner attacks' random starts. What sees a micro-batch only: batch norm
+            in training mode, and what is tracked batch by batch (the upsilon rules "batch", "ema" and "memory", the
+            water level), which observes each in turn.
+        precision: "bfloat16" runs the layers of the outer forward and backward pass in it (all but the first and last,
+            see `wdat.attacks.pgd.autocast`); weights, their gradients and the losses stay in float32. That of the inner
+            attacks is a setting of their terms.
+        momentum, weight_decay: of SGD (decay 0 switches it off).
+        clip: largest l2 norm of a step's gradient over all weights, longer ones are scaled down to it; 0: no limit. The
+            first steps of an adversarial objective from a sharp network are where a run diverges.
+        init: "none", "perturb" (all weights, Gaussian noise of `init_scale` times each tensor's root mean square) or
+            "rerandomise" (the last layer's own initialisation). A trained network sits at a stationary point.
+        layers: "all", or "last" for the last linear layer, the rest (batch norm too) held.
+        upsilon: how upsilon is kept, see `wdat.training.trackers.Rule`.
+        augment: largest shift in pixels of a random crop (zero padding), together with `flip`.
+        flip: mirror half of the images.
+        seed: of order, augmentation, noise, initialisation.
+    """
+
+    objective: Objective
+    epochs: int = 20
+    batch_size: int = 128
+    accumulate: int = 1
+    precision: str = "float32"
+    lr: float = 0.01
+    schedule: str = "cosine"
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    clip: float = 0.0
+    init: str = "none"
+    init_scale: float = 0.05
+    layers: str = "all"
+    upsilon: Rule = field(default_factory=Rule)
+    augment: int = 0
+    flip: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.init not in INITS or self.layers not in LAYERS:
+            raise ValueError(f"init={self.init!r} must be one of {INITS}, layers={self.layers!r} one of {LAYERS}")
+        if self.epochs < 0 or self.batch_size < 1 or not self.lr >= 0:
+            raise ValueError(f"epochs={self.epochs}, lr={self.lr} must be >= 0, batch_size={self.batch_size} >= 1")
+        if not 1 <= self.accumulate <= self.batch_size or self.precision not in PRECISIONS:
+            raise ValueError(
+                f"accumulate={self.accumulate} must be from 1 to the batch size, {self.batch_size}, and precision="
+                f"{self.precision!r} one of {', '.join(PRECISIONS)}"
+            )
+        if self.augment < 0 or not self.clip >= 0:
+            raise ValueError(f"augment={self.augment}, a shift in pixels, and clip={self.clip} must be >= 0")
+        get_schedule(self.schedule)
+
+    @property
+    def micro_batch(self) -> int:
+        """Images that visit the network at a time."""
+        return -(-self.batch_size // self.accumulate)
+
+    def select(self, network: nn.Module) -> None:
+        """Let autograd follow the weights that are trained, and no others."""
+        network.requires_grad_(self.layers == "all")
+        if self.layers == "last":
+            last_layer(network).requires_grad_(True)
+
+    def trackers(self, n: int) -> list[Tracker | None]:
+        """The tracked scalar of every term that needs one, for n training images."""
+        rules = {"upsilon": self.upsilon, "distance": Rule("memory")}
+        return [Tracker(rules[t.tracked], t.threat, n) if t.tracked else None for t in self.objective.terms]
+
+
+def make_recipe(settings: dict, seed: int) -> Recipe:
+    """A `Recipe` from plain values: "objective" as for `make_objective`, "upsilon" as for `Rule`.
+
+    Numbers may be text (YAML reads 1e-2 as text). ValueError names what is unknown or of the wrong kind.
+    """
+    parts = {"recipe": settings}
+    if isinstance(settings, dict):
+        parts |= {key: settings.get(key, {}) for key in ("objective", "upsilon")}
+    for name, part in parts.items():
+        if not isinstance(part, dict):
+            raise ValueError(f"{name} is {part!r}; expected a mapping, such as {EXAMPLE[name]}")
+    settings = dict(settings)
+    kinds = {f.name: type(f.default) for f in fields(Recipe) if type(f.default) in (int, float)}
+    for key in settings.keys() & kinds.keys():
+        if isinstance(settings[key], str):
+            settings[key] = kinds[key](parse_number(settings[key]))
+    objective = make_objective(settings.pop("objective", {}))
+    try:
+        rule = Rule(**settings.pop("upsilon", {}))
+        return Recipe(objective, upsilon=rule, seed=seed, **settings)
+    except TypeError as error:
+        raise ValueError(f"recipe {settings}: {error}") from None
+
+
+def last_layer(model: nn.Module) -> nn.Linear:
+    """The last `nn.Linear` in definition order. ValueError if there is none."""
+    linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    if not linear:
+        raise ValueError('no nn.Linear in the model: layers="last" and init="rerandomise" need one')
+    return linear[-1]
+
+
+@torch.no_grad()
+def initialise(model: nn.Module, init: str, scale: float) -> None:
+    """Perturb or re-randomise in place, from torch's global generator; see `Recipe`."""
+    if init == "rerandomise":
+        last_layer(model).reset_parameters()
+    elif init == "perturb":
+        for weight in model.parameters():
+            weight.add_(torch.randn_like(weight) * weight.square().mean().sqrt() * scale)

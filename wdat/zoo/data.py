@@ -1,0 +1,300 @@
+"""Labelled images: embedded digits, torchvision sets, image folders, tensors. One form for all, kept in 8 bits.
+
+Images are float32 (N, C, H, W) in [0, 1] when used and uint8 when stored, wherever that loses nothing; labels are
+int64 (N,) and index the alphabetical class names. Nothing is ever downloaded.
+"""
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from wdat.threats.checks import check_images, check_labels
+from wdat.threats.images import Images, Pixels
+
+IMAGE_FILES = (".png", ".jpg", ".jpeg")
+
+
+@dataclass(frozen=True, eq=False)
+class Data:
+    """A set of labelled images.
+
+    Args:
+        name, split: what it is, for records; `source` says where it was read.
+        pixels: uint8 or float32 (N, C, H, W); a pixel is pixels / levels in [0, 1].
+        y: int64 (N,), indices into `classes`.
+        classes: class names, at least two.
+        levels: 255 for 8-bit images, 16 for the digits, 1 for float pixels.
+
+    Errors are ValueErrors: wrong shapes or types, pixels outside [0, 1], labels out of range, one class.
+    """
+
+    name: str
+    split: str
+    pixels: Tensor
+    y: Tensor
+    classes: tuple[str, ...]
+    levels: int = 255
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        if self.pixels.dtype == torch.uint8:
+            Pixels(self.pixels, self.levels)
+        else:
+            check_images(self.pixels)
+            if self.levels != 1:
+                raise ValueError(f"{self.name}: float pixels are in [0, 1], so levels is 1, not {self.levels}")
+        if len(self.classes) < 2:
+            raise ValueError(f"{self.name} has one class; a classifier needs at least two")
+        check_labels(self.y, len(self.pixels))
+        if int(self.y.max()) >= len(self.classes):
+            raise ValueError(
+                f"{self.name}: label {int(self.y.max())} has no name; there are {len(self.classes)} classes"
+            )
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    @property
+    def x(self) -> Tensor:
+        """All images, float32 (N, C, H, W) in [0, 1]: four times the memory of 8-bit pixels, see `stored`."""
+        return self._float(self.pixels)
+
+    def batch(self, index: Tensor | Sequence[int] | slice) -> tuple[Tensor, Tensor]:
+        """Images float32 (n, C, H, W) in [0, 1] and labels (n,) at these indices (a tensor, a list or a slice)."""
+        return self._float(self.pixels[index]), self.y[index]
+
+    def stored(self, index: Tensor | Sequence[int] | slice = slice(None)) -> tuple[Images, Tensor]:
+        """The same as they are kept, 8-bit images as `Pixels`: for sets whose float32 images would fill the memory."""
+        pixels = self.pixels[index]
+        return (Pixels(pixels, self.levels) if pixels.dtype == torch.uint8 else pixels), self.y[index]
+
+    def _float(self, pixels: Tensor) -> Tensor:
+        return pixels.float() / self.levels if self.levels != 1 else pixels
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of shape, levels, pixels and labels: two sets agree iff a model sees the same numbers in the same order."""
+        digest = hashlib.sha256(f"{tuple(self.pixels.shape)} {self.pixels.dtype} {self.levels}".encode())
+        for tensor in (self.pixels, self.y):
+            for part in tensor.split(4096):
+                digest.update(part.contiguous().numpy())
+        return digest.hexdigest()
+
+    def _at(self, index: Tensor) -> "Data":
+        return replace(self, pixels=self.pixels[index], y=self.y[index])
+
+    def take(self, n: int, seed: int | None = None) -> "Data":
+        """The first n images, or n drawn without replacement by a seed (in their original order)."""
+        if not 1 <= n <= len(self):
+            raise ValueError(f"n={n} images of {self.name} {self.split} were asked for; it has {len(self)}")
+        return self._at(torch.arange(n) if seed is None else draw(len(self), n, seed))
+
+    def split_off(self, fraction: float, seed: int) -> tuple["Data", "Data"]:
+        """(rest, part): round(fraction * N) images at random, every class in proportion up to rounding."""
+        size = round(fraction * len(self))
+        if not 0 < size < len(self):
+            raise ValueError(f"splitting off {fraction:g} of {len(self)} images leaves one side empty")
+        # Sorted by rank within the class over class size, every prefix holds all classes in proportion.
+        generator = torch.Generator().manual_seed(seed)
+        place, counts = torch.empty(len(self), dtype=torch.float64), self.y.bincount(minlength=len(self.classes))
+        for label, count in enumerate(counts.tolist()):
+            if count:
+                place[self.y == label] = (torch.randperm(count, generator=generator).double() + 0.5) / count
+        order = place.argsort(stable=True)
+        return self._at(order[size:].sort().values), self._at(order[:size].sort().values)
+
+
+def draw(total: int, n: int, seed: int) -> Tensor:
+    """Indices (n,) of n of `total` things drawn without replacement, ascending."""
+    return torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:n].sort().values
+
+
+def from_tensors(x: Tensor, y: Tensor, name: str = "tensors", classes: Sequence[str] | None = None) -> Data:
+    """A set from images (N, C, H, W), float32 in [0, 1] or uint8 in 0..255, and int64 labels (N,).
+
+    Float images whose values are all k/255 are kept in 8 bits, exactly. Without class names they are "0", "1", ...
+    up to the largest label, and at least two different labels must occur.
+    """
+    if not isinstance(x, Tensor) or x.dtype != torch.uint8:
+        check_images(x)
+        x = x.detach().cpu()
+        rounded = (x * 255).round().to(torch.uint8)
+        x = rounded if torch.equal(rounded.float() / 255, x) else x
+    check_labels(y, len(x))
+    y = y.detach().cpu()
+    if classes is None:
+        classes = _names(y, name)
+    return Data(name, "all", x.cpu(), y, tuple(classes), 255 if x.dtype == torch.uint8 else 1, "tensors")
+
+
+def _names(y: Tensor, name: str) -> tuple[str, ...]:
+    if len(y.unique()) < 2:
+        raise ValueError(f"{name} has one class, {int(y[0])}; pass images of at least two, or name the classes")
+    return tuple(str(label) for label in range(int(y.max()) + 1))
+
+
+def load_data(
+    name: str, split: str = "test", root: str | Path | None = None, n: int | None = None, size: int | None = None
+) -> Data:
+    """A set by name. Never downloads: a missing folder is a FileNotFoundError that says what was expected where.
+
+    Args:
+        name: "digits" (scikit-learn's 1,797 real 8x8 images, 16 grey levels, in the install; one third, 599 images,
+            stratified with seed 0, is the test split), "cifar10", "cifar100", "mnist", "svhn", "stl10" (torchvision's
+            file layouts under `root`), "imagenet" (root/train and root/val, a folder per class, shorter side to
+            size * 256/224 and centre crop to `size`, 224 by default), or "folder" (root/train/CLASS/*,
+            root/test/CLASS/*, PNG or JPEG).
+        split: "train" or "test" ("val" is ImageNet's test).
+        root: folder of the data; not used by "digits".
+        n: keep only n images, drawn at random with seed 0 (folders list class after class, so the first n would be
+            one class); the same n always gives the same images. For the first n, call `take`.
+        size: for "folder": shorter side to `size` and centre crop; without it all images must have one size.
+
+    Raises ValueError for an unknown name or split, images of different sizes, a corrupt file (by name), one class.
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f"unknown split {split!r}; it is 'train' or 'test'")
+    if size is not None and name not in ("folder", "imagenet"):
+        raise ValueError(f"{name} has images of one size; size={size} is for 'folder' and 'imagenet'")
+    if name == "digits":
+        data = _digits(split)
+    elif name in TORCHVISION:
+        data = _torchvision(name, split, _root(name, root))
+    elif name in ("folder", "imagenet"):
+        return _folder(name, split, _root(name, root), n, size)
+    else:
+        known = ", ".join(("digits", *TORCHVISION, "imagenet", "folder"))
+        raise ValueError(f"unknown data {name!r}; known: {known}; for your own tensors use from_tensors")
+    return data if n is None else data.take(n, seed=0)
+
+
+def _root(name: str, root: str | Path | None) -> Path:
+    if root is None:
+        raise ValueError(f"{name} is read from a folder: pass root, the folder that holds it (nothing is downloaded)")
+    root = Path(root).expanduser().absolute()
+    if not root.is_dir():
+        raise FileNotFoundError(f"no folder {root} for {name}; create it and put the data there, or pass another root")
+    return root
+
+
+def _digits(split: str) -> Data:
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    pixels = torch.from_numpy(bunch.images).to(torch.uint8)[:, None]  # whole numbers 0..16
+    y = torch.from_numpy(bunch.target).long()
+    data = Data("digits", split, pixels, y, tuple("0123456789"), 16, "scikit-learn load_digits")
+    return data.split_off(1 / 3, seed=0)[split == "test"]
+
+
+# Name in torchvision, what it reads under root, how its constructor names the split, where the labels are.
+TORCHVISION = {
+    "cifar10": ("CIFAR10", "cifar-10-batches-py", {"train": {"train": True}, "test": {"train": False}}),
+    "cifar100": ("CIFAR100", "cifar-100-python", {"train": {"train": True}, "test": {"train": False}}),
+    "mnist": ("MNIST", "MNIST/raw", {"train": {"train": True}, "test": {"train": False}}),
+    "svhn": ("SVHN", "{split}_32x32.mat", {"train": {"split": "train"}, "test": {"split": "test"}}),
+    "stl10": ("STL10", "stl10_binary", {"train": {"split": "train"}, "test": {"split": "test"}}),
+}
+
+
+def _torchvision(name: str, split: str, root: Path) -> Data:
+    import torchvision
+
+    kind, place, arguments = TORCHVISION[name]
+    expected = root / place.format(split=split)
+    try:
+        dataset = getattr(torchvision.datasets, kind)(root, download=False, **arguments[split])
+    except (RuntimeError, OSError) as error:
+        raise FileNotFoundError(
+            f"no complete {name} at {expected}; unpack the official archive there, or run "
+            f"torchvision.datasets.{kind}({str(root)!r}, download=True) once"
+        ) from error
+    pixels = torch.as_tensor(dataset.data)
+    if pixels.dim() == 3:  # MNIST: (N, 28, 28)
+        pixels = pixels[:, None]
+    elif pixels.shape[-1] == 3:  # CIFAR: (N, 32, 32, 3)
+        pixels = pixels.permute(0, 3, 1, 2)
+    labels = dataset.targets if hasattr(dataset, "targets") else dataset.labels
+    classes = tuple(getattr(dataset, "classes", map(str, range(10))))
+    return Data(name, split, pixels.contiguous(), torch.as_tensor(labels).long(), classes, 255, str(root))
+
+
+def _folder(name: str, split: str, root: Path, n: int | None, size: int | None) -> Data:
+    tests = ("val", "test") if name == "imagenet" else ("test",)
+    parts = {"train": root / "train", "test": next((root / t for t in tests if (root / t).is_dir()), root / tests[0])}
+    if not parts[split].is_dir():
+        raise FileNotFoundError(
+            f"no folder {parts[split]}; expected {parts[split].name}/CLASS/FILE.png (or .jpg) under {root}"
+        )
+    # The names of both splits together, so that a class absent from one does not shift the labels of the other.
+    classes = sorted({c.name for part in parts.values() if part.is_dir() for c in part.iterdir() if _is_class(c)})
+    if len(classes) < 2:
+        raise ValueError(
+            f"{parts[split]} has {'one class, ' + classes[0] if classes else 'no class'}; expected a folder for each "
+            f"of at least two classes: {split}/CLASS/FILE.png"
+        )
+    files = [
+        (file, label)
+        for label, c in enumerate(classes)
+        if (parts[split] / c).is_dir()
+        for file in sorted((parts[split] / c).iterdir())
+        if file.suffix.lower() in IMAGE_FILES and not file.name.startswith(".")
+    ]
+    if not files:
+        raise FileNotFoundError(f"no PNG or JPEG file under {parts[split]}; expected {split}/CLASS/FILE.png")
+    if n is not None:
+        if not 1 <= n <= len(files):
+            raise ValueError(f"n={n} images were asked for; {parts[split]} has {len(files)}")
+        files = [files[i] for i in draw(len(files), n, 0).tolist()]
+    resize = size
+    if name == "imagenet":
+        size = size or 224
+        resize = math.ceil(size * 256 / 224)
+    pixels = _decode([file for file, _ in files], size, resize, grey=name == "folder")
+    return Data(name, split, pixels, torch.tensor([label for _, label in files]), tuple(classes), 255, str(root))
+
+
+def _is_class(folder: Path) -> bool:
+    return folder.is_dir() and not folder.name.startswith(".")
+
+
+def _decode(files: list[Path], size: int | None, resize: int | None, grey: bool) -> Tensor:
+    """Decode once into one uint8 (N, C, H, W). C = 3, or 1 if `grey` and the first image is (then all must be)."""
+    import numpy as np
+    from PIL import Image
+    from torchvision.transforms.functional import center_crop
+    from torchvision.transforms.functional import resize as resized
+    from tqdm.auto import tqdm
+
+    pixels, mode = None, None
+    for i, file in enumerate(tqdm(files, "decoding", unit="image", leave=False, disable=len(files) < 2000)):
+        try:
+            with Image.open(file) as image:
+                image.load()
+        except (OSError, SyntaxError, ValueError) as error:
+            raise ValueError(f"{file} can not be decoded as an image ({error}); restore or remove it") from error
+        if image.mode.startswith(("I", "F")):
+            raise ValueError(f"{file} has more than 8 bits per pixel (mode {image.mode}); convert it to 8 bits")
+        mode = mode or ("L" if grey and image.mode == "L" else "RGB")
+        if mode == "L" != image.mode:
+            raise ValueError(f"{file} is a colour image (mode {image.mode}) among grey-scale ones; convert one kind")
+        image = image if image.mode == mode else image.convert(mode)
+        if size is not None:
+            image = center_crop(resized(image, resize), size)
+        array = np.asarray(image)
+        if pixels is None:
+            pixels = np.empty((len(files), *array.shape), np.uint8)
+        if array.shape != pixels.shape[1:]:
+            raise ValueError(
+                f"{file} has {array.shape[1]}x{array.shape[0]} pixels, the first image {pixels.shape[2]}x"
+                f"{pixels.shape[1]}; pass size= to scale and crop them to one size"
+            )
+        pixels[i] = array
+    tensor = torch.from_numpy(pixels)
+    return tensor[:, None] if mode == "L" else tensor.permute(0, 3, 1, 2).contiguous()

@@ -1,0 +1,282 @@
+"""Models: a card (YAML) with weights beside it, a RobustBench name, or any nn.Module. Weights are checked before use.
+
+A card says what a network is and where it comes from:
+
+    name, architecture, arguments    what `wdat.zoo.networks.build` makes
+    mean, std                        normalisation put in front, per channel; left out if the network needs none
+    weights, sha256, bytes           file name (.pt or .safetensors), its digest and, optionally, its size
+    source, licence, training        who trained it, how, on what terms
+    epsilon                          radius it was trained for, as written ("8/255"), if documented
+
+Nothing is downloaded, and no folder is made while looking.
+"""
+
+import hashlib
+import io
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from wdat.records import write_file
+from wdat.zoo import robustbench as rb
+from wdat.zoo.networks import Normalised, build
+
+CARD = (
+    "name",
+    "architecture",
+    "arguments",
+    "mean",
+    "std",
+    "weights",
+    "sha256",
+    "bytes",
+    "source",
+    "licence",
+    "training",
+    "epsilon",
+)
+REQUIRED = ("name", "architecture", "weights", "sha256")
+
+
+def load_model(
+    source: nn.Module | str | Path,
+    *,
+    root: str | Path | None = None,
+    dataset: str = "cifar10",
+    threat: str = "Linf",
+    device: torch.device | str | None = None,
+) -> nn.Module:
+    """A classifier in eval mode: images (N, C, H, W) in [0, 1] -> logits.
+
+    Args:
+        source: an nn.Module (its parameters are checked to be finite; put into eval mode), the path of a card
+            (NAME.yaml; weights under `root` if given, else beside it), or a RobustBench name.
+        root: folder of the weights; for RobustBench its model folder ("models" by default), in which the weights are
+            root/dataset/threat/NAME.pt.
+        dataset, threat: RobustBench's, for example "cifar10", "Linf".
+        device: where to put it; by default it stays where it is (loaded ones: the CPU).
+
+    A loaded model has a dictionary `card`: what was loaded, from where, and the sha256 of the weights.
+    Raises FileNotFoundError for missing cards and weights with the path expected, ValueError for anything wrong with
+    them: HTML page, git-lfs pointer, truncated, altered, other keys or shapes, NaN; unknown names with the nearest.
+    """
+    if isinstance(source, nn.Module):
+        model = source
+    elif str(source).endswith((".yaml", ".yml")):
+        model = _from_card(Path(source), root)
+    elif str(source).endswith((".pt", ".pth", ".safetensors")):
+        raise ValueError(
+            f"{source} is a weight file; write a card for it (architecture, sha256, ...) and pass the card"
+        )
+    else:
+        model = _from_robustbench(str(source), Path(root or "models"), dataset, threat)
+    for name, tensor in model.state_dict().items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(
+                f"{source if isinstance(source, (str, Path)) else 'the model'}: {name} holds NaN or infinity"
+            )
+    return (model if device is None else model.to(device)).eval()
+
+
+def read_card(path: str | Path) -> dict[str, Any]:
+    """The card as a dictionary. ValueError lists missing and unknown fields."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no model card at {path.absolute()}; a card is a YAML file such as notebooks/zoo/*.yaml"
+        )
+    try:
+        card = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    if not isinstance(card, dict):
+        raise ValueError(f"{path} is no model card; it needs the fields {', '.join(REQUIRED)}")
+    if missing := [field for field in REQUIRED if not card.get(field)]:
+        raise ValueError(f"{path} lacks {', '.join(missing)}")
+    if unknown := [str(field) for field in card if field not in CARD]:
+        raise ValueError(f"{path} has unknown field(s) {', '.join(unknown)}; known: {', '.join(CARD)}")
+    mean, std = card.get("mean"), card.get("std")
+    if type(mean) is not type(std) or not isinstance(mean, list | None):
+        raise ValueError(f"{path} has mean {mean} and std {std}; write both as lists, a number per channel, or neither")
+    if not isinstance(card.get("arguments"), dict | None):
+        raise ValueError(f"{path} has arguments {card['arguments']}; write a mapping, such as {{padding: 0}}")
+    return card
+
+
+def _from_card(path: Path, root: str | Path | None) -> nn.Module:
+    card = read_card(path)
+    weights = (path.parent if root is None else Path(root)) / card["weights"]
+    check_weights(
+        weights, f"put the published file there (source: {card.get('source', 'not stated')}) or pass its folder as root"
+    )
+    size = weights.stat().st_size
+    if card.get("bytes") and size != card["bytes"]:
+        raise ValueError(
+            f"{weights} has {size:,} bytes, its card says {card['bytes']:,}: a broken or another file; fetch it again"
+        )
+    digest = sha256(weights)
+    if digest != card["sha256"]:
+        raise ValueError(
+            f"{weights} has sha256 {digest}, its card {path.name} says {card['sha256']}; it was not loaded. Fetch it "
+            "again, or correct the card if you changed the weights yourself"
+        )
+    network = build(card["architecture"], **card.get("arguments") or {})
+    _fill(network, read_weights(weights), weights, card["architecture"])
+    model = network if card.get("mean") is None else Normalised(card["mean"], card["std"], network)
+    model.card = card
+    return model
+
+
+def _fill(network: nn.Module, state: dict[str, Tensor], path: Path, architecture: str) -> None:
+    try:
+        network.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        reason = " ".join(line.strip() for line in str(error).splitlines()[1:4])
+        raise ValueError(f"{path} does not fit {architecture}: {reason}") from error
+
+
+def _from_robustbench(name: str, root: Path, dataset: str, threat: str) -> nn.Module:
+    files = rb.weight_files(name, root, dataset, threat)
+    for file in files:
+        check_weights(
+            file,
+            f"download {name} ({dataset}, {threat}) from RobustBench's model zoo to that path, or pass as root the "
+            "folder that holds DATASET/THREAT/NAME.pt",
+        )
+    try:
+        model = rb.load(name, root, dataset, threat)
+    except (pickle.UnpicklingError, EOFError) as error:
+        raise ValueError(
+            f"{files[0]} holds more than tensors, or is damaged ({str(error).splitlines()[0]}); unpickling arbitrary "
+            "objects runs code. If you trust it, load it yourself and save its state dictionary with torch.save"
+        ) from error
+    except (RuntimeError, KeyError) as error:
+        raise ValueError(
+            f"{files[0]} does not fit {name}: {' '.join(str(error).split())[:400]}; it is damaged or another model's"
+        ) from error
+    digests = [sha256(file) for file in files]
+    model.card = {
+        "name": name,
+        "architecture": "robustbench",
+        "arguments": {"name": name, "dataset": dataset, "threat": threat},
+        "weights": files[0].name,
+        "sha256": digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest(),
+        "source": "RobustBench",
+    }
+    if (dataset, threat) == ("cifar10", "Linf") and name in rb.EPSILON:
+        model.card["epsilon"] = rb.EPSILON[name]
+    return model
+
+
+def sha256(path: str | Path) -> str:
+    """Hexadecimal sha256 of a file."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_weights(path: Path, remedy: str) -> None:
+    """Look at a weight file without unpickling it: is it there, and is it weights rather than what came instead?"""
+    path = path.absolute()
+    if not path.is_file():
+        raise FileNotFoundError(f"no weights at {path}; {remedy}. Nothing was downloaded and no folder was made")
+    with path.open("rb") as file:
+        head = file.read(512)
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if not head:
+        problem = "is empty; delete it and fetch it again"
+    elif text.startswith((b"<!doctype", b"<html", b"<head", b"<?xml")):
+        problem = "is an HTML page, not weights (a quota or login page of the download site); fetch it in a browser"
+    elif head.startswith(b"version https://git-lfs"):
+        problem = "is a git-lfs pointer, not weights; run `git lfs pull` in its repository"
+    elif path.suffix == ".safetensors":
+        problem = _safetensors_problem(path)
+    elif head.startswith(b"PK\x03\x04"):  # torch.save since 1.6: its index is at the end
+        problem = "" if zipfile.is_zipfile(path) else "is truncated; delete it and fetch it again"
+    else:  # older torch.save: a pickle, whose end torch itself notices
+        problem = (
+            "" if head.startswith(b"\x80") else f"is no weight file (it begins with {head[:16]!r}); fetch it again"
+        )
+    if problem:
+        raise ValueError(f"{path} {problem}")
+
+
+def _safetensors_problem(path: Path) -> str:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt"):  # reads the header and compares it with the size of the file
+            return ""
+    except SafetensorError as error:
+        return f"is truncated or no safetensors file ({error}); fetch it again"
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The dictionary of tensors in a .safetensors or .pt file, on the CPU; nothing but tensors is unpickled."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        raise ValueError(f"{path} can not be read as weights ({str(error).splitlines()[0]}); fetch it again") from error
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ValueError(f"{path} holds a {type(state).__name__}, not a dictionary of tensors (a state_dict)")
+    return state
+
+
+def save_model(model: nn.Module, card_path: str | Path, **fields: Any) -> Path:
+    """Write the weights (CARD.safetensors, beside the card) and the card; `load_model(card_path)` reads them back.
+
+    fields: those of a card. `architecture` and `arguments` are needed unless the model was loaded from a card; mean
+    and std come from a `Normalised` model. ValueError unless that architecture takes exactly these weights. Both
+    files appear whole or not at all, weights first.
+    """
+    from safetensors.torch import save
+
+    path = Path(card_path)
+    if path.suffix not in (".yaml", ".yml"):
+        raise ValueError(f"a card is a YAML file, {path.name} is not; write NAME.yaml")
+    if unknown := set(fields) - set(CARD):
+        raise ValueError(f"unknown field(s) {', '.join(sorted(unknown))}; known: {', '.join(CARD)}")
+    loaded = getattr(model, "card", {})
+    fields = {key: loaded[key] for key in ("architecture", "arguments") if key in loaded} | fields
+    if "architecture" not in fields:
+        raise ValueError("save_model needs architecture=... (and arguments=...), so that the weights can be read back")
+    network = model
+    if isinstance(model, Normalised):
+        network = model.network
+        fields |= {"mean": model.mean.flatten().tolist(), "std": model.std.flatten().tolist()}
+    state = {key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}
+    with torch.random.fork_rng([]):
+        _fill(build(fields["architecture"], **fields.get("arguments") or {}), state, path, fields["architecture"])
+    content = save(state)
+    weights = path.with_suffix(".safetensors")
+    fields = {"name": path.stem} | fields
+    fields |= {"weights": weights.name, "sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+    write_file(weights, content)
+    card = {key: fields[key] for key in CARD if key in fields}
+    write_file(path, yaml.safe_dump(card, sort_keys=False, allow_unicode=True, width=120))
+    return path
+
+
+def export_robustbench(model: nn.Module, path: str | Path) -> Path:
+    """Write a .pt that RobustBench's own loader reads as root/dataset/threat/NAME.pt.
+
+    The network must be the one RobustBench builds for NAME, as `load_model(NAME)` or `build("robustbench", ...)`
+    gives: its normalisation, if any, inside. A `Normalised` model is refused, for its loader would drop mean and std.
+    """
+    path = Path(path)
+    if path.suffix != ".pt":
+        raise ValueError(f"RobustBench reads NAME.pt, not {path.name}")
+    if isinstance(model, Normalised):
+        raise ValueError("RobustBench's networks hold their own normalisation; export the network without `Normalised`")
+    buffer = io.BytesIO()
+    torch.save({"state_dict": {key: value.detach().cpu() for key, value in model.state_dict().items()}}, buffer)
+    return write_file(path, buffer.getbuffer())

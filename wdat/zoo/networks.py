@@ -1,0 +1,131 @@
+"""Architectures by name, and the normalisation in front of them.
+
+Every network takes images (N, C, H, W) and returns logits (N, classes). The small third-party architectures are those
+of cards in notebooks/zoo; their layer names match the published weights.
+"""
+
+import inspect
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from wdat.threats.ball import parse_number
+from wdat.zoo import robustbench as rb
+
+
+class Normalised(nn.Module):
+    """network((x - mean) / std): the normalisation is part of the model, so that radii are in [0, 1] pixel units.
+
+    mean, std: one number per channel, or one for all; fractions as text, such as "1253/2550", are read.
+    ValueError unless every std is positive and the lengths agree.
+    """
+
+    def __init__(self, mean: Sequence[float | str], std: Sequence[float | str], network: nn.Module) -> None:
+        super().__init__()
+        mean, std = ([parse_number(value) for value in values] for values in (mean, std))
+        if len(mean) != len(std) or not mean or min(std) <= 0:
+            raise ValueError(f"mean {mean} and std {std} must have one number per channel each, and every std be > 0")
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network((x - self.mean) / self.std)
+
+
+class Residual(nn.Module):
+    """relu(conv2(relu(conv1(x))) + shortcut(x)) without batch norm; the shortcut is a 1x1 convolution on a stride."""
+
+    def __init__(self, inner: int, outer: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inner, outer, 3, stride, 1)
+        self.conv2 = nn.Conv2d(outer, outer, 3, 1, 1)
+        plain = stride == 1 and inner == outer
+        self.shortcut = nn.Sequential() if plain else nn.Sequential(nn.Conv2d(inner, outer, 1, stride))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.conv2(self.conv1(x).relu()) + self.shortcut(x)).relu()
+
+
+def cnn_a(padding: int = 1, classes: int = 10, channels: int = 3) -> nn.Sequential:
+    """CNN-A of Dathathri et al. (NeurIPS 2020) for 32x32 images; padding=0 is ERAN's ConvSmall."""
+    if padding not in (0, 1):
+        raise ValueError(f"cnn_a has padding 1 (CNN-A) or 0 (ConvSmall), not {padding}")
+    side = 6 + 2 * padding
+    return nn.Sequential(
+        nn.Conv2d(channels, 16, 4, 2, padding),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 4, 2, padding),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(32 * side * side, 100),
+        nn.ReLU(),
+        nn.Linear(100, classes),
+    )
+
+
+def resnet2b(classes: int = 10, channels: int = 3) -> nn.Sequential:
+    """ResNet-2B of Beta-CROWN (Wang et al., NeurIPS 2021) for 32x32 images: two residual blocks, no batch norm."""
+    return nn.Sequential(
+        OrderedDict(
+            conv1=nn.Conv2d(channels, 8, 3, 2, 1),
+            relu1=nn.ReLU(),
+            layer1=nn.Sequential(Residual(8, 16, 2), Residual(16, 16, 1)),
+            flatten=nn.Flatten(),
+            linear1=nn.Linear(16 * 8 * 8, 100),
+            relu2=nn.ReLU(),
+            linear2=nn.Linear(100, classes),
+        )
+    )
+
+
+def digits_cnn(width: int = 16, classes: int = 10, channels: int = 1) -> nn.Sequential:
+    """Three convolutions and a linear layer for 8x8 images; 19,178 parameters at width 16."""
+    return nn.Sequential(
+        nn.Conv2d(channels, width, 3, 1, 1),
+        nn.ReLU(),
+        nn.Conv2d(width, 2 * width, 3, 2, 1),
+        nn.ReLU(),
+        nn.Conv2d(2 * width, 2 * width, 3, 1, 1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(2 * width * 4 * 4, classes),
+    )
+
+
+def resnet18(classes: int = 10) -> nn.Module:
+    """RobustBench's CIFAR ResNet-18 (32x32, batch norm); it holds no normalisation."""
+    return rb.resnet18(classes)
+
+
+def wrn(depth: int = 28, width: int = 10, classes: int = 10) -> nn.Module:
+    """RobustBench's Wide ResNet (32x32, the TRADES variant); it holds no normalisation. depth = 6k + 4."""
+    if depth < 10 or (depth - 4) % 6 or width < 1:
+        raise ValueError(
+            f"a wide ResNet has depth 6k + 4 (10, 16, 22, 28, ...) and width >= 1; got {depth} and {width}"
+        )
+    return rb.wide_resnet(depth, width, classes)
+
+
+def robustbench(name: str, dataset: str = "cifar10", threat: str = "Linf") -> nn.Module:
+    """The architecture of a RobustBench entry, freshly initialised; its own normalisation is inside."""
+    return rb.architecture(name, dataset, threat)
+
+
+ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
+    function.__name__: function for function in (cnn_a, resnet2b, digits_cnn, resnet18, wrn, robustbench)
+}
+
+
+def build(architecture: str, **arguments) -> nn.Module:
+    """A freshly initialised network by name, drawn from torch's global generator. ValueError lists names, arguments."""
+    if architecture not in ARCHITECTURES:
+        raise ValueError(f"unknown architecture {architecture!r}; known: {', '.join(ARCHITECTURES)}")
+    function = ARCHITECTURES[architecture]
+    try:
+        inspect.signature(function).bind(**arguments)
+    except TypeError as error:
+        raise ValueError(f"{architecture}{inspect.signature(function)}: {error}, given {arguments}") from None
+    return function(**arguments)
