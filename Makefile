@@ -1,9 +1,9 @@
-# Two commands do everything: `make reproduce` and `make test`. Both install what they need into .venv first.
+# Two commands do everything: `make reproduce` and `make test` (with `make test-slow`). All install what they need into .venv first.
 PYTHON  ?= python3.11
 PROFILE ?= digits
 BIN     := .venv/bin
 
-.PHONY: test reproduce paper benchmark lint lock clean
+.PHONY: test test-slow reproduce paper benchmark lint lock clean
 .DELETE_ON_ERROR:
 
 .venv/.ready: pyproject.toml requirements.lock.txt
@@ -14,7 +14,11 @@ BIN     := .venv/bin
 	@touch $@
 
 test: .venv/.ready
-	$(BIN)/python -m pytest -n 2 $(TESTS)
+	$(BIN)/python -m pytest -n 2 -m "not slow" $(TESTS)
+
+# What is slow by nature: processes killed, the notebooks of the smallest profile, wide networks.
+test-slow: .venv/.ready
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow $(TESTS)
 
 reproduce: .venv/.ready
 	$(BIN)/wdat reproduce --profile $(PROFILE) $(ARGS)

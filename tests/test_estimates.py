@@ -70,6 +70,7 @@ def test_activations_are_those_of_a_real_step(objective, accumulate, precision):
         assert kept["peak"] - weights <= 1.05 * predicted + found["bytes"]["images"] * (accumulate > 1)
 
 
+@pytest.mark.slow
 def test_a_wide_resnet_by_its_layers():
     """Activations grow with width and depth as the layers do, and halve, nearly, where they are in bfloat16."""
 
@@ -86,6 +87,7 @@ def test_a_wide_resnet_by_its_layers():
     assert quarter["bytes"]["parameters"] == wide["bytes"]["parameters"]
 
 
+@pytest.mark.slow  # minutes on a processor without bfloat16
 def test_the_profile_fine_tunes_wide_resnets_on_a_card_of_24_gigabytes():
     """WRN-28-10 by its recipe, a gigabyte spare for what the driver and the libraries take; one inner step, as any."""
     path = Path(__file__).parents[1] / "notebooks" / "profiles" / "cifar10.yaml"

@@ -11,6 +11,7 @@ from wdat.report import numbers
 from wdat.reproduce.runner import reproduce
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

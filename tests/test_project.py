@@ -250,9 +250,9 @@ def test_the_conda_environment_has_the_same_versions():
 def test_the_ci_runs_the_documented_test_command():
     script = ROOT / ".ci" / "run"
     assert script.stat().st_mode & 0o111, ".ci/run is not executable"
-    assert [line for line in script.read_text(encoding="utf-8").splitlines() if line.startswith("make")] == [
-        "make test"
-    ]
+    commands = [line for line in script.read_text(encoding="utf-8").splitlines() if line.startswith("make")]
+    assert commands == ["make test", "make test-slow"]
+    assert all(command in (ROOT / "README.md").read_text(encoding="utf-8") for command in commands)
 
 
 def test_the_version_is_the_same_everywhere():

@@ -18,6 +18,7 @@ from wdat.reproduce import execution, paper, runner
 from wdat.reproduce.runner import reproduce
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_after_the_last_finished_notebook(repo, capsys):
     wait = """import time
 (work / "started").write_text(str(os.getpid()))

@@ -89,6 +89,7 @@ def test_a_run_killed_at_random_moments_ends_as_an_undisturbed_one(name, tmp_pat
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="autograd starts threads for a GPU, and can not be forked then")
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.slow
 def test_twenty_processes_killed_at_random_moments(tmp_path):
     """SIGKILL, up to 10 ms after one of the first steps: in a pass, in the optimiser, while writing, anywhere."""
     model, path, rng = deep(), tmp_path / "run.pt", random.Random(0)

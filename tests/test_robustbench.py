@@ -1,7 +1,6 @@
 """RobustBench's networks and weights, and the AutoAttack adapter."""
 
 import math
-import os
 import subprocess
 import sys
 import warnings
@@ -38,12 +37,12 @@ def five() -> list[str]:
     return profile["common"]["networks"]
 
 
-SLOW = pytest.mark.skipif("WDAT_SLOW" not in os.environ, reason="1 GB of weights; set WDAT_SLOW=1")
-
-
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=SLOW if name == "Peng2023Robust" else ()) for name in (*five(), "Wong2020Fast")],
+    [
+        pytest.param(name, marks=() if name == "Wong2020Fast" else pytest.mark.slow)
+        for name in (*five(), "Wong2020Fast")
+    ],
 )
 def test_robustbench_networks_go_all_the_way_round(name, tmp_path, no_network):
     """Generated weights in the file its loader reads, loaded, measured, fine-tuned by a step, and read by it again."""
