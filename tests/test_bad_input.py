@@ -205,7 +205,7 @@ DIGITS = ["--data", "digits", "--n", "24"]
         (["evaluate", "net.yaml", "--data", "cifar10"], "pass root"),
         (["evaluate", "net.yaml", "--data", "folder", "--root", "absent"], "absent for folder; create it"),
         ([*EVALUATE, "--n", "1000"], "n=1000"),
-        ([*EVALUATE, "--delta", "tiny"], "'tiny' is not a number"),
+        ([*EVALUATE, "--delta", "tiny"], "delta is 'tiny'; expected a number"),
         ([*EVALUATE, "--delta", "-1/255"], None),
         ([*EVALUATE, "--delta", "inf"], "delta=inf must be a finite radius"),
         ([*EVALUATE, "--p", "0.5"], r"p=0.5 must be in (1, inf]"),

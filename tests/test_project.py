@@ -22,17 +22,18 @@ ROOT = Path(__file__).parents[1]
 # What each room may import of wdat, besides itself; a new room is put in its place here.
 ROOMS = {
     "records": set(),
-    "threats": set(),
-    "attacks": {"threats"},
+    "settings": set(),
+    "threats": {"settings"},
+    "attacks": {"threats", "settings"},
     "accuracy": {"threats"},
-    "zoo": {"threats", "records"},
-    "training": {"threats", "attacks", "accuracy", "zoo", "records"},
-    "studies": {"threats", "attacks", "accuracy", "zoo", "training", "records"},
+    "zoo": {"threats", "records", "settings"},
+    "training": {"threats", "attacks", "accuracy", "zoo", "records", "settings"},
+    "studies": {"threats", "attacks", "accuracy", "zoo", "training", "records", "settings"},
     "report": {"records"},
-    "reproduce": {"records"},
+    "reproduce": {"records", "settings"},
 }
 ROOMS["cli"] = set(ROOMS)
-TORCH_FREE = ("records", "report", "reproduce", "cli")
+TORCH_FREE = ("records", "settings", "report", "reproduce", "cli")
 MODULES = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in sorted((ROOT / "wdat").rglob("*.py"))}
 MODULES = {name.removesuffix(".__init__"): path for name, path in MODULES.items()}
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.py"))

@@ -62,7 +62,8 @@ def test_a_threat_keeps_delta_as_written():
     ("arguments", "sentence"),
     [
         ((-0.1,), "delta=-0.1"), ((INF,), "finite"), ((0.1, 1), r"\(1, inf\]"), ((0.1, 0.5), "p=0.5"),
-        ((0.1, 2, 1), "r=1"), ((0.1, 2, 3), "2 or inf"), (("x",), "not a number"), ((math.nan,), "not a number"),
+        ((0.1, 2, 1), "r=1"), ((0.1, 2, 3), "2 or inf"), (("x",), "delta is 'x'; expected a number"),
+        ((math.nan,), "delta is nan; expected a number"), ((True,), "delta is True"), ((0.1, "two"), "p is 'two'"),
     ],
 )  # fmt: skip
 def test_impossible_threats_are_refused(arguments, sentence):

@@ -27,6 +27,7 @@ from wdat import records
 from wdat.reproduce import execution, staleness
 from wdat.reproduce.execution import relative
 from wdat.reproduce.staleness import digests, stamps
+from wdat.settings import Written, check_names, parse_number, read
 
 DEFAULT = "digits"
 
@@ -136,6 +137,8 @@ def read_profile(root: Path, profile: str, sources: dict[str, Path]) -> dict[str
     if not isinstance(settings, dict) or (unknown := [key for key in settings if key not in known]):
         seen = repr(unknown[0]) if isinstance(settings, dict) else "no mapping"
         raise ValueError(f"{path} has {seen}; its sections are: {', '.join(known)}")
+    kinds = {key: int if key == "threads" else dict | None for key in settings}
+    settings = {key: read(kinds[key], value, f"{path.name}: {key}") for key, value in settings.items()}
     return {"common": {}, "threads": 1} | {key: value or {} for key, value in settings.items()}
 
 
@@ -177,31 +180,36 @@ def _parameters(
     defaults = {name: declared(path) for name, path in sources.items()}
     everything = {key for known in defaults.values() for key in known}
     for words, where, known in [
-        (settings["common"], "common section", everything),
-        (overrides, "command", {key for name in chosen for key in defaults[name]}),
-        *((settings.get(name, {}), f"section {name}", set(defaults[name])) for name in sources),
+        (settings["common"], "the section common", everything),
+        (overrides, "the command", {key for name in chosen for key in defaults[name]}),
+        *((settings.get(name, {}), f"the section {name}", set(defaults[name])) for name in sources),
     ]:
-        if unknown := sorted(set(words) - known):
-            raise ValueError(f"parameter {unknown[0]!r} in the {where} is unknown; known: {', '.join(sorted(known))}")
+        check_names(words, sorted(known), where)
     passed = {}
     for name in chosen:
         given = places | settings["common"] | settings.get(name, {}) | overrides
         passed[name] = {
-            key: _like(default, given[key], f"{name}: {key}") for key, default in defaults[name].items() if key in given
+            key: read(kind(default), given[key], f"{name}: {key}")
+            for key, default in defaults[name].items()
+            if key in given
         }
     return passed
 
 
-def _like(default: Any, value: Any, where: str) -> Any:
-    """The value as the notebook expects it: YAML reads 1e-3 as text, and a list is no single value."""
-    if isinstance(default, (list, dict)) != isinstance(value, (list, dict)) and None not in (default, value):
-        raise ValueError(f"parameter {where} is {value!r}, but its default is {default!r}; pass the same kind of value")
-    if isinstance(default, (int, float)) and isinstance(value, str):
+def kind(default: Any) -> Any:
+    """The kind that a parameter's default stands for: text that is a number, such as "8/255", for any number."""
+    if isinstance(default, list):
+        kinds = {kind(part) for part in default}
+        if len(kinds) > 1 and kinds <= {int, float, Written}:
+            kinds = {Written}
+        return list[kinds.pop()] if len(kinds) == 1 else list[Any]
+    if isinstance(default, str):
         try:
-            return float(value)
+            parse_number(default)
+            return Written
         except ValueError:
-            return value  # such as "8/255"
-    return value
+            return str
+    return Any if default is None else type(default)
 
 
 def _executed_copy(root: Path, profile: str, name: str) -> Path:

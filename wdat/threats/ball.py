@@ -11,10 +11,12 @@ Source: Bai, He, Jiang, Obloj, arXiv 2306.09844 (sections 2-4) and 2502.09352.
 
 import math
 from dataclasses import dataclass, field
-from fractions import Fraction
 
 import torch
 from torch import Tensor
+
+from wdat.settings import Order, read
+from wdat.settings import parse_number as parse_number
 
 
 def pixel_norm(x: Tensor, r: float) -> Tensor:
@@ -66,18 +68,9 @@ def project(displacement: Tensor, radii: Tensor, r: float) -> Tensor:
     return displacement * torch.where(norms > bound, bound / norms, 1)
 
 
-def parse_number(value: float | str) -> float:
-    """A float from 0.03, "0.03", "8/255" or "inf". ValueError names what could not be read."""
-    text = str(value).strip()
-    try:
-        return math.inf if text.lower() in ("inf", "linf", "l_inf", "oo") else float(Fraction(text))
-    except (ValueError, ZeroDivisionError):
-        raise ValueError(f'{value!r} is not a number; write for example 0.03, "8/255" or "inf"') from None
-
-
 def parse_norm(r: float | str) -> float:
     """A pixel norm, 2 or inf, from a number or from text such as "l2", "linf". ValueError for any other."""
-    norm = parse_number(str(r).lower().removeprefix("l"))
+    norm = read(Order, str(r).lower().removeprefix("l"), "threat: r")
     if norm not in (2, math.inf):
         raise ValueError(f"pixel norm r={norm:g} must be 2 or inf")
     return norm
@@ -108,8 +101,8 @@ class Threat:
     def __post_init__(self) -> None:
         set_ = object.__setattr__
         set_(self, "written", self.written or str(self.delta))
-        set_(self, "delta", parse_number(self.delta))
-        set_(self, "p", parse_number(self.p))
+        set_(self, "delta", read(Order, self.delta, "threat: delta"))
+        set_(self, "p", read(Order, self.p, "threat: p"))
         set_(self, "r", parse_norm(self.r))
         if not (self.delta >= 0 and math.isfinite(self.delta)):
             raise ValueError(f"delta={self.written} must be a finite radius >= 0 in pixel units of [0, 1]")
