@@ -222,7 +222,7 @@ DIGITS = ["--data", "digits", "--n", "24"]
         (["finetune", "net.yaml", "short.recipe", "new.yaml", *DIGITS], "objective is 'plain'; expected a mapping"),
         (["finetune", "net.yaml", "rule.recipe", "new.yaml", *DIGITS], "upsilon is 'full'; expected a mapping"),
         (["finetune", "net.yaml", "colour.recipe", "new.yaml", *DIGITS], "colour"),
-        (["finetune", "net.yaml", "word.recipe", "new.yaml", *DIGITS], "'many' is not a number"),
+        (["finetune", "net.yaml", "word.recipe", "new.yaml", *DIGITS], "epochs is 'many'; expected a whole number"),
         (["finetune", "net.yaml", "ok.recipe", "new", *DIGITS], "name it NAME.yaml"),
         (["finetune", "net.yaml", "ok.recipe", "mine.py/new.yaml", *DIGITS], "cannot write to mine.py"),
         (["finetune", "mine:make", "ok.recipe", "new.yaml", *DIGITS], "mine:make has no card"),

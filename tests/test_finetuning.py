@@ -357,7 +357,7 @@ def test_validation_is_reported_also_with_two_classes():
         ({"precision": "half"}, "precision='half' one of float32, bfloat16"),
         ({"init": "zero"}, "init='zero' must be one of"), ({"layers": "first"}, "layers='first'"),
         ({"epochs": -1}, "epochs=-1"), ({"batch_size": 0}, "batch_size=0"), ({"lr": -0.1}, "lr=-0.1"),
-        ({"lr": math.nan}, "lr=nan"), ({"schedule": "linear"}, "unknown learning-rate schedule"),
+        ({"lr": math.nan}, "lr is nan"), ({"schedule": "linear"}, "unknown learning-rate schedule"),
     ],
 )  # fmt: skip
 def test_impossible_recipes_are_refused(settings, sentence):

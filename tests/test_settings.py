@@ -7,9 +7,13 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 import torch
+import yaml
 
+import wdat
 from wdat.reproduce import runner
 from wdat.settings import Order, Written, arguments, read, reads, typed
+from wdat.training.recipes import Recipe, make_recipe
+from wdat.training.trackers import Rule
 
 
 @pytest.mark.parametrize(
@@ -111,3 +115,70 @@ def test_a_function_takes_the_settings_of_a_part():
 )  # fmt: skip
 def test_a_parameter_is_of_the_kind_of_its_default(default, kind):
     assert runner.kind(default) == kind
+
+
+# Recipes, objectives and rules, from Python and from YAML
+
+WRONG = [
+    ({"flip": "yes"}, "recipe: flip is 'yes'; expected true or false"),
+    ({"epochs": 1.5}, "recipe: epochs is 1.5; expected a whole number"),
+    ({"epochs": "1.9"}, "recipe: epochs is '1.9'; expected a whole number"),
+    ({"epochs": True}, "recipe: epochs is True; expected a whole number"),
+    ({"batch_size": "2/16"}, "recipe: batch_size is '2/16'; expected a whole number"),
+    ({"lr": "fast"}, "recipe: lr is 'fast'; expected a number"),
+    ({"lr": False}, "recipe: lr is False; expected a number"),
+    ({"clip": math.inf}, "recipe: clip is inf; expected a number"),
+    ({"schedule": 3}, "recipe: schedule is 3; expected text"),
+    ({"upsilon": {"every": 2.5}}, "recipe: upsilon: every is 2.5; expected a whole number"),
+    ({"upsilon": {"rate": 2}}, "'rate' of recipe: upsilon; known: kind, every, subset, weight"),
+    ({"upsilon": "full"}, "recipe: upsilon is 'full'; expected a mapping of kind, every"),
+    ({"objective": {"kind": "w-trades", "delta": "wide"}}, "threat: delta is 'wide'; expected a number"),
+    ({"objective": {"kind": "w-trades", "delta": True}}, "threat: delta is True; expected a number"),
+    ({"objective": {"kind": "trades", "delta": True}}, "objective trades: delta is True; expected a number"),
+    ({"objective": {"kind": "at", "delta": 0.1, "steps": 1.5}}, "objective at: steps is 1.5; expected a whole number"),
+    ({"objective": {"kind": "mart", "delta": 0.1, "beta": "x"}}, "objective mart: beta is 'x'; expected a number"),
+    ({"objective": {"kind": "w-trades", "delta": 0.1, "loss": "ce"}}, "'loss' of objective w-trades; .* budget_loss"),
+    ({"objective": {"kind": "water-level", "delta": 1, "rivls": 2}}, "'rivls' of objective water-level; .* rivals?"),
+    ({"objective": {"kind": "plain", "delta": 0.1}}, "'delta' of objective plain; known: distil"),
+    ({"objective": {"kind": "trades"}}, "'trades': missing a required argument: 'delta'"),
+    ({"objective": {"kind": "plain", "distil": "a lot"}}, "distil is 'a lot'; expected a number"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("settings", "sentence"), WRONG, ids=lambda value: str(value)[:60])
+def test_a_recipe_is_refused_with_section_setting_value_and_kind(settings, sentence):
+    for make in (lambda s: make_recipe(s, 0), lambda s: Recipe(**s)):
+        with pytest.raises(ValueError, match=sentence):
+            make({"objective": {"kind": "plain"}, **settings})
+
+
+def test_unknown_settings_of_a_recipe_are_answered_with_the_nearest():
+    with pytest.raises(ValueError, match=r"'epoch' of recipe; did you mean epochs\?"):
+        make_recipe({"objective": {"kind": "plain"}, "epoch": 3}, 0)
+    with pytest.raises(ValueError, match=r"'loss' of objective w-trades; did you mean budget_loss\?"):
+        wdat.w_trades(wdat.Threat("8/255"), loss="ce")
+
+
+def test_a_recipe_says_what_its_text_means():
+    text = """
+    objective: {kind: trades, delta: 2/16, beta: 1e0, steps: "3", start: 1e-3, r: l2}
+    epochs: "16"
+    batch_size: 64.0
+    lr: 1e-3
+    weight_decay: 5e-4
+    flip: "false"
+    upsilon: {kind: full, every: "10"}
+    """
+    found = make_recipe(yaml.safe_load(text), 7)
+    assert found == Recipe(
+        wdat.trades("2/16", 2, 1.0, steps=3, start=1e-3),
+        16,
+        64,
+        lr=1e-3,
+        weight_decay=5e-4,
+        upsilon=Rule(every=10),
+        seed=7,
+    )
+    assert (found.flip, found.epochs, found.batch_size) == (False, 16, 64) and type(found.batch_size) is int
+    assert found.objective.terms[0].threat.written == "2/16"
+    assert make_recipe({"objective": {"kind": "plain"}, "flip": "true"}, 0).flip is True

@@ -6,6 +6,7 @@ The kinds are the annotations of dataclasses and functions:
     int             a whole number: 16, "16", 64.0; neither 1.5 nor true
     float           a finite number: 0.03, "1e-3" (which YAML reads as text), "8/255"
     Order, Written  a number that may be infinite; the same, checked and kept as it was written
+    Norm            a pixel norm, which may be text such as "l2"
     str, list[X], tuple[X, ...], dict, X | Y; a class: an instance, or a mapping of a dataclass's fields
 
 What does not fit is a ValueError with section, setting, value and what is expected. Written here because the usual
@@ -20,10 +21,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from fractions import Fraction
 from types import NoneType, UnionType
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 Order = Annotated[float, "or inf"]
 Written = Annotated[float, "as written"]
+Norm = Order | str  # "l2"
 EXPECTED = {
     bool: "true or false", int: "a whole number, such as 16", float: 'a number, such as 0.03, 1e-3 or "8/255"',
     Order: 'a number or "inf"', Written: 'a number, such as 0.03 or "8/255"', str: "text (in quotes, if it is digits)",
@@ -69,7 +71,7 @@ def check_names(names: Iterable[Any], known: Iterable[str], section: str) -> Non
     known = list(known)
     for name in (name for name in names if name not in known):
         word = str(name).lower()
-        near = [k for k in known if word in k] or difflib.get_close_matches(word, known, 2)
+        near = [k for k in known if len(word) > 2 and word in k] or difflib.get_close_matches(word, known, 2)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
         raise ValueError(f"unknown setting {name!r} of {section}; {hint}known: {', '.join(known)}")
 
@@ -80,12 +82,12 @@ def typed(instance: Any, section: str) -> None:
         object.__setattr__(instance, name, read(kind, getattr(instance, name), f"{section}: {name}"))
 
 
-def reads(section: str, part: type, *own: str) -> Callable[[Callable], Callable]:
-    """Decorator of a function whose `**settings` are fields of the dataclass `part`, those in `own` excepted."""
+def reads(section: str, part: type | None = None, *own: str) -> Callable[[Callable], Callable]:
+    """Decorator of a function whose `**settings` are fields of the dataclass `part`, but for those in `own`."""
 
     def decorate(function: Callable) -> Callable:
         signature, kinds = inspect.signature(function), _kinds(function)
-        kinds = kinds | {name: kind for name, kind in _kinds(part).items() if name not in own}
+        kinds = kinds | {name: kind for name, kind in _kinds(part).items() if name not in own} if part else kinds
 
         @functools.wraps(function)
         def checked(*given: Any, **named: Any) -> Any:
@@ -114,7 +116,7 @@ def _read(kind: Any, value: Any, where: str) -> Any:
         value = value.item()
     if kind is Any:
         return value
-    if origin is UnionType:
+    if origin in (Union, UnionType):
         for arm in inner:
             try:
                 return _read(arm, value, where)
@@ -157,7 +159,7 @@ def _expected(kind: Any) -> str:
     inner = [arm for arm in get_args(kind) if arm is not Ellipsis]
     if kind in EXPECTED:
         return EXPECTED[kind]
-    if get_origin(kind) is UnionType:
+    if get_origin(kind) in (Union, UnionType):
         return " or ".join(_expected(arm) for arm in inner)
     if get_origin(kind) in (list, tuple):
         return f"a list, each {_expected(inner[0])}"

@@ -16,7 +16,7 @@ Sources: Madry et al. 1706.06083; TRADES, Zhang et al. 1901.08573; MART, Wang et
 margin maximisation, Ding et al. 1812.02637, of which the water level is the distributional version.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from wdat.accuracy.allocation import water_level as allocated_level
 from wdat.attacks.nearest import minimal_distances
 from wdat.attacks.pgd import STEP_RATIO, autocast, projected_gradient, random_start
+from wdat.settings import Norm, Written, reads, typed
 from wdat.threats.ball import Threat, per_image, pixel_norm, project
 from wdat.threats.checks import frozen
 from wdat.threats.losses import boosted_ce, ce, get_loss, kl, margin
@@ -90,6 +91,7 @@ class Term:
     precision: str = "float32"
 
     def __post_init__(self) -> None:
+        typed(self, "objective")
         if self.outer not in FIRST_ORDER:
             raise ValueError(f"outer loss {self.outer!r} must be one of {', '.join(FIRST_ORDER)}")
         if get_loss(self.budget_loss) is kl:
@@ -177,6 +179,7 @@ class WaterLevel:
     tracked: str = field(default="distance", init=False)
 
     def __post_init__(self) -> None:
+        typed(self, "objective")
         if self.threat.pointwise:
             raise ValueError("water-level training needs p < inf; use trades or at for the pointwise threat")
         if self.outer not in NEAREST:
@@ -236,6 +239,7 @@ class Objective:
     distil: float = 0.0
 
     def __post_init__(self) -> None:
+        typed(self, "objective")
         object.__setattr__(self, "terms", tuple(term for term in self.terms if term.weight))
         if self.clean < 0 or self.distil < 0 or not (self.clean or self.distil or self.terms):
             raise ValueError(
@@ -305,44 +309,47 @@ class Objective:
         return loss, log
 
 
+@reads("objective plain")
 def plain(distil: float = 0.0) -> Objective:
     """Cross-entropy on clean images."""
     return Objective("plain", distil=distil)
 
 
-def at(delta: float | str, r: float = float("inf"), distil: float = 0.0, **settings) -> Objective:
+@reads("objective at", Term, "threat")
+def at(delta: Written, r: Norm = float("inf"), distil: float = 0.0, **settings) -> Objective:
     """PGD adversarial training: CE on PGD examples, uniform random start. Settings: those of `Term`."""
     settings = {"weight": 1.0, "outer": "ce", "inner": "ce", "start": "random", **settings}
     return Objective("at", (Term(Threat(delta, float("inf"), r), **settings),), clean=0.0, distil=distil)
 
 
-def trades(
-    delta: float | str, r: float = float("inf"), beta: float = 6.0, distil: float = 0.0, **settings
-) -> Objective:
+@reads("objective trades", Term, "threat", "weight")
+def trades(delta: Written, r: Norm = float("inf"), beta: float = 6.0, distil: float = 0.0, **settings) -> Objective:
     """Pointwise TRADES: `w_trades` with p = inf."""
     return Objective("trades", (Term(Threat(delta, float("inf"), r), beta, **settings),), distil=distil)
 
 
-def mart(delta: float | str, r: float = float("inf"), beta: float = 5.0, distil: float = 0.0, **settings) -> Objective:
+@reads("objective mart", Term, "threat", "weight", "outer")
+def mart(delta: Written, r: Norm = float("inf"), beta: float = 5.0, distil: float = 0.0, **settings) -> Objective:
     """MART: boosted CE on PGD examples, KL weighted by 1 - p_y(x), uniform random start. Settings: those of `Term`."""
     settings = {"inner": "ce", "start": "random", **settings}
     term = Term(Threat(delta, float("inf"), r), beta, outer="mart", **settings)
     return Objective("mart", (term,), clean=0.0, distil=distil)
 
 
+@reads("objective w-trades", Term, "threat", "weight")
 def w_trades(threat: Threat, beta: float = 6.0, distil: float = 0.0, **settings) -> Objective:
     """TRADES with Wasserstein budgets. Settings: those of `Term`."""
     return Objective("w-trades", (Term(threat, beta, **settings),), distil=distil)
 
 
-def combined(
-    threat: Threat, delta: float | str, beta: float = 6.0, beta_pointwise: float = 6.0, **settings
-) -> Objective:
+@reads("objective combined", Term, "threat", "weight")
+def combined(threat: Threat, delta: Written, beta: float = 6.0, beta_pointwise: float = 6.0, **settings) -> Objective:
     """W-TRADES plus pointwise TRADES of radius delta in the same pixel norm."""
     pointwise = Term(Threat(delta, float("inf"), threat.r), beta_pointwise, **settings)
     return Objective("combined", (Term(threat, beta, **settings), pointwise))
 
 
+@reads("objective water-level", WaterLevel, "threat", "weight")
 def water_level(threat: Threat, beta: float = 4.0, distil: float = 0.0, **settings) -> Objective:
     """Water-level margin training. Settings: those of `WaterLevel`."""
     return Objective("water-level", (WaterLevel(threat, beta, **settings),), distil=distil)
@@ -356,6 +363,8 @@ def make_objective(settings: dict) -> Objective:
     """
     makers = {"plain": plain, "at": at, "trades": trades, "mart": mart, "w-trades": w_trades, "combined": combined,
               "water-level": water_level}  # fmt: skip
+    if not isinstance(settings, Mapping):
+        raise ValueError(f"objective is {settings!r}; expected a mapping, such as {{kind: w-trades, delta: 8/255}}")
     rest = dict(settings)
     kind = rest.pop("kind", None)
     if kind not in makers:
@@ -366,8 +375,6 @@ def make_objective(settings: dict) -> Objective:
         rest["threat"] = Threat(rest.pop("delta"), rest.pop("p", 2), rest.pop("r", "inf"))
         if kind == "combined":
             rest["delta"] = rest.pop("pointwise_delta", rest["threat"].written)
-    elif "r" in rest:
-        rest["r"] = Threat(1, r=rest["r"]).r
     try:
         return makers[kind](**rest)
     except TypeError as error:

@@ -3,22 +3,19 @@
 Source: arXiv 2502.09352; defaults of TRADES (arXiv 1901.08573).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 
 import torch
 from torch import nn
 
-from wdat.threats.ball import parse_number
+from wdat.settings import check_names, typed
 from wdat.training.objectives import PRECISIONS, Objective, make_objective
-from wdat.training.schedules import get_schedule
+from wdat.training.schedules import Schedule, get_schedule
 from wdat.training.trackers import Rule, Tracker
 
 INITS = ("none", "perturb", "rerandomise")
 LAYERS = ("all", "last")
-EXAMPLE = {
-    "recipe": "{objective: {kind: plain}, epochs: 5}", "objective": "{kind: w-trades, delta: 8/255}",
-    "upsilon": "{kind: full, every: 10}",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -26,7 +23,7 @@ class Recipe:
     """Everything a fine-tuning run depends on besides the network and the data.
 
     Args:
-        objective: see `wdat.training.objectives`.
+        objective: see `wdat.training.objectives`; or a mapping as for `make_objective`.
         epochs, batch_size: as usual; the last, smaller batch is kept.
         lr, schedule: base learning rate and a name from `wdat.training.schedules.SCHEDULES`.
         accumulate: micro-batches a step is split into, for networks that do not fit at once; the step is that of the
@@ -42,10 +39,12 @@ class Recipe:
         init: "none", "perturb" (all weights, Gaussian noise of `init_scale` times each tensor's root mean square) or
             "rerandomise" (the last layer's own initialisation). A trained network sits at a stationary point.
         layers: "all", or "last" for the last linear layer, the rest (batch norm too) held.
-        upsilon: how upsilon is kept, see `wdat.training.trackers.Rule`.
+        upsilon: how upsilon is kept, a `wdat.training.trackers.Rule` or a mapping of its fields.
         augment: largest shift in pixels of a random crop (zero padding), together with `flip`.
         flip: mirror half of the images.
         seed: of order, augmentation, noise, initialisation.
+
+    Every setting is read by its type (`wdat.settings`); ValueError for one that does not fit.
     """
 
     objective: Objective
@@ -54,7 +53,7 @@ class Recipe:
     accumulate: int = 1
     precision: str = "float32"
     lr: float = 0.01
-    schedule: str = "cosine"
+    schedule: str | Schedule = "cosine"
     momentum: float = 0.9
     weight_decay: float = 5e-4
     clip: float = 0.0
@@ -67,6 +66,9 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.objective, Objective):
+            object.__setattr__(self, "objective", make_objective(self.objective))
+        typed(self, "recipe")
         if self.init not in INITS or self.layers not in LAYERS:
             raise ValueError(f"init={self.init!r} must be one of {INITS}, layers={self.layers!r} one of {LAYERS}")
         if self.epochs < 0 or self.batch_size < 1 or not self.lr >= 0:
@@ -98,27 +100,13 @@ class Recipe:
 
 
 def make_recipe(settings: dict, seed: int) -> Recipe:
-    """A `Recipe` from plain values: "objective" as for `make_objective`, "upsilon" as for `Rule`.
-
-    Numbers may be text (YAML reads 1e-2 as text). ValueError names what is unknown or of the wrong kind.
-    """
-    parts = {"recipe": settings}
-    if isinstance(settings, dict):
-        parts |= {key: settings.get(key, {}) for key in ("objective", "upsilon")}
-    for name, part in parts.items():
-        if not isinstance(part, dict):
-            raise ValueError(f"{name} is {part!r}; expected a mapping, such as {EXAMPLE[name]}")
-    settings = dict(settings)
-    kinds = {f.name: type(f.default) for f in fields(Recipe) if type(f.default) in (int, float)}
-    for key in settings.keys() & kinds.keys():
-        if isinstance(settings[key], str):
-            settings[key] = kinds[key](parse_number(settings[key]))
-    objective = make_objective(settings.pop("objective", {}))
-    try:
-        rule = Rule(**settings.pop("upsilon", {}))
-        return Recipe(objective, upsilon=rule, seed=seed, **settings)
-    except TypeError as error:
-        raise ValueError(f"recipe {settings}: {error}") from None
+    """A `Recipe` from plain values, as YAML gives them: numbers may be text. ValueError names what does not fit."""
+    if not isinstance(settings, Mapping):
+        raise ValueError(
+            f"recipe is {settings!r}; expected a mapping, such as {{objective: {{kind: plain}}, lr: 0.01}}"
+        )
+    check_names(settings, [f.name for f in fields(Recipe) if f.name != "seed"], "recipe")
+    return Recipe(**{"objective": {}, **settings}, seed=seed)
 
 
 def last_layer(model: nn.Module) -> nn.Linear:

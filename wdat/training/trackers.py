@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from wdat.settings import typed
 from wdat.threats.ball import Threat
 from wdat.threats.sensitivity import MovingAverage
 
@@ -34,6 +35,7 @@ class Rule:
     weight: float = 0.1
 
     def __post_init__(self) -> None:
+        typed(self, "upsilon")
         if self.kind not in RULES:
             raise ValueError(f"unknown upsilon rule {self.kind!r}; known: {', '.join(RULES)}")
         if (self.every is not None and self.every < 1) or (self.subset is not None and self.subset < 1):
