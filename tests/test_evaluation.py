@@ -78,9 +78,8 @@ EVERYTHING = dict(
 
 def test_an_evaluation_killed_in_any_part_resumes_and_ends_the_same(tiny_model, data, tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "PART", 16)
-    monkeypatch.setattr(evaluation, "PART", 16)
     whole, done, lives = evaluate(tiny_model, data, THREATS, **EVERYTHING), [], 0
-    real = cache.Parts._counted
+    real = cache.Cache._counted
 
     def dies(*arguments):
         if len(done) % 4 == 3:
@@ -89,7 +88,7 @@ def test_an_evaluation_killed_in_any_part_resumes_and_ends_the_same(tiny_model, 
         done.append("computed")
         return real(*arguments)
 
-    monkeypatch.setattr(cache.Parts, "_counted", dies)
+    monkeypatch.setattr(cache.Cache, "_counted", dies)
     again = None
     while again is None:
         lives += 1
@@ -102,7 +101,7 @@ def test_an_evaluation_killed_in_any_part_resumes_and_ends_the_same(tiny_model, 
 
 
 def test_parts_add_up_to_the_attack_on_the_whole_set(tiny_model, data, monkeypatch):
-    monkeypatch.setattr(evaluation, "PART", 16)
+    monkeypatch.setattr(cache, "PART", 16)
     rows = evaluate(tiny_model, data, THREATS[1:], **EVERYTHING | {"exact": False, "certified": 0})["attacks"]
     rows = {row["attack"]: row for row in rows}
     settings = dict(loss="redlr", steps=2, batch_size=16)
@@ -138,7 +137,6 @@ def test_distances_and_certificates_of_an_evaluation_are_not_computed_again(tiny
 
     monkeypatch.setattr(cache, "minimal_distances", never)
     monkeypatch.setattr(cache, "certified_radii", never)
-    monkeypatch.setattr(cache, "search_passes", lambda _: 1)
     again = cache.distances(tiny_model, data, math.inf, batch_size=16, state=state, progress=False)
     assert (
         torch.equal(again.distance, own.distance)

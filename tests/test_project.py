@@ -15,25 +15,26 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from wdat import records
+from wdat import digest, records
 from wdat.reproduce import runner, staleness
 
 ROOT = Path(__file__).parents[1]
 # What each room may import of wdat, besides itself; a new room is put in its place here.
 ROOMS = {
+    "digest": set(),
     "records": set(),
     "settings": set(),
     "threats": {"settings"},
     "attacks": {"threats", "settings"},
     "accuracy": {"threats"},
-    "zoo": {"threats", "records", "settings"},
-    "training": {"threats", "attacks", "accuracy", "zoo", "records", "settings"},
-    "studies": {"threats", "attacks", "accuracy", "zoo", "training", "records", "settings"},
+    "zoo": {"threats", "records", "settings", "digest"},
+    "training": {"threats", "attacks", "accuracy", "zoo", "records", "settings", "digest"},
+    "studies": {"threats", "attacks", "accuracy", "zoo", "training", "records", "settings", "digest"},
     "report": {"records"},
-    "reproduce": {"records", "settings"},
+    "reproduce": {"records", "settings", "digest"},
 }
 ROOMS["cli"] = set(ROOMS)
-TORCH_FREE = ("records", "settings", "report", "reproduce", "cli")
+TORCH_FREE = ("digest", "records", "settings", "report", "reproduce", "cli")
 MODULES = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in sorted((ROOT / "wdat").rglob("*.py"))}
 MODULES = {name.removesuffix(".__init__"): path for name, path in MODULES.items()}
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.py"))
@@ -59,7 +60,7 @@ def tracked() -> list[Path]:
 
 def imports(module: str) -> set[str]:
     """Files that a file imports, without the packages around them."""
-    used = staleness.imported(parse(MODULES[module]), set(MODULES))
+    used = digest.imported(parse(MODULES[module]), set(MODULES))
     return {name for name in used if MODULES[name].name != "__init__.py"}
 
 

@@ -4,6 +4,7 @@ import json
 
 from repository import HEAD, notebook, said
 
+from wdat import digest
 from wdat.reproduce import staleness
 from wdat.reproduce.runner import reproduce
 
@@ -83,10 +84,10 @@ def test_the_library_of_a_notebook_is_what_its_imports_reach(tmp_path, monkeypat
     }
     for name, text in sources.items():
         (package / f"{name}.py").write_text(text)
-    monkeypatch.setattr(staleness, "__file__", str(package / "reproduce" / "staleness.py"))
+    monkeypatch.setattr(digest, "__file__", str(package / "digest.py"))
 
     def modules(code: str) -> set[str]:
-        return {name.removeprefix("wdat/").removesuffix(".py") for name in staleness.library(code)}
+        return {name.removeprefix("wdat/").removesuffix(".py") for name in digest.library(code)}
 
     below = {"__init__", "room/__init__", "room/low"}
     assert modules("import math") == set()
@@ -94,8 +95,8 @@ def test_the_library_of_a_notebook_is_what_its_imports_reach(tmp_path, monkeypat
     assert modules("from wdat.room import low") == modules("from wdat.room.low import x") == below
     assert modules("%matplotlib inline\nfrom wdat.lazy import f") == {"lazy", *below}
     assert modules("import wdat") == modules("from wdat import evaluate") == set(sources)
-    before = staleness.library("from wdat import high")
+    before = digest.library("from wdat import high")
     (package / "room" / "low.py").write_text('"""Now with a docstring."""\n# and a comment\nx  =  1\n')
-    assert staleness.library("from wdat import high") == before
+    assert digest.library("from wdat import high") == before
     (package / "room" / "low.py").write_text("x = 2\n")
-    assert {k for k, v in staleness.library("from wdat import high").items() if v != before[k]} == {"wdat/room/low.py"}
+    assert {k for k, v in digest.library("from wdat import high").items() if v != before[k]} == {"wdat/room/low.py"}

@@ -89,7 +89,8 @@ def test_the_study_measures_chooses_compares_and_resumes(digits, tmp_path):
 
 
 def test_networks_on_the_way_are_further_settings_of_a_method(digits, tmp_path, monkeypatch):
-    monkeypatch.setattr(sweeps, "autoattack_accuracy", lambda *_: {"accuracy": 0.5})  # the real one: test_evaluation
+    # the real one: test_evaluation
+    monkeypatch.setattr(sweeps, "autoattack_accuracy", lambda model, data, **_: {"accuracy": 0.5})
     models, train, test = digits
     found = sweeps.finetuning(
         models, train, test, work=tmp_path,

@@ -1,13 +1,12 @@
 """What a finished notebook depends on, and why it must run again."""
 
-import ast
 import hashlib
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from wdat.digest import library, text_digest
 from wdat.reproduce.execution import load, relative
 
 SHOWN = {".pdf", ".png", ".tex", ".md"}  # drawn from records: outputs, but no later notebook's input
@@ -27,11 +26,11 @@ def key(
     lock = root / "requirements.lock.txt"
     earlier = [other for other in sources if other < name and other in state]
     return {
-        "code": _sha("\0".join(code)),
-        "text": _sha("\0".join(cell.source for cell in cells if cell.cell_type != "code")),
+        "code": text_digest("\0".join(code)),
+        "text": text_digest("\0".join(cell.source for cell in cells if cell.cell_type != "code")),
         "parameters": json.loads(json.dumps(passed)),
         "library": library("\n".join(code)),
-        "lock": _sha(lock.read_text(encoding="utf-8")) if lock.is_file() else None,
+        "lock": text_digest(lock.read_text(encoding="utf-8")) if lock.is_file() else None,
         "inputs": {
             path: _content(root / path)
             for other in earlier
@@ -39,24 +38,6 @@ def key(
             if Path(path).suffix not in {*SHOWN, ".ipynb"} and (root / path).is_file()
         },
     }
-
-
-def library(code: str) -> dict[str, str]:
-    """Module file -> digest, for every `wdat` module that this code imports, directly or through others.
-
-    Digests are of the parsed code without docstrings, so that comments and layout do not count. Code that imports
-    `wdat` itself, or something from it that is no module, is taken to reach every module.
-    """
-    package = Path(__file__).parents[1]
-    files = {_dotted(path.relative_to(package.parent)): path for path in sorted(package.rglob("*.py"))}
-    code = "\n".join("" if line.lstrip().startswith(("%", "!")) else line for line in code.splitlines())  # magics
-    waiting, digests = imported(ast.parse(code), set(files)), {}
-    while waiting:
-        module = waiting.pop()
-        tree = ast.parse(files[module].read_text(encoding="utf-8"))
-        digests[module] = _sha(ast.dump(_bare(tree)))
-        waiting |= imported(tree, set(files)) - set(digests)
-    return {files[module].relative_to(package.parent).as_posix(): digests[module] for module in sorted(digests)}
 
 
 def reasons(root: Path, key: dict[str, Any], entry: dict[str, Any]) -> list[str]:
@@ -108,40 +89,12 @@ def stamps(folders: Sequence[Path]) -> dict[Path, tuple[int, int, int]]:
     return {path: (s.st_mtime_ns, s.st_size, s.st_ino) for path in files for s in [path.stat()]}
 
 
-def imported(tree: ast.AST, modules: set[str]) -> set[str]:
-    """Those of `modules` (dotted names, packages without .__init__) that code imports itself, and their packages."""
-    found: set[str] = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-            names = [name if name in modules else node.module for name in names]
-        else:
-            continue
-        found |= {name for name in names if name in modules}
-    if "wdat" in found:  # something of the front door, which may come from anywhere
-        return set(modules)
-    return found | {name[: dot.start()] for name in found for dot in re.finditer(r"\.", name)}
-
-
-def _dotted(path: Path) -> str:
-    return ".".join(path.with_suffix("").parts).removesuffix(".__init__")
-
-
-def _bare(tree: ast.AST) -> ast.AST:
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
-            node.body = node.body[1:]
-    return tree
-
-
 def _content(path: Path) -> str | None:
     """Digest of what a file says: of a record, all but its provenance, which has dates and durations."""
     if path.suffix == ".json":
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
-            return _sha(json.dumps({k: v for k, v in record.items() if k != "provenance"}, sort_keys=True))
+            return text_digest(json.dumps({k: v for k, v in record.items() if k != "provenance"}, sort_keys=True))
         except (ValueError, AttributeError):
             pass
     return _file_sha(path)
@@ -152,10 +105,6 @@ def _file_sha(path: Path) -> str | None:
         return None
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sha(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _few(words: Sequence[str], most: int = 3) -> str:

@@ -1,13 +1,24 @@
-"""Long work in parts: finished ones are kept in files, and a progress bar counts passes through the network.
+"""The cache of results: what was computed of a network is kept in files, and a progress bar counts what is left.
 
-`distances` and `certificates` do so for a data set what `attacks.nearest` and `accuracy.crown` do for tensors.
+One rule: a result is that of `function(model, data, **settings)`, and belongs to all of it: to the function that the
+network is (`wdat.zoo.identity`: weights, buffers, code, attributes, and its logits on a few of these very images), to
+the data, to every setting, and to the version of the code that computes. A computation is given nothing else, so that
+nothing can be forgotten in a key; a part of a data set is a data set of its own.
+
+Not joblib.Memory: its key of a network is its pickle, which has neither the code of `forward` nor a look at the
+answers, and changes with a counter; its key of a function is that function's source alone, not what it calls. Not
+diskcache, a fine store without a key of its own: it and joblib unpickle what they find, so that a folder somebody
+hands on can run code, and one SQLite file neither survives network disks nor loses one result at a time. Here a result
+is a file that `torch.load(weights_only=True)` reads, written in one step.
 """
 
-import functools
-import hashlib
+import contextlib
 import inspect
+import itertools
+import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,68 +26,104 @@ from tqdm.auto import tqdm
 
 from wdat.accuracy.crown import certified_radii
 from wdat.attacks.nearest import Radii, minimal_distances
+from wdat.digest import text_digest, version
 from wdat.records import write_tensors
-from wdat.threats.checks import weights_digest
 from wdat.threats.images import Joined
 from wdat.zoo.data import Data
+from wdat.zoo.identity import answers, identify, same, value_digest
 
-Part = dict[str, Tensor | float]
+Part = dict[str, Any]  # of tensors, numbers, text, and lists and dicts of them
 PART = 256  # images in a part, about
 CERTIFY = 3000  # what a certificate costs an image, in forward passes: rough, for the progress bar alone
-COMPUTING = ("threats", "attacks", "accuracy", "studies/cache.py", "studies/evaluation.py")
+KEPT = 2**31  # bytes that `prune` leaves
 
 
-@functools.cache
-def library_digest() -> str:
-    """SHA-256 of the modules that compute what parts hold: numbers of another version are never mixed in."""
-    package = Path(__file__).parents[1]
-    files = sorted(
-        file for name in COMPUTING for file in ((package / name).rglob("*.py") if "." not in name else [package / name])
-    )
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+def costs(passes: Callable[..., float]) -> Callable[[Callable], Callable]:
+    """Says what a computation costs an image in forward passes, from its settings: for the progress bar alone."""
+
+    def mark(function: Callable) -> Callable:
+        function.passes = passes
+        return function
+
+    return mark
 
 
-class Parts:
-    """Parts by key, each in a file of `folder` (None: nothing is kept) written whole as it is finished.
+class Cache:
+    """Results of one network, each in a file of `folder` (None: nothing is kept).
 
-    A file's name is a digest of the key, the model's weights and the library, and keys name their data: a folder may
-    be shared, and what was computed from anything else is simply not found.
+    A folder may be shared by networks, data sets and settings. A file holds the network's logits beside the result; it
+    is looked at only if they agree, see `wdat.zoo.identity`. Keeping a result of a few numbers takes about a
+    millisecond and a block of the disk, so that single images can be kept.
     """
 
     def __init__(self, folder: str | Path | None, model: nn.Module, bar: tqdm | None = None) -> None:
         self.folder, self.model, self.bar = Path(folder) if folder else None, model, bar
-        if self.folder is not None:
-            if self.folder.is_file():
-                raise ValueError(f"state {self.folder} is a file; it must be a folder: delete the file or name another")
-            self.owner = f"{weights_digest(model)} {library_digest()}"
+        self.made_of, self.answers = "", {}
+        if self.folder is not None and self.folder.is_file():
+            raise ValueError(f"state {self.folder} is a file; it must be a folder: delete the file or name another")
 
-    def get(self, key: str, compute: Callable[[], Part], passes: float = 0) -> Part:
-        """The part of this key, computed and kept if it is not there; `passes`: expected, counted by the bar."""
-        file = None
-        if self.folder is not None:
-            file = self.folder / (hashlib.sha256(f"{self.owner} {key}".encode()).hexdigest()[:32] + ".pt")
-            if file.is_file():
-                try:
-                    part = torch.load(file, weights_only=True)
-                except Exception as error:
-                    raise ValueError(f"state file {file} can not be read; delete it to start anew") from error
-                self._skip(passes)
-                return part
-        part = self._counted(compute, passes)
-        if file is not None:
-            write_tensors(file, part)
-        return part
+    def get(self, function: Callable[..., Part], data: Data, /, **settings: Any) -> Part:
+        """function(model, data, **settings), computed and kept if it is not there.
 
-    def _skip(self, passes: float) -> None:
-        if self.bar is not None:
-            self.bar.total -= passes  # what costs nothing must not make the rest look cheap
-            self.bar.refresh()
+        The function is one of a module, not a closure. ValueError for a file that can not be read.
+        """
+        bound = inspect.signature(function).bind(self.model, data, **settings)
+        bound.apply_defaults()
+        expected = len(data) * function.passes(**settings) if hasattr(function, "passes") else 0
+        if self.folder is None:
+            return self._counted(function, data, settings, expected)
+        logits = self._answers(data)
+        what = f"{function.__module__}.{function.__qualname__} {version(function.__module__)}"
+        given = value_digest(list(bound.arguments.items())[2:])
+        key = text_digest(f"{what} {self.made_of} {data.sha256} {data.classes} {given}")[:32]
+        for number in itertools.count():  # networks that are made of the same and answer otherwise
+            file = self.folder / f"{key}.{number}.pt"
+            if not file.is_file():
+                break
+            try:
+                saved = torch.load(file, weights_only=True)
+                agrees = same(saved["logits"], logits)
+            except Exception as error:
+                raise ValueError(f"state file {file} can not be read; delete it to start anew") from error
+            if agrees:
+                with contextlib.suppress(OSError):  # a folder may be read only
+                    os.utime(file)  # the last use, for `prune`
+                if self.bar is not None:
+                    self.bar.total -= expected  # what costs nothing must not make the rest look cheap
+                    self.bar.refresh()
+                return saved["result"]
+        result = self._counted(function, data, settings, expected)
+        write_tensors(file, {"logits": logits, "result": result})
+        return result
 
-    def _counted(self, compute: Callable[[], Part], passes: float) -> Part:
+    def each(self, function: Callable[..., Part], data: Data, size: int, /, drop: str = "", **settings: Any) -> Part:
+        """Numbers per image (tensors, joined) and per part (averaged over images) of every `size` images.
+
+        A tensor among the settings has a number for every image. drop: a name that is kept in files only.
+        """
+        joined, sums = Joined(len(data)), {}
+        for index in torch.arange(len(data)).split(size):
+            own = {name: given[index] if isinstance(given, Tensor) else given for name, given in settings.items()}
+            part = self.get(function, data.at(index), **own)
+            joined.add(**{k: v for k, v in part.items() if isinstance(v, Tensor) and k != drop})
+            for k, v in part.items():
+                if not isinstance(v, Tensor):
+                    sums[k] = sums.get(k, 0) + len(index) * v
+        return joined.all() | {k: total / len(data) for k, total in sums.items()}
+
+    def _answers(self, data: Data) -> Tensor:
+        """The network's logits on a few of these images, computed once; with the first of them, what it is made of."""
+        if not self.made_of:
+            self.made_of, self.answers[data.sha256] = identify(self.model, data)
+        if data.sha256 not in self.answers:
+            self.answers[data.sha256] = answers(self.model, data)
+        return self.answers[data.sha256]
+
+    def _counted(self, function: Callable[..., Part], data: Data, settings: dict, expected: float) -> Part:
         """Run it while a hook moves the bar by every pass of the model, up to what was expected; then by the rest."""
         if self.bar is None:
-            return compute()
-        left = passes
+            return function(self.model, data, **settings)
+        left = expected
 
         def move(_: nn.Module, arguments: tuple, logits: Tensor) -> None:
             nonlocal left
@@ -86,64 +133,67 @@ class Parts:
 
         handle = self.model.register_forward_hook(move)
         try:
-            result = compute()
+            result = function(self.model, data, **settings)
         finally:
             handle.remove()
         self.bar.update(left)
         return result
 
-    def each(
-        self, name: str, data: Data, size: int, compute: Callable[[Tensor], Part], passes: float, drop: str = ""
-    ) -> dict[str, Tensor | float]:
-        """Numbers per image (tensors, joined) and per part (averaged over images) of every `size` images.
 
-        compute takes indices of images; passes: expected for an image; drop: a name that is kept in files only.
-        """
-        joined, sums = Joined(len(data)), {}
-        for index in torch.arange(len(data)).split(size):
-            key = f"{name} {data.sha256} {int(index[0])}:{int(index[-1]) + 1}"
-            part = self.get(key, lambda: compute(index), len(index) * passes)  # noqa: B023
-            joined.add(**{k: v for k, v in part.items() if isinstance(v, Tensor) and k != drop})
-            for k, v in part.items():
-                if not isinstance(v, Tensor):
-                    sums[k] = sums.get(k, 0) + len(index) * v
-        return joined.all() | {k: total / len(data) for k, total in sums.items()}
+def prune(folder: str | Path, most: int = KEPT) -> int:
+    """Delete the results used longest ago until the rest takes at most so many bytes; returns what it takes."""
+    total, files = 0, [(file.stat(), file) for file in Path(folder).glob("*.pt")]
+    for stat, file in sorted(files, key=lambda pair: pair[0].st_mtime_ns, reverse=True):
+        total += stat.st_size
+        if total > most:
+            total -= stat.st_size
+            file.unlink(missing_ok=True)
+    return total
 
 
-def distances_in_parts(kept: Parts, data: Data, r: float, search: dict, batch_size: int, points: bool = True) -> Radii:
-    """`distances` among the parts of other work. points=False: none in memory, x is empty."""
+def part_size(batch_size: int) -> int:
+    """Images in a part: whole batches."""
+    return batch_size * -(-PART // batch_size)
 
-    def compute(index: Tensor) -> Part:
-        found = minimal_distances(kept.model, *data.batch(index), r, batch_size=batch_size, **search)
-        tensors = {key: getattr(found, key).cpu() for key in ("distance", "x", "correct")}
-        return tensors | {"passes": float(found.passes), **{str(k): gain for k, gain in enumerate(found.gains)}}
 
-    key = f"distances {r} {sorted(search.items())} {batch_size}"
-    size, drop = batch_size * -(-PART // batch_size), "" if points else "x"
-    found = {"x": torch.empty(0)} | kept.each(key, data, size, compute, search_passes(search), drop)
+SEARCH = {
+    name: parameter.default
+    for name, parameter in inspect.signature(minimal_distances).parameters.items()
+    if parameter.kind is parameter.KEYWORD_ONLY and name != "progress"
+}  # all settings of a search of minimal distances at their defaults
+
+
+def search_passes(**search: Any) -> int:
+    """Passes an image expected of a search of minimal distances, before anything has left it."""
+    known = SEARCH | search
+    return (2 * known["steps"] + known["rivals"] + 2) * (1 + known["restarts"]) + 1000 * bool(known["tight"])
+
+
+@costs(search_passes)
+def nearest(model: nn.Module, data: Data, r: float, **search: Any) -> Part:
+    """`minimal_distances` with everything found: its attributes, and the gain of each restart by its number."""
+    found = minimal_distances(model, *data.stored(), r, **search)
+    tensors = {key: getattr(found, key).cpu() for key in ("distance", "x", "correct")}
+    return tensors | {"passes": float(found.passes), **{str(k): gain for k, gain in enumerate(found.gains)}}
+
+
+@costs(lambda **_: CERTIFY)
+def certify(model: nn.Module, data: Data, r: float) -> Part:
+    """`certified_radii` of a part."""
+    return {"radii": certified_radii(model, data.x, data.y, r, tolerance=0.05, batch_size=16)}
+
+
+def distances_in_parts(kept: Cache, data: Data, r: float, search: dict, batch_size: int, points: bool = True) -> Radii:
+    """`distances` among other work. points=False: none in memory, x is empty."""
+    settings = SEARCH | search | {"batch_size": batch_size, "r": r}
+    found = {"x": torch.empty(0)} | kept.each(nearest, data, part_size(batch_size), "" if points else "x", **settings)
     known = {name: found.pop(name) for name in ("distance", "x", "correct", "passes")}
     return Radii(**known, gains=tuple(found.values()))
 
 
-def certified_in_parts(kept: Parts, data: Data, r: float) -> Tensor:
-    """`certificates` among the parts of other work."""
-
-    def compute(index: Tensor) -> Part:
-        return {"radii": certified_radii(kept.model, *data.batch(index), r, tolerance=0.05, batch_size=16)}
-
-    return kept.each(f"certified {r}", data, 128, compute, CERTIFY)["radii"]
-
-
-def search_settings(search: dict) -> dict:
-    """All settings of a search of minimal distances, those not given at their defaults."""
-    parameters = list(inspect.signature(minimal_distances).parameters.items())[4:]
-    return {name: parameter.default for name, parameter in parameters} | search
-
-
-def search_passes(search: dict) -> int:
-    """Passes an image expected of a search of minimal distances, before anything has left it."""
-    known = search_settings(search)
-    return (2 * known["steps"] + known["rivals"] + 2) * (1 + known["restarts"]) + 1000 * bool(known["tight"])
+def certified_in_parts(kept: Cache, data: Data, r: float) -> Tensor:
+    """`certificates` among other work."""
+    return kept.each(certify, data, 128, r=r)["radii"]
 
 
 def distances(
@@ -154,9 +204,9 @@ def distances(
 
     search: its settings. `passes` and `gains` are averaged over images; tensors are on the CPU.
     """
-    total = len(data) * search_passes(search or {})
+    total = len(data) * search_passes(**search or {})
     with tqdm(total=total, desc="distances", unit="pass", unit_scale=True, disable=not progress) as bar:
-        return distances_in_parts(Parts(state, model, bar), data, r, search or {}, batch_size)
+        return distances_in_parts(Cache(state, model, bar), data, r, search or {}, batch_size)
 
 
 def certificates(
@@ -164,4 +214,4 @@ def certificates(
 ) -> Tensor:
     """`certified_radii` of a data set, resumable; with the state of an evaluation, what that has found."""
     with tqdm(total=len(data) * CERTIFY, desc="certify", disable=not progress) as bar:
-        return certified_in_parts(Parts(state, model, bar), data, r)
+        return certified_in_parts(Cache(state, model, bar), data, r)

@@ -29,15 +29,16 @@ from wdat.attacks.dual import LADDER, dual_attack
 from wdat.attacks.pgd import attack
 from wdat.records import write_tensors
 from wdat.studies.cache import (
-    CERTIFY,
-    PART,
+    SEARCH,
+    Cache,
     Part,
-    Parts,
     certified_in_parts,
+    certify,
+    costs,
     distances,
     distances_in_parts,
-    search_passes,
-    search_settings,
+    nearest,
+    part_size,
 )
 from wdat.threats.ball import Threat, plain_number
 from wdat.threats.checks import check_labels, check_logits, check_model, device_of, frozen
@@ -45,9 +46,8 @@ from wdat.threats.images import Joined
 from wdat.threats.losses import get_loss, margin
 from wdat.zoo.data import Data, draw
 
-AUTOATTACK = 3000  # passes an image: rough, for the progress bar alone
 
-
+@costs(lambda losses=("redlr", "ce", "dlr"), **_: 1 + len(losses))
 def clean_pass(
     model: nn.Module, data: Data, losses: Sequence[str] = ("redlr", "ce", "dlr"), batch_size: int = 128
 ) -> dict[str, Tensor]:
@@ -128,8 +128,8 @@ def evaluate(
         certified: certify this many images (drawn with seed 0; all if there are fewer): a lower bound on A_delta for
             those images, beside the exact allocation on the same ones. Needs layers the certifier knows.
         autoattacked: run AutoAttack on this many images (likewise) at every radius with p = inf among the threats.
-        state: folder that keeps finished parts; a killed evaluation continues from it and ends the same. Parts of
-            another model, other data, settings or another version of the library are not used.
+        state: folder that keeps finished parts (`wdat.studies.cache`); a killed evaluation continues from it and ends
+            the same. Parts of another model, other data, settings or another version of the library are not used.
         progress: a bar that counts passes through the network (a backward pass is one more), so that its estimate of
             the time left means something.
 
@@ -150,7 +150,7 @@ def evaluate(
             f"batch_size={batch_size} must be >= 1, curve={curve}, certified={certified} "
             f"and autoattacked={autoattacked} >= 0"
         )
-    known = [name for name in search_settings({}) if name != "batch_size"]
+    known = [name for name in SEARCH if name != "batch_size"]
     if unknown := set(search or {}) - set(known):
         raise ValueError(f"unknown setting {min(unknown)!r} of the search; known: {', '.join(known)}")
     norms = sorted({t.r for t in threats})
@@ -158,17 +158,18 @@ def evaluate(
     pointwise = [t for t in threats if t.pointwise] if autoattacked else []
     some = {name: draw(len(data), min(n, len(data)), 0) for name, n in (("c", certified), ("a", autoattacked)) if n}
     search = search or {}
-    total = len(data) * (
-        1 + len(losses) + (len(threats) * len(losses) + budget_attack * len(joint)) * _attack_passes(steps)
-        + dual * len(joint) * _dual_passes(steps) + exact * len(norms) * search_passes(search)
-    )  # fmt: skip
-    total += len(some.get("c", ())) * len(norms) * CERTIFY + len(some.get("a", ())) * len(pointwise) * AUTOATTACK
+    planned = [
+        (clean_pass, 1, len(data), {"losses": losses}),
+        (attacked, len(threats) * len(losses) + budget_attack * len(joint), len(data), {"steps": steps}),
+        (dual_attacked, dual * len(joint), len(data), {"steps": steps}),
+        (nearest, exact * len(norms), len(data), search),
+        (certify, len(norms), len(some.get("c", ())), {}),
+        (autoattack_accuracy, len(pointwise), len(some.get("a", ())), {}),
+    ]
+    total = sum(times * n * function.passes(**settings) for function, times, n, settings in planned)
     with tqdm(total=total, desc="evaluate", unit="pass", unit_scale=True, disable=not progress) as bar:
-        kept = Parts(state, model, bar)
-        clean = kept.get(
-            f"clean {data.sha256} {sorted(losses)} {batch_size}", lambda: clean_pass(model, data, losses, batch_size),
-            len(data) * (1 + len(losses)),
-        )  # fmt: skip
+        kept = Cache(state, model, bar)
+        clean = kept.get(clean_pass, data, losses=tuple(losses), batch_size=batch_size)
         correct = clean["correct"]
         accuracy = float(correct.double().mean())
         result = {
@@ -192,40 +193,32 @@ def evaluate(
         }
         for threat in threats:
             for name in losses:
-                row = _attack(kept, model, data, threat, name, steps, batch_size)
+                row = _attack(kept, data, threat, name, steps, batch_size)
                 upsilon = float(threat.upsilon(clean[f"norms.{name}.{threat.s:g}"]))
                 row["bounds"] = _bounds(accuracy, result["clean"]["losses"][name], row, upsilon, threat.delta)
                 result["attacks"].append(row)
             if budget_attack and not threat.pointwise:
                 budgets = threat.budgets(clean[f"norms.{losses[0]}.{threat.s:g}"])
-                row = _attack(kept, model, data, threat, losses[0], steps, batch_size, budgets)
+                row = _attack(kept, data, threat, losses[0], steps, batch_size, budgets)
                 result["attacks"].append(row)
             if dual and not threat.pointwise:
-                result.setdefault("dual", []).append(_dual(kept, model, data, threat, steps, batch_size))
-        found = {r: distances_in_parts(kept, data, r, search, batch_size, points=False) for r in norms} if exact else {}
+                found = kept.get(dual_attacked, data, threat=threat, steps=steps, batch_size=batch_size)
+                result.setdefault("dual", []).append({"threat": threat.describe(), **found})
+        radii = {r: distances_in_parts(kept, data, r, search, batch_size, points=False) for r in norms} if exact else {}
         for r in norms:
             own = [t for t in threats if t.r == r]
             if exact:
-                result.setdefault("exact", []).append(_curves(found[r].distance, data, own, orders, curve))
-                result["exact"][-1] |= {"passes": found[r].passes, "gain": found[r].gain}
+                result.setdefault("exact", []).append(_curves(radii[r].distance, data, own, orders, curve))
+                result["exact"][-1] |= {"passes": radii[r].passes, "gain": radii[r].gain}
             if certified:
                 result.setdefault("certified", []).append(
-                    _certified(kept, data, some["c"], own, orders, curve, found[r].distance if exact else None)
+                    _certified(kept, data, some["c"], own, orders, curve, radii[r].distance if exact else None)
                 )
         for threat in pointwise:
-            nearest = found[threat.r].distance if exact else None
-            row = _autoattack(kept, model, data, some["a"], threat, autoattack_version, batch_size, nearest)
+            known = radii[threat.r].distance if exact else None
+            row = _autoattack(kept, data, some["a"], threat, autoattack_version, batch_size, known)
             result.setdefault("autoattack", []).append(row)
     return result
-
-
-def _attack_passes(steps: int) -> int:
-    return 2 * steps + 1
-
-
-def _dual_passes(steps: int) -> int:
-    ladder_steps = inspect.signature(dual_attack).parameters["ladder_steps"].default
-    return len(LADDER) * _attack_passes(ladder_steps) + _attack_passes(1) + _attack_passes(steps)
 
 
 def _levels(values: Tensor, correct: Tensor) -> dict[str, float | None]:
@@ -245,26 +238,25 @@ def _bounds(accuracy: float, level: dict, row: dict, upsilon: float, delta: floa
     return {"r_u": found.r_u, "r_tilde_l": found.r_tilde_l, "r_bar_l": found.r_bar_l, "r_l": found.r_l}
 
 
+@costs(lambda steps, **_: 2 * steps + 1)
+def attacked(
+    model: nn.Module, data: Data, threat: Threat, loss: str, steps: int, batch_size: int, radii: Tensor | None = None
+) -> Part:
+    """`attack` without its images: "values", "correct" and "norms" (N,), the highest mean loss on the way, "passes"."""
+    inside = {} if radii is None else {"radii": radii}
+    found = attack(model, *data.stored(), threat, **inside, loss=loss, steps=steps, batch_size=batch_size)
+    tensors = {key: getattr(found, key).cpu() for key in ("values", "correct", "norms")}
+    return {**tensors, "highest": float(found.history[:, 1].max()), "passes": found.passes}
+
+
 def _attack(
-    kept: Parts, model: nn.Module, data: Data, threat: Threat, loss: str, steps: int, batch_size: int,
-    budgets: Tensor | None = None,
-) -> dict:  # fmt: skip
+    kept: Cache, data: Data, threat: Threat, loss: str, steps: int, batch_size: int, budgets: Tensor | None = None
+) -> dict:
     """W-PGD on the whole set at once; inside fixed radii (PGD, or the budgets given: W-PGD-Budget), part by part."""
-    settings = dict(loss=loss, steps=steps, batch_size=batch_size)
     name = "w-pgd-budget" if budgets is not None else "pgd" if threat.pointwise else "w-pgd"
-    key = f"{name} {threat!r} {settings}"
-
-    def compute(index: Tensor) -> Part:
-        inside = {} if budgets is None else {"radii": budgets[index]}
-        found = attack(model, *data.stored(index), threat, **inside, **settings)
-        return {
-            **{key: getattr(found, key).cpu() for key in ("values", "correct", "norms")},
-            "highest": float(found.history[:, 1].max()),
-            "passes": found.passes,
-        }
-
-    size = len(data) if name == "w-pgd" else batch_size * -(-PART // batch_size)
-    found = kept.each(key, data, size, compute, _attack_passes(steps))
+    size = len(data) if name == "w-pgd" else part_size(batch_size)
+    settings = {"threat": threat, "loss": loss, "steps": steps, "batch_size": batch_size, "radii": budgets}
+    found = kept.each(attacked, data, size, **settings)
     row = {
         "attack": name,
         "loss": loss,
@@ -279,48 +271,45 @@ def _attack(
     return row | ({"highest_loss": found["highest"]} if name == "w-pgd" else {})
 
 
-def _dual(kept: Parts, model: nn.Module, data: Data, threat: Threat, steps: int, batch_size: int) -> dict:
-    """The dual attack on the cross-entropy, a lower bound on V(delta); one part, for prices couple the images."""
+def _dual_passes(steps: int, **_: object) -> int:
+    ladder_steps = inspect.signature(dual_attack).parameters["ladder_steps"].default
+    return sum(count * (2 * own + 1) for count, own in ((len(LADDER), ladder_steps), (1, 1), (1, steps)))
 
-    def compute() -> Part:
-        found = dual_attack(model, *data.stored(), threat, loss="ce", steps=steps, batch_size=batch_size)
-        return {
-            "loss": "ce", "steps": steps, "loss_value": found.value, "estimate": found.estimate,
-            "accuracy": found.adversarial.accuracy, "distance": found.adversarial.distance,
-        }  # fmt: skip
 
-    key = f"dual {data.sha256} {threat!r} {steps} {batch_size}"
-    return {"threat": threat.describe(), **kept.get(key, compute, len(data) * _dual_passes(steps))}
+@costs(_dual_passes)
+def dual_attacked(model: nn.Module, data: Data, threat: Threat, steps: int, batch_size: int) -> dict:
+    """The dual attack on the cross-entropy, a lower bound on V(delta); of a whole set, for prices couple the images."""
+    found = dual_attack(model, *data.stored(), threat, loss="ce", steps=steps, batch_size=batch_size)
+    return {
+        "loss": "ce", "steps": steps, "loss_value": found.value, "estimate": found.estimate,
+        "accuracy": found.adversarial.accuracy, "distance": found.adversarial.distance,
+    }  # fmt: skip
 
 
 def _certified(
-    kept: Parts, data: Data, index: Tensor, threats: Sequence[Threat], orders: Sequence[float], curve: int,
-    nearest: Tensor | None,
+    kept: Cache, data: Data, index: Tensor, threats: Sequence[Threat], orders: Sequence[float], curve: int,
+    known: Tensor | None,
 ) -> dict:  # fmt: skip
     """The curves again, of certified radii in place of distances; beside them the exact ones on the same images."""
     part = data.take(len(index), seed=0)
     radii = certified_in_parts(kept, part, threats[0].r)
     result = _curves(radii, part, threats, orders, curve)
-    if nearest is not None:
+    if known is not None:
         for row, threat in zip(result["threats"], threats, strict=True):
-            row["exact"] = float(accuracy_curve(nearest[index], threat.delta, threat.p))
+            row["exact"] = float(accuracy_curve(known[index], threat.delta, threat.p))
         # an image with a flipping point inside its certified ball would refute the certificate
-        result["violations"] = int((radii > nearest[index].double()).sum())
+        result["violations"] = int((radii > known[index].double()).sum())
     return result
 
 
 def _autoattack(
-    kept: Parts, model: nn.Module, data: Data, index: Tensor, threat: Threat, version: str, batch_size: int,
-    nearest: Tensor | None,
+    kept: Cache, data: Data, index: Tensor, threat: Threat, version: str, batch_size: int,
+    known: Tensor | None,
 ) -> dict:  # fmt: skip
     part = data.take(len(index), seed=0)
-    row = kept.get(
-        f"autoattack {part.sha256} {version} {threat!r} {batch_size}",
-        lambda: autoattack_accuracy(model, part, threat, version, batch_size),
-        len(part) * AUTOATTACK,
-    )
-    if nearest is not None:
-        row = {**row, "exact": float(accuracy_curve(nearest[index], threat.delta, threat.p))}
+    row = kept.get(autoattack_accuracy, part, threat=threat, version=version, batch_size=batch_size)
+    if known is not None:
+        row = {**row, "exact": float(accuracy_curve(known[index], threat.delta, threat.p))}
     return {"n": len(part), **row}
 
 
@@ -396,6 +385,7 @@ def _cost(displacement: Tensor, mass: Tensor, threat: Threat) -> float:
     return float(norms.max() if threat.pointwise else ((mass * norms**threat.p).sum()) ** (1 / threat.p))
 
 
+@costs(lambda **_: 3000)
 def autoattack_accuracy(model: nn.Module, data: Data, threat: Threat, version: str, batch_size: int) -> dict:
     """Robust accuracy by AutoAttack (p = inf only), overall and per class, re-checked on the images it returns."""
     x = autoattack(model, data.x, data.y, threat.delta, threat.r, version=version, batch_size=batch_size)

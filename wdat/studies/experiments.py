@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from wdat.accuracy.allocation import accuracy_curve
 from wdat.attacks.dual import dual_attack
 from wdat.attacks.pgd import attack, pgd, w_fgsm, w_pgd, w_pgd_budget
-from wdat.studies.cache import certificates, distances, search_settings
+from wdat.studies.cache import SEARCH, certificates, distances
 from wdat.studies.evaluation import adversary, clean_pass, evaluate
 from wdat.threats.ball import Threat, parse_norm, plain_number
 from wdat.threats.sensitivity import dual_norms, estimate
@@ -270,7 +270,7 @@ def convergence(
     the long search lowered the distances, relatively.
     """
     rows, short_search = [], search or {}
-    steps = search_settings(short_search)["steps"]
+    steps = (SEARCH | short_search)["steps"]
     long_search = short_search | {"steps": 2 * steps, "rivals": 9, "restarts": longer // 2 + 1, "tolerance": 0.0}
     for name, model in models.items():
         for r in sorted({t.r for t in threats}):

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +16,9 @@ from tqdm.auto import tqdm
 
 from wdat.accuracy.allocation import accuracy_curve, class_accuracy, water_level
 from wdat.attacks.nearest import minimal_distances
-from wdat.attacks.pgd import w_pgd
-from wdat.studies.cache import Parts
+from wdat.studies.cache import Cache, Part
 from wdat.studies.comparison import equal_clean
-from wdat.studies.evaluation import autoattack_accuracy, clean_pass
+from wdat.studies.evaluation import attacked, autoattack_accuracy, clean_pass
 from wdat.threats.ball import Threat
 from wdat.training.loop import Diverged, Finetuned, finetune, interpolate
 from wdat.training.memory import estimate
@@ -74,31 +74,21 @@ class _Measurements:
 
     def measure(self, model: Callable[[], nn.Module], **row) -> _Run:
         """Minimal distances and what they say."""
-        network, near = model(), {}
-        r, settings = self.threats[0].r, {**self.search, "batch_size": self.batch_size}
+        kept, near, r = self._cache(model()), {}, self.threats[0].r
         for part, data in (("after", self.test), ("validation", self.validation)):
-            # without the points themselves, 12 kB an image: there are hundreds of runs
-            near[part] = self._kept(
-                network, f"distances {r} {sorted(settings.items())} {data.sha256}",
-                lambda: {"distance": minimal_distances(network, *data.stored(), r, **settings).distance},  # noqa: B023
-            )["distance"]  # fmt: skip
+            near[part] = kept.get(distance, data, r=r, batch_size=self.batch_size, **self.search)["distance"]
             row[part] = summarise(data, near[part], self.threats, self.pointwise)
         return _Run(model, row, near["after"])
 
     def attack(self, run: _Run) -> None:
         """Adds accuracy by W-PGD (ReDLR) at the threats, "w_pgd", and "upsilon" of ReDLR."""
-        model = run.model()
-
-        def compute() -> dict:
-            first, settings = self.threats[0], {"steps": self.steps, "batch_size": self.batch_size}
-            clean = clean_pass(model, self.test, ("redlr",), self.batch_size)
-            return {
-                "w_pgd": {t.written: w_pgd(model, *self.test.stored(), t, **settings).accuracy for t in self.threats},
-                "upsilon": float(first.upsilon(clean[f"norms.redlr.{first.s:g}"])),
-            }
-
-        key = f"attacked {[repr(t) for t in self.threats]} {self.steps} {self.test.sha256}"
-        run.row["after"] |= self._kept(model, key, compute)
+        kept, first, batch_size = self._cache(run.model()), self.threats[0], self.batch_size
+        found = {}
+        for t in self.threats:
+            part = kept.get(attacked, self.test, threat=t, loss="redlr", steps=self.steps, batch_size=batch_size)
+            found[t.written] = float(part["correct"].double().mean())
+        clean = kept.get(clean_pass, self.test, losses=("redlr",), batch_size=batch_size)
+        run.row["after"] |= {"w_pgd": found, "upsilon": float(first.upsilon(clean[f"norms.redlr.{first.s:g}"]))}
 
     def autoattack(self, run: _Run, radii: Sequence[str]) -> None:
         """Adds pointwise accuracy at radii by AutoAttack (standard) on some images drawn with seed 0, "autoattack".
@@ -107,21 +97,24 @@ class _Measurements:
         """
         if not radii or "autoattack" in run.row["after"]:
             return
-        model, r, n = run.model(), self.threats[0].r, self.autoattack_images or len(self.test)
+        kept, n = self._cache(run.model()), self.autoattack_images or len(self.test)
+        part, same = self.test.take(n, seed=0), run.distance[draw(len(self.test), n, 0)]
+        found = {}
+        for d in radii:
+            threat = Threat(d, float("inf"), self.threats[0].r)
+            settings = {"threat": threat, "version": "standard", "batch_size": self.batch_size}
+            found[d] = kept.get(autoattack_accuracy, part, **settings)["accuracy"]
+        run.row["after"] |= {
+            "autoattack": found, "nearest": {d: float(accuracy_curve(same, d, float("inf"))) for d in radii}
+        }  # fmt: skip
 
-        def compute() -> dict:
-            part, same = self.test.take(n, seed=0), run.distance[draw(len(self.test), n, 0)]
-            found = {}
-            for d in radii:
-                threat = Threat(d, float("inf"), r)
-                found[d] = autoattack_accuracy(model, part, threat, "standard", self.batch_size)["accuracy"]
-            return {"autoattack": found, "nearest": {d: float(accuracy_curve(same, d, float("inf"))) for d in radii}}
+    def _cache(self, model: nn.Module) -> Cache:
+        return Cache(self.work / "parts", model)
 
-        key = f"autoattack {list(radii)} {r} {self.autoattack_images} {self.test.sha256}"
-        run.row["after"] |= self._kept(model, key, compute)
 
-    def _kept(self, model: nn.Module, key: str, compute: Callable[[], dict]) -> dict:
-        return Parts(self.work / "parts", model).get(key, compute)
+def distance(model: nn.Module, data: Data, r: float, **search: Any) -> Part:
+    """Minimal distances without the points themselves, 12 kB an image: there are hundreds of runs."""
+    return {"distance": minimal_distances(model, *data.stored(), r, **search).distance}
 
 
 def expand(variants: Sequence[dict], base: dict) -> list[dict]:

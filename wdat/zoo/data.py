@@ -86,14 +86,15 @@ class Data:
                 digest.update(part.contiguous().numpy())
         return digest.hexdigest()
 
-    def _at(self, index: Tensor) -> "Data":
+    def at(self, index: Tensor) -> "Data":
+        """The images at these indices, as a set of its own."""
         return replace(self, pixels=self.pixels[index], y=self.y[index])
 
     def take(self, n: int, seed: int | None = None) -> "Data":
         """The first n images, or n drawn without replacement by a seed (in their original order)."""
         if not 1 <= n <= len(self):
             raise ValueError(f"n={n} images of {self.name} {self.split} were asked for; it has {len(self)}")
-        return self._at(torch.arange(n) if seed is None else draw(len(self), n, seed))
+        return self.at(torch.arange(n) if seed is None else draw(len(self), n, seed))
 
     def split_off(self, fraction: float, seed: int) -> tuple["Data", "Data"]:
         """(rest, part): round(fraction * N) images at random, every class in proportion up to rounding."""
@@ -107,7 +108,7 @@ class Data:
             if count:
                 place[self.y == label] = (torch.randperm(count, generator=generator).double() + 0.5) / count
         order = place.argsort(stable=True)
-        return self._at(order[size:].sort().values), self._at(order[:size].sort().values)
+        return self.at(order[size:].sort().values), self.at(order[:size].sort().values)
 
 
 def draw(total: int, n: int, seed: int) -> Tensor:
