@@ -114,6 +114,20 @@ def test_random_starts_are_uniform_in_each_ball():
         assert not torch.equal(d, random_start(x, radii, r, generator(1)))
 
 
+def test_random_starts_have_a_seed_of_their_own():
+    """Without a generator: the same twice, another for another seed, whatever torch's global generator; left alone."""
+    model, x, y = case()
+    found = []
+    for seed, state in ((0, 1), (0, 2), (1, 1)):
+        torch.manual_seed(state)
+        before = torch.random.get_rng_state()
+        settings = {"loss": "ce", "start": "random", "steps": 1, "keep": "last"}
+        found.append([run(model, x, y, Threat(0.1, 2), seed=seed, **settings).x for run in (w_pgd, w_pgd_budget)])
+        assert torch.equal(torch.random.get_rng_state(), before)
+    for one, same, other in zip(*found, strict=True):
+        assert torch.equal(one, same) and not torch.equal(one, other)
+
+
 @pytest.mark.parametrize("p", [2.0, INF])
 def test_kl_attacks_the_clean_prediction(p):
     model, x, y = case()

@@ -5,8 +5,29 @@ import torch
 from nets import batch_norm, images, labels, linear
 from torch import nn
 
-from wdat.threats.checks import check_images, check_labels, check_logits, check_model, checking, device_of, frozen
+from wdat.accuracy.crown import certified_radii
+from wdat.attacks.autoattack import autoattack
+from wdat.attacks.dual import dual_attack
+from wdat.attacks.nearest import minimal_distances
+from wdat.attacks.pgd import attack, w_pgd_budget
+from wdat.studies.evaluation import evaluate
+from wdat.threats.ball import Threat
+from wdat.threats.checks import (
+    check_function,
+    check_images,
+    check_labels,
+    check_logits,
+    check_model,
+    checking,
+    device_of,
+    frozen,
+)
 from wdat.threats.losses import ce
+from wdat.threats.sensitivity import dual_norms, upsilon
+from wdat.training.loop import finetune
+from wdat.training.objectives import at
+from wdat.training.recipes import Recipe
+from wdat.zoo.data import from_tensors
 
 GOOD = torch.rand(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
 
@@ -169,3 +190,68 @@ def test_a_module_used_twice_is_restored():
 
 def test_device_of_a_model_without_parameters_is_the_cpu():
     assert device_of(nn.Flatten()) == torch.device("cpu") and device_of(linear()) == torch.device("cpu")
+
+
+class OverTheBatch(nn.Module):
+    """A network behind, or before, something that looks at the other images."""
+
+    def __init__(self, before=None, after=None) -> None:
+        super().__init__()
+        self.network = linear(4)
+        self.before, self.after = before or (lambda x: x), after or (lambda z: z)
+
+    def forward(self, x):
+        return self.after(self.network(self.before(x)))
+
+
+BATCH_DEPENDENT = {
+    "batch norm without running statistics": lambda: nn.Sequential(
+        nn.BatchNorm2d(2, track_running_stats=False), linear(4)
+    ),
+    "after the features": lambda: nn.Sequential(linear(4), nn.BatchNorm1d(4, track_running_stats=False)),
+    "batch statistics by hand": lambda: OverTheBatch(lambda x: (x - x.mean(0)) / (x.std(0, unbiased=False) + 0.1)),
+    "only the mean": lambda: OverTheBatch(lambda x: x - x.mean()),
+    "only the scale": lambda: OverTheBatch(lambda x: x / x.amax()),
+    "sorting": lambda: OverTheBatch(after=lambda z: z.sort(0).values),
+    "ranks": lambda: OverTheBatch(after=lambda z: z + z.argsort(0).float()),
+    "attention among images": lambda: OverTheBatch(after=lambda z: (z @ z.T).softmax(1) @ z),
+    "a place in the batch": lambda: OverTheBatch(after=lambda z: z + torch.arange(len(z))[:, None]),
+    "softmax over the batch": lambda: OverTheBatch(after=lambda z: z.log_softmax(0)),
+}
+
+
+@pytest.mark.parametrize("kind", BATCH_DEPENDENT)
+def test_a_network_whose_answers_depend_on_the_batch_is_refused_by_every_entry(kind):
+    model, x, y = BATCH_DEPENDENT[kind](), images(12), torch.arange(12) % 4
+    threat, data = Threat(0.1), from_tensors(x, y, classes=list("abcd"))
+    for entry in (
+        lambda: check_model(model, x, y),
+        lambda: attack(model, x, y, threat, steps=1),
+        lambda: w_pgd_budget(model, x, y, threat, steps=1),
+        lambda: minimal_distances(model, x, y, 2, steps=1),
+        lambda: dual_attack(model, x, y, threat, steps=1),
+        lambda: dual_norms(model, x, y, threat),
+        lambda: upsilon(model, x, y, threat),
+        lambda: autoattack(model, x, y, 0.1),
+        lambda: certified_radii(model, x, y, 2),
+        lambda: evaluate(model, data, [threat], progress=False),
+        lambda: finetune(model, data, Recipe(at(0.1), epochs=1), progress=False),
+    ):
+        with pytest.raises(ValueError, match=r"(change by up to [\d.e+-]+ |fails on one: ).*track_running_stats=True"):
+            entry()
+
+
+def test_networks_that_answer_image_by_image_are_not():
+    """In one image or many; whatever the size of their logits; normalised within an image; writing into their input."""
+    for scale in (1e-20, 1.0, 1e20):
+        for n in (1, 2, 12):
+            assert check_function(OverTheBatch(after=lambda z, scale=scale: z * scale), images(n)) == 4
+    x = images(12)
+    before = x.clone()
+    for model in (
+        nn.Sequential(nn.InstanceNorm2d(2), linear(4)), nn.Sequential(nn.GroupNorm(1, 2), linear(4)), batch_norm(),
+        nn.Sequential(nn.LayerNorm([2, 3, 3]), linear(4)), OverTheBatch(lambda x: x.sub_(0.5)),
+        OverTheBatch(lambda x: (x * 255).round() / 255), OverTheBatch(after=lambda z: (100 * z).tanh()),
+    ):  # fmt: skip
+        assert check_function(model, x) == 4
+    assert torch.equal(x, before)

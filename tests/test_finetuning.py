@@ -12,8 +12,9 @@ from torch import nn
 from tuning import QUICK, THREAT, N, changed, data, run, weights
 
 from wdat.threats.losses import ce, kl
+from wdat.threats.seeds import derive_seed
 from wdat.threats.sensitivity import upsilon
-from wdat.training.loop import Recipe, finetune, interpolate, make_recipe, shift_and_flip, step_seed
+from wdat.training.loop import Recipe, finetune, interpolate, make_recipe, shift_and_flip
 from wdat.training.objectives import PRECISIONS, Objective, at, plain, trades, w_trades, water_level
 from wdat.training.recipes import initialise, last_layer
 from wdat.training.schedules import SCHEDULES
@@ -285,7 +286,7 @@ def test_a_run_is_a_function_of_network_data_recipe_and_seed():
     assert changed(weights(one.model), third.model) != []
     shown = run(model, train, recipe, validation=data(model, 12, seed=7))
     assert changed(weights(one.model), shown.model) == []  # validation is only looked at
-    assert len({step_seed(s, k) for s in range(20) for k in range(-20, 100)}) == 20 * 120
+    assert len({derive_seed(s, k) for s in range(20) for k in range(-20, 100)}) == 20 * 120
 
 
 @pytest.mark.parametrize("fails", [False, True])

@@ -103,7 +103,7 @@ def test_adversarial_training_is_ce_on_pgd_examples(r):
     _, log, gradients, _ = step(at(0.1, r, steps=4), model, x, y, seed=5)
     with torch.random.fork_rng([]):
         torch.manual_seed(5)
-        x_adv = pgd(model, x, y, 0.1, r, steps=4, start="random", keep="last").x
+        x_adv = pgd(model, x, y, 0.1, r, steps=4, start="random", keep="last", generator=torch.default_generator).x
     other = copy.deepcopy(model)
     F.cross_entropy(other(x_adv), y).backward()
     same(gradients, [p.grad for p in other.parameters()])
@@ -117,7 +117,7 @@ def test_mart_is_its_published_loss_on_pgd_examples(beta):
     loss, _, gradients, _ = step(mart(0.1, beta=beta, steps=4), model, x, y, seed=5)
     with torch.random.fork_rng([]):
         torch.manual_seed(5)
-        x_adv = pgd(model, x, y, 0.1, INF, steps=4, start="random", keep="last").x
+        x_adv = pgd(model, x, y, 0.1, INF, steps=4, start="random", keep="last", generator=torch.default_generator).x
     other = copy.deepcopy(model)
     p, q = other(x).softmax(1), other(x_adv).softmax(1)
     rival = q.scatter(1, y[:, None], 0.0).amax(1)

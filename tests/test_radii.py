@@ -222,6 +222,23 @@ def test_passes_are_what_a_hook_counts(tiny_model, tiny_data, r, monkeypatch):
     assert all_.passes * n == least + correct * 2 * 2 * 4
 
 
+@pytest.mark.parametrize("tight", [False, True])
+def test_seeds_and_batches_draw_from_streams_of_their_own(tiny_model, tiny_data, monkeypatch, tight):
+    """No batch of one seed draws what another batch of another seed does; the tight search's starts have seeds too."""
+    drawn, name = [], "randn" if tight else "rand"
+    draw = getattr(torch, name)
+    monkeypatch.setattr(torch, name, lambda *a, **k: drawn.append(draw(*a, **k)) or drawn[-1])
+    x, y = tiny_data
+    streams = {}
+    for seed in (0, 0, 1):
+        drawn.clear()
+        minimal_distances(tiny_model, x[:8], y[:8], 2, steps=1, restarts=1 - tight, tight=tight, batch_size=4,
+                          seed=seed)  # fmt: skip
+        found = {t.flatten()[:4].numpy().tobytes() for t in drawn if t.numel() > 3}
+        assert streams.setdefault(seed, found) == found and len(found) > 1
+    assert not streams[0] & streams[1]
+
+
 def test_converged_and_unreachable_images_are_not_searched_again(tiny_model, tiny_data):
     x, y = tiny_data
     full = minimal_distances(tiny_model, x, y, math.inf, restarts=4, tolerance=0)

@@ -170,6 +170,8 @@ def test_budgets_in_the_limits():
     assert torch.equal(Threat(0.1, INF).budgets(dual), torch.full((3,), 0.1))  # 0^0 = 1
     assert torch.equal(Threat(0.1, INF).budgets(0 * dual), torch.full((3,), 0.1))
     assert torch.equal(Threat(0.1, 2).budgets(0 * dual), torch.zeros(3))
+    for zero in (0.0, torch.zeros((), dtype=torch.float64)):  # of images that are all misclassified, say
+        assert torch.equal(Threat(0.1, 2).budgets(dual, zero), torch.zeros(3))
     torch.testing.assert_close(Threat(0.1, 1e6).budgets(dual)[1:], torch.full((2,), 0.1), rtol=1e-5, atol=0)
     torch.testing.assert_close(Threat(0.1, 2).budgets(dual, 2.0), 0.1 * dual / 2)  # p = 2: delta ||g|| / upsilon
     torch.testing.assert_close(Threat(0.1, 2).budgets(dual, torch.tensor(2.0)), 0.1 * dual / 2)

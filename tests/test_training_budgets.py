@@ -146,6 +146,18 @@ def test_an_upsilon_of_zero_moves_nothing():
     assert all(torch.isfinite(g).all() for g in gradients)
 
 
+def test_an_upsilon_of_other_images_which_is_zero_moves_nothing_either():
+    """Kept from images that were all misclassified, it says nothing of these: no budgets of 1e12 delta."""
+    model, x, y = case(smooth)
+    kept = trackers(w_trades(Threat(0.05, 2)), Rule("fixed"))
+    assert float(kept[0].value) == 0
+    for p in (1.2, 2, 3):
+        objective = w_trades(Threat(0.05, p))
+        loss, log, gradients, _ = step(objective, model, x, y, kept=kept)
+        assert torch.isfinite(loss) and float(log["0.epsilon^p"]) == float(log["0.moved^p"]) == 0
+        assert float(log["0.norm"]) > 0 and all(torch.isfinite(g).all() for g in gradients)
+
+
 # Water level
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from wdat.threats.checks import check_images, check_labels, check_logits, device_of, frozen
+from wdat.threats.checks import check_model, device_of, frozen
 
 
 def autoattack(
@@ -29,15 +29,10 @@ def autoattack(
     """
     import pyautoattack
 
-    check_images(x)
+    classes = check_model(model, x, y)
     device = device_of(model)
     trace, cuda = sys.gettrace(), [device] if device.type == "cuda" else []
     with frozen(model), torch.random.fork_rng(cuda):
-        with torch.no_grad():
-            logits = model(x[:batch_size].to(device))
-        check_logits(logits, len(x[:batch_size]))
-        classes = logits.shape[1]
-        check_labels(y, len(x), classes)
         adversary = pyautoattack.AutoAttack(
             model,
             attacks=list(attacks) if attacks else None,

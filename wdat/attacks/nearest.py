@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from wdat.threats.ball import parse_norm, pixel_norm
-from wdat.threats.checks import check_labels, check_logits, device_of, frozen
+from wdat.threats.checks import ALONE, check_function, check_labels, check_logits, device_of, frozen
 from wdat.threats.images import Images, Joined, check_set
 from wdat.threats.losses import margin
+from wdat.threats.seeds import derive_seed
 from wdat.threats.sensitivity import input_gradient
 
 MEMORY = (0.1, 0.9)  # weight of the past in the running mean of gradients, at the first and the last step
@@ -123,7 +124,8 @@ def minimal_distances(
         max_radius: images found farther than twice this are not searched again; no radius of interest reaches them.
         tight: add targeted FAB, APGD (AutoAttack) down a ladder of radii below what was found, and bisection: a
             thousand passes an image and more.
-        seed: of the random starts. Results do not depend on torch's global generator, nor change it.
+        seed: of the random starts, AutoAttack's too; every batch has its own stream. Results do not depend on torch's
+            global generator, nor change it.
 
     Raises: ValueError for images, labels, logits or settings that make no sense.
     """
@@ -135,10 +137,22 @@ def minimal_distances(
         )
     if not (tolerance >= 0 and max_radius > 0):
         raise ValueError(f"tolerance={tolerance} must be >= 0 and max_radius={max_radius} > 0")
+    check_function(model, x[:ALONE])
+    return search_distances(
+        model, x, y, r, steps, rivals, restarts, tolerance, max_radius, tight, batch_size, seed, progress
+    )
+
+
+def search_distances(
+    model: nn.Module, x: Images, y: Tensor, r: float, steps: int = 15, rivals: int = 4, restarts: int = 0,
+    tolerance: float = 1e-3, max_radius: float = math.inf, tight: bool = False, batch_size: int = 128, seed: int = 0,
+    progress: bool = False,
+) -> Radii:  # fmt: skip
+    """`minimal_distances` of a model, images and settings that have been checked, as in every step of training."""
     device, joined, passes, lowered, flipped = device_of(model), Joined(len(x)), 0.0, 0, 0
     with frozen(model), tqdm(total=len(x), desc=f"distances l{r:g}", unit="img", disable=not progress) as bar:
         for i, (images, labels) in enumerate(zip(x.split(batch_size), y.split(batch_size), strict=True)):
-            generator = torch.Generator(device).manual_seed(seed + i)
+            generator = torch.Generator(device).manual_seed(derive_seed(seed, i))
             search = _Search(model, images.to(device), labels.to(device), r, rivals)
             history = [search.run(torch.arange(len(search.best), device=device), steps, 0), search.best]
             idle = torch.zeros_like(search.best)
@@ -149,7 +163,7 @@ def minimal_distances(
                 idle = torch.where(search.best <= before * (1 - tolerance), 0, idle + 1)
                 history.append(search.best)
             if tight:
-                search.tighten(max_radius)
+                search.tighten(max_radius, derive_seed(seed, i, "tight"))
                 history.append(search.best)
             joined.add(**{name: found.to(x.device) for name, found in search.result().items()})
             passes += search.passes
@@ -305,7 +319,7 @@ class _Search:
         points[self.kept] = self.point.view(len(self.point), *self.x.shape[1:])
         return {"distance": distance, "x": points, "correct": self.correct}
 
-    def tighten(self, max_radius: float) -> None:
+    def tighten(self, max_radius: float, seed: int) -> None:
         """Targeted FAB, APGD down a ladder of radii (each RUNG times what is known), bisection towards the clean image.
 
         AutoAttack only proposes: every proposal is judged here. Its random starts are seeded, the generator restored.
@@ -321,7 +335,7 @@ class _Search:
         cuda = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(cuda), torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # AutoAttack warns of zero gradients; they just find nothing
-            torch.manual_seed(0)
+            torch.manual_seed(seed)
             for k in range(2, min(9, classes - 1) + 2):
                 index = (self.best <= 2 * max_radius).logical_or(self.best.isinf()).nonzero()[:, 0]
                 if not len(index):

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from wdat.threats.ball import Threat, per_image, pixel_norm
-from wdat.threats.checks import check_images, check_logits, checking, device_of, frozen
+from wdat.threats.checks import ALONE, check_function, check_images, check_logits, checking, device_of, frozen
 from wdat.threats.images import Images, Joined, Pixels, check_set
 from wdat.threats.losses import Loss, get_loss, kl, margin, redlr
 from wdat.threats.sensitivity import dual_norms, input_gradient
@@ -382,6 +382,7 @@ def attack(
     reference: bool = False,
     precision: str = "float32",
     generator: torch.Generator | None = None,
+    seed: int = 0,
     progress: bool = False,
 ) -> Adversarial:
     """Projected-gradient attack on a whole set under a Wasserstein threat, or inside fixed per-image radii.
@@ -399,6 +400,8 @@ def attack(
         start: "clean", "random" for a uniform draw from each image's ball, or images (N, C, H, W) in the ball to go on
             from, such as those found at a smaller delta: unless keep="last", what is returned is as strong as they are.
         keep, reference, precision: see `projected_gradient`.
+        generator, seed: what a random start is drawn from: a generator on the images' device, or a new one of `seed`.
+            Results do not depend on torch's global generator, nor change it.
 
     Returns: `Adversarial`, whose `distance` is <= delta (to float32 rounding) or whose norms are <= radii.
     Raises: ValueError with the number and the remedy for images, labels, logits or settings that make no sense.
@@ -415,6 +418,7 @@ def attack(
         raise ValueError(f"precision={precision!r} must be one of {', '.join(PRECISIONS)}")
     if radii is not None and (radii.shape != y.shape or not bool((radii >= 0).all())):
         raise ValueError(f"radii of shape {tuple(radii.shape)} must be {len(y)} numbers >= 0")
+    check_function(model, x[:ALONE])
     function, device = get_loss(loss), device_of(model)
     if radii is None and threat.pointwise and not reference:
         radii = torch.full((len(x),), threat.delta, device=x.device)
@@ -422,6 +426,7 @@ def attack(
     if begin == "random":
         around = torch.full((len(x),), threat.delta, device=x.device) if radii is None else radii
         like = torch.empty(1, device=x.device).expand(x.whole.shape) if isinstance(x, Pixels) else x
+        generator = torch.Generator(x.device).manual_seed(seed) if generator is None else generator
         first = random_start(like, around, threat.r, generator)
         for part, images in zip(first.split(batch_size), x.split(batch_size), strict=True):
             part.add_(images).clamp_(0, 1)

@@ -16,8 +16,9 @@ from wdat.attacks.pgd import attack, pgd, w_fgsm, w_pgd, w_pgd_budget
 from wdat.studies.cache import SEARCH, certificates, distances
 from wdat.studies.evaluation import adversary, clean_pass, evaluate
 from wdat.threats.ball import Threat, parse_norm, plain_number
+from wdat.threats.seeds import derive_seed
 from wdat.threats.sensitivity import dual_norms, estimate
-from wdat.training.loop import finetune, step_seed
+from wdat.training.loop import finetune
 from wdat.training.memory import forward_equivalents
 from wdat.training.recipes import make_recipe
 from wdat.zoo.data import Data, load_data
@@ -70,7 +71,7 @@ def pretrain(
         start = settings.pop("from", None)
         if start is None:
             with torch.random.fork_rng():
-                torch.manual_seed(step_seed(seed, -1000 - number))
+                torch.manual_seed(derive_seed(seed, -1000 - number))
                 network = Normalised(mean, std, build(architecture, **arguments)).to(device)
         else:
             network = made[start]

@@ -163,7 +163,8 @@ class Threat:
 
         With the upsilon of these very gradients (the default), (mean eps^p)^(1/p) = delta exactly and the mean
         first-order gain of the loss is delta * upsilon. p = inf gives delta to every image, zero gradient or not.
-        For p < inf an image of zero gradient gets 0; if all gradients are zero, so are all budgets.
+        For p < inf an image of zero gradient gets 0. upsilon = 0, with which no image is worth moving to first order,
+        gives 0 to all: also where it comes from other images than these, whose gradients it says nothing of.
         """
         if self.pointwise:
             return torch.full_like(dual_norms, self.delta)

@@ -79,17 +79,53 @@ def checking(loss: Callable[[Tensor, Tensor], Tensor], labels: Tensor) -> Callab
     return checked
 
 
-@torch.no_grad()
 def check_model(model: nn.Module, x: Tensor, y: Tensor) -> int:
-    """Check images, labels and the logits of the first few images; returns the number of classes."""
+    """Check images, labels and how the model answers the first few images; returns the number of classes."""
     check_images(x)
+    classes = check_function(model, x[:8])
+    check_labels(y, len(x), classes)
+    return classes
+
+
+ALONE = 4  # images that are looked at one by one
+NOISE = 5e-3  # of the largest logit: what rounding may make of an image in another batch, TensorFloat-32 included
+REMEDY = (
+    "batch norm must use its running statistics (track_running_stats=True, once trained; SyncBatchNorm likewise), and "
+    "nothing may sort, normalise or average over the batch"
+)
+
+
+@torch.no_grad()
+def check_function(model: nn.Module, x: Tensor) -> int:
+    """Raise ValueError unless logits are a function of the image alone; returns the number of classes.
+
+    A few images are looked at twice (a random network answers differently), then in another order among their
+    negatives, then one by one: where neighbours have a say, an attack's images are wrong only in the batch they were
+    found in. At most 20 forward passes of one image, in eval mode, past the hooks of the model as a whole, which count
+    an attack's.
+    """
+    few = x[:ALONE].to(device_of(model))
     with frozen(model):
-        logits = model(x[:8].to(device_of(model)))
-        again = model(x[:8].to(device_of(model)))
-    check_logits(logits, len(x[:8]))
-    if not torch.allclose(logits, again, rtol=1e-3, atol=1e-4):
+        logits = model.forward(few.clone())  # a clone: a model may write into its input
+        check_logits(logits, len(few))
+        again = model.forward(few.clone())
+        among = model.forward(torch.cat([1 - few, few]).flip(0))[: len(few)].flip(0)
+        try:
+            alone = [model.forward(image[None].clone()) for image in few]
+        except Exception as error:  # torch's batch norm, for one, has no statistics of one number
+            raise ValueError(f"the model answers {len(few)} images, but fails on one: {error}; {REMEDY}") from error
+    for answer in alone:
+        check_logits(answer, 1)
+    largest = logits.abs().max()
+    limit = NOISE * largest.clamp_min(torch.finfo(logits.dtype).tiny)
+    if (again - logits).abs().max() > limit:
         raise ValueError("the model answers the same images differently in eval mode; randomised defences need EOT")
-    check_labels(y, len(x), logits.shape[1])
+    apart = torch.maximum((among - logits).abs().max(), (torch.cat(alone) - logits).abs().max())
+    if apart > limit:
+        raise ValueError(
+            f"the logits of an image change by up to {apart:.3g} (the largest logit is {largest:.3g}) with the other "
+            f"images of its batch, so one found misclassified need not be so alone; {REMEDY}"
+        )
     return logits.shape[1]
 
 

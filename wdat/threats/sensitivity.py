@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from wdat.threats.ball import Threat, per_image, power_mean
-from wdat.threats.checks import checking, device_of, frozen, under_autocast
+from wdat.threats.checks import ALONE, check_function, checking, device_of, frozen, under_autocast
 from wdat.threats.images import Images, check_set
 from wdat.threats.losses import Loss, get_loss
 
@@ -94,6 +94,7 @@ def dual_norms(
     ValueError for images, labels or logits that make no sense, and for gradients that are not finite.
     """
     check_set(x, y)
+    check_function(model, x[:ALONE])
     return _dual_norms(model, x, y, threat, loss, batch_size, box)
 
 
@@ -146,6 +147,7 @@ def upsilon(
     Only p and r of the threat matter. Non-increasing in p; homogeneous of degree 1 in the loss.
     """
     check_set(x, y)
+    check_function(model, x[:ALONE])
     total = len(x)
     if subset is not None and subset < total:
         if subset < 1:

@@ -6,7 +6,6 @@ Source: arXiv 2502.09352; defaults of TRADES (arXiv 1901.08573).
 """
 
 import copy
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from wdat.records import write_tensors
 from wdat.threats.ball import Threat, per_image
 from wdat.threats.checks import check_labels, check_model, device_of, frozen, weights_digest
 from wdat.threats.losses import ce, margin
+from wdat.threats.seeds import derive_seed
 from wdat.threats.sensitivity import dual_norms, input_gradient
 from wdat.training.memory import check_memory, estimate, free_memory
 from wdat.training.objectives import Objective
@@ -62,11 +62,6 @@ def shift_and_flip(x: Tensor, shift: int, flip: bool) -> Tensor:
     if flip:
         x = torch.where(per_image(torch.rand(n, device=x.device) < 0.5, x).bool(), x.flip(3), x)
     return x
-
-
-def step_seed(seed: int, step: int) -> int:
-    """A seed for one step, from the run's seed, independent of what ran before."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{step}".encode()).digest()[:7], "big")
 
 
 @torch.no_grad()
@@ -132,7 +127,7 @@ def finetune(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         teacher = copy.deepcopy(model).eval().requires_grad_(False) if objective.distil else None
         network = copy.deepcopy(model)
-        torch.manual_seed(step_seed(recipe.seed, -1))
+        torch.manual_seed(derive_seed(recipe.seed, -1))
         initialise(network, recipe.init, recipe.init_scale)
         recipe.select(network)
         weights = [w for w in network.parameters() if w.requires_grad]
@@ -178,7 +173,7 @@ def finetune(
             while done < total:
                 epoch, position = divmod(done, steps_per_epoch)
                 if order is None or position == 0:
-                    drawn = torch.Generator().manual_seed(step_seed(recipe.seed, -2 - epoch))
+                    drawn = torch.Generator().manual_seed(derive_seed(recipe.seed, -2 - epoch))
                     order = torch.randperm(n, generator=drawn)
                 index = order[position * recipe.batch_size : (position + 1) * recipe.batch_size]
                 rate = schedule(done / steps_per_epoch, recipe.epochs, recipe.lr)
@@ -189,7 +184,7 @@ def finetune(
                     for term, tracker in zip(objective.terms, trackers, strict=True):
                         if tracker and term.tracked == "upsilon" and recipe.upsilon.due(done, steps_per_epoch):
                             tracker.refresh(_norms(network, train, term, recipe))
-                    torch.manual_seed(step_seed(recipe.seed, done))
+                    torch.manual_seed(derive_seed(recipe.seed, done))
                     x = shift_and_flip(x, recipe.augment, recipe.flip)
                     mode = network.train if recipe.layers == "all" else network.eval
                     optimiser.zero_grad(set_to_none=True)
@@ -238,7 +233,7 @@ def _finite(network: nn.Module, x: Tensor, y: Tensor) -> bool:
 def _norms(network: nn.Module, train: Data, term: object, recipe: Recipe) -> Tensor:
     """Dual norms on the training set, or on the rule's random subset of it, the same at every refresh."""
     n = len(train)
-    generator = torch.Generator().manual_seed(step_seed(recipe.seed, -1))
+    generator = torch.Generator().manual_seed(derive_seed(recipe.seed, -1))
     count = min(recipe.upsilon.subset or n, n)
     index = torch.randperm(n, generator=generator)[:count] if count < n else torch.arange(n)
     parts = [

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wdat.accuracy.allocation import water_level as allocated_level
-from wdat.attacks.nearest import minimal_distances
+from wdat.attacks.nearest import search_distances
 from wdat.attacks.pgd import STEP_RATIO, autocast, projected_gradient, random_start
 from wdat.settings import Norm, Written, reads, typed
 from wdat.threats.ball import Threat, per_image, pixel_norm, project
@@ -126,7 +126,7 @@ class Term:
             gradient, _, logits = input_gradient(model, x, y, get_loss(self.budget_loss))
             norms = self.threat.dual_norm(gradient)
             tracker.observe(index, norms)
-            radii = self.threat.budgets(norms, tracker.value.to(x.device).clamp_min(1e-12))
+            radii = self.threat.budgets(norms, tracker.value.to(x.device))
             capped = radii > self.cap if self.cap is not None else torch.zeros_like(radii)
             radii = radii.clamp_max(self.cap) if self.cap is not None else radii
             log = {"capped": capped.sum(), "norm": norms.double().sum(), "idle": (radii == 0).sum()}
@@ -202,7 +202,7 @@ class WaterLevel:
     def perturb(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor, tracker: Tracker | None) -> Perturbed:
         """Nearest flipping points of a batch; call inside `frozen(model)`."""
         threat = self.threat
-        found = minimal_distances(model, x, y, threat.r, steps=self.steps, rivals=self.rivals, batch_size=len(x))
+        found = search_distances(model, x, y, threat.r, steps=self.steps, rivals=self.rivals, batch_size=len(x))
         distance = found.distance.to(x.device)
         if self.level is None:
 
