@@ -18,18 +18,16 @@ from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.counting import Clock, Live, counted, timed
 from benchmarks.scale import scale
+from benchmarks.shown import passes_in_words, show
 from benchmarks.work import POINTWISE, STEPS, THREAT, bare, library, peers, repeats
 from wdat import records
 from wdat.attacks.pgd import PRECISIONS, attack
-from wdat.report import figures, numbers, tables
-from wdat.report.rows import percent
 from wdat.studies.experiments import upsilon_rules
 from wdat.threats.ball import Threat
 from wdat.threats.checks import frozen
@@ -253,103 +251,6 @@ def tracking(card: Path, weights: str, images: str, device: torch.device) -> lis
     return rows
 
 
-def table(path: Path) -> tables.Table:
-    """Ratio of every piece of work to its own floor, and its cost in input gradients, one column a network."""
-    found = records.read(path, "benchmark")["results"]["networks"]
-    frame = {}
-    for number, network in enumerate(found):
-        short = network["network"].replace("cnn_a", "CNN-A").replace("resnet18", "ResNet-18").partition(":")[0]
-        rows = {row["work"]: row for row in network["work"]}
-        if not number:
-            frame["work"] = list(dict.fromkeys(r["work"] for other in found for r in other["work"]))
-            passes = {r["work"]: r["passes"] for other in reversed(found) for r in other["work"]}
-            frame["passes an image"] = [_passes(passes[kind]) for kind in frame["work"]]
-        for key, title in (("gradients", "in gradients"), ("ratio", "to its floor")):
-            frame[f"{short}, {title}"] = [f"{rows[k][key]:.2f}" if k in rows else "–" for k in frame["work"]]
-    return tables.Table(pd.DataFrame(frame), "Cost per image, in input gradients and as a ratio to the bare passes.")
-
-
-def memory_table(path: Path) -> tables.Table:
-    """Peak memory of sets of growing size, and what each further image adds, in float32 copies of the image."""
-    rows = records.read(path, "benchmark")["results"]["memory"]
-    frame = {"work": [row["work"] for row in rows]}
-    for number, n in enumerate(rows[0]["sizes"]):
-        frame[f"{n} images, MB"] = [f"{row['peak_bytes'][number] / 1e6:.1f}" for row in rows]
-    frame["each further image, copies"] = [f"{row['bytes_per_image'] / row['image_bytes']:.2f}" for row in rows]
-    return tables.Table(pd.DataFrame(frame), "Most bytes alive at once in tensors made during the call.")
-
-
-def scale_table(path: Path) -> tables.Table:
-    """Memory and time of growing sets, beside what the counts predict from the smallest set's speed."""
-    rows = records.read(path, "benchmark")["results"]["scale"]
-    first = {row["work"]: row for row in reversed(rows)}
-    frame = {
-        "work": [row["work"] for row in rows],
-        "images": [f"{row['images']:,}" for row in rows],
-        "memory, MB": [f"{row['host_bytes'] / 1e6:.0f}" for row in rows],
-        "copies predicted, MB": [f"{row['model']['bytes'] / 1e6:.0f}" for row in rows],
-        "CPU s": [f"{row['seconds']:.2f}" for row in rows],
-        "predicted, s": [
-            f"{first[row['work']]['seconds'] * row['images'] / first[row['work']]['images']:.2f}" for row in rows
-        ],
-    }
-    return tables.Table(pd.DataFrame(frame), "Peak memory and time of one process on 8x8 images.")
-
-
-def precision_table(path: Path) -> tables.Table:
-    """Adversarial accuracy in float32 and differences: lower precision, pixels that differ a little."""
-    rows = records.read(path, "benchmark")["results"]["precision"]
-    threats = ["W_{p} {written}".format(**row["threat"]).replace("inf", "∞").replace("W_2.0", "W₂") for row in rows]
-    frame = {
-        "network": [row["network"] for row in rows],
-        "threat": threats,
-        "loss": [figures.LOSS_NAMES[row["loss"]] for row in rows],
-        "float32": [percent(row["float32"]) for row in rows],
-    }
-    for key in ("float16", "bfloat16"):
-        frame[key] = [f"{100 * (row[key] - row['float32']):+.1f}" for row in rows]
-    for size in rows[0]["noise"]:
-        gaps = [sorted(100 * (found - row["float32"]) for found in row["noise"][size]) for row in rows]
-        frame[f"pixels ± {size}"] = [f"{low:+.1f} to {high:+.1f}" for low, *_, high in gaps]
-    return tables.Table(pd.DataFrame(frame), "Adversarial accuracy, %, and differences from it, points.")
-
-
-def curve_table(path: Path) -> tables.Table:
-    """Accuracies along the curve and passes an image for all of it, each way of walking it."""
-    rows = records.read(path, "benchmark")["results"]["curves"]
-    frame = {"network": [row["network"] for row in rows], "loss": [figures.LOSS_NAMES[row["loss"]] for row in rows]}
-    for way in rows[0]["ways"]:
-        frame[way] = [
-            f"{' / '.join(map(percent, one['accuracy']))} ({one['passes']:.0f})"
-            for one in (row["ways"][way] for row in rows)
-        ]
-    return tables.Table(pd.DataFrame(frame), "W-PGD at " + ", ".join(rows[0]["deltas"]) + ", % (passes an image).")
-
-
-def tracking_table(path: Path) -> tables.Table:
-    """What each rule for Υ adds to training, and how far it is from the full pass, root mean square over the steps."""
-    rows = records.read(path, "benchmark")["results"]["tracking"]
-    names = dict.fromkeys(row["rule"] for row in rows)
-    frame = {"rule": list(names), "added to training": [
-        f"{100 * next(row['share'] for row in rows if row['rule'] == name):.1f} %" for name in names
-    ]}  # fmt: skip
-    for loss in dict.fromkeys(row["loss"] for row in rows):
-        found = {row["rule"]: row["rms"] for row in rows if row["loss"] == loss}
-        typical = {row["rule"]: row["median"] for row in rows if row["loss"] == loss}
-        frame[f"error, {figures.LOSS_NAMES[loss]}"] = [
-            f"{100 * found[name]:.1f} % (median {100 * typical[name]:.1f})" for name in names
-        ]
-    return tables.Table(pd.DataFrame(frame), "Extra arithmetic of W-TRADES (K = 10) and relative error of Υ.")
-
-
-def _passes(counts: dict[str, float]) -> str:
-    alone = counts["forward"] - counts["gradient"] - counts["full"]
-    words = [f"{counts['gradient']:.3g} gradient"] * (counts["gradient"] > 0)
-    words += [f"{counts['full']:.3g} full"] * (counts["full"] > 0)
-    words += [f"{alone:.3g} forward"] * (alone > 0) + [f"{-alone:.3g} forward reused"] * (alone < 0)
-    return ", ".join(words)
-
-
 def main(arguments: list[str] | None = None) -> None:
     """The command; see --help."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.benchmark", description=__doc__.splitlines()[0])
@@ -391,7 +292,7 @@ def main(arguments: list[str] | None = None) -> None:
         found.append(measure(name, n, batch, count, chosen.rounds, chosen.seconds, device, chosen.compile))
         for row in found[-1]["work"]:
             print(
-                f"{name:10} {row['work']:28} {_passes(row['passes']):36} {row['gradients']:6.2f} gradients, "
+                f"{name:10} {row['work']:28} {passes_in_words(row['passes']):36} {row['gradients']:6.2f} gradients, "
                 f"{row['ratio']:.3f} ({row['lowest']:.3f}–{row['highest']:.3f}) of its floor", flush=True,
             )  # fmt: skip
     results = {"networks": found, "memory": memory(device, chosen.memory, min(64, chosen.memory[0]))}
@@ -407,15 +308,7 @@ def main(arguments: list[str] | None = None) -> None:
     config = {key: value for key, value in vars(chosen).items() if key != "out"} | {"steps": STEPS}
     others = {name: metadata.version(name) for name in ("pyautoattack", "foolbox") if importlib.util.find_spec(name)}
     path = records.write(chosen.out, "benchmark", results, config, device, load=load, peers=others)
-    table(path).write(path)
-    memory_table(path).write(path, "memory")
-    for name, draw in (("scale", scale_table), ("precision", precision_table), ("curves", curve_table),
-                       ("tracking", tracking_table)):  # fmt: skip
-        if name in results:
-            draw(path).write(path, name)
-    figures.benchmark(path)
-    if path.parent == HERE:
-        numbers.fill(HERE / "README.md")
+    show(path)
     print(f"wrote {path}")
 
 

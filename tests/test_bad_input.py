@@ -261,7 +261,7 @@ def test_a_table_does_not_mix_orders(tiny_model, data, tmp_path):
     rows = tables.evaluation(path).frame.to_dict("records")
     own = [f"{100 * a['accuracy']:.1f}" for a in found["attacks"]]
     assert own[0] != own[1] and [row["W-PGD"] for row in rows] == own
-    assert [row["p"] for row in rows] == ["2", "∞"] and [row["AutoAttack"] for row in rows] == ["–", "12.5"]
+    assert [row["p"] for row in rows] == ["2", "∞"] and [row["AutoAttack (n = 48)"] for row in rows] == ["–", "12.5"]
 
 
 def test_a_finished_record_survives_a_run_that_fails(place):

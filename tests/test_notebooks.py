@@ -52,7 +52,15 @@ def test_every_figure_is_drawn_in_both_forms(smoke, figure):
 
 
 @pytest.mark.parametrize(
-    "table", ["00_pretrain", "03_finetuning", "04_five_networks", "06_how_robust", "06_verification-convergence"]
+    "table",
+    [
+        "00_pretrain",
+        "03_finetuning",
+        "04_five_networks",
+        "04_five_networks-attacks",
+        "06_how_robust",
+        "06_verification-convergence",
+    ],
 )
 def test_markdown_and_latex_hold_the_same_numbers(smoke, table):
     markdown, latex = ((smoke / "figures/smoke" / (table + ending)).read_text() for ending in (".md", ".tex"))

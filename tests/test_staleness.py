@@ -62,7 +62,7 @@ def test_files_of_other_conditions_are_removed_and_those_of_a_resumed_run_kept(r
     (repo / "figures/digits/a.json").unlink()
     assert reproduce() == ["01_first"] and network.exists() and figure.exists()
     library = staleness.library
-    monkeypatch.setattr(staleness, "library", lambda code: library(code) | {"wdat/report/figures.py": "new"})
+    monkeypatch.setattr(staleness, "library", lambda code: library(code) | {"wdat/report/figures/methods.py": "new"})
     assert reproduce(only=["1"]) == ["01_first"] and network.exists()  # drawing changes no network
     said(capsys)
     assert reproduce(parameters={"n": 7}, only=["1"]) == ["01_first"]

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from wdat import records
 from wdat.report import figures, numbers, tables
-from wdat.report.rows import percent
+from wdat.report.rows import equal_rows, percent
+from wdat.report.table import Table, tabled
 
 PAPER = Path(__file__).parents[1] / "paper"
 DIGITS = Path(__file__).parents[1] / "figures" / "digits"
@@ -40,7 +41,7 @@ def values(text):
 def run(network, variant, seed, clean, exact, upsilon=1.0):
     after = {
         "clean": clean, "exact": dict(zip(RADII, exact, strict=True)), "w_pgd": dict.fromkeys(RADII, 0.5),
-        "pointwise": {}, "autoattack": {}, "worst_class": min(exact), "upsilon": upsilon,
+        "pointwise": {"1/16": 0.6}, "autoattack": {}, "worst_class": min(exact), "upsilon": upsilon,
     }  # fmt: skip
     own = {"network": network, "variant": variant, "method": variant, "seed": seed, "before": seed is None,
            "after": after}  # fmt: skip
@@ -87,10 +88,15 @@ def test_networks_on_the_way_are_no_runs_and_take_the_history_of_theirs(tmp_path
     own = {key.removeprefix("04."): text for key, text in numbers.numbers(tmp_path).items()}
     assert own["runs"] == str(sum(not r["before"] for r in RUNS)) and own["shares"] == "0.5"
     assert own["a.safe.clean"] == "95.0 ± 0.0" and own["safe.realised_delta"] == "0.125"
+    assert own["autoattack.small.delta"] == "2/16"
     assert [own[f"autoattack.small.beyond.{k}"] for k in ("low", "high", "mean", "n", "none")] == [
         "+0.0", "+2.0", "+1.0", "2", "1"
     ]  # fmt: skip
-    assert "safe, 0.5 of the way" in tables.finetuning(tmp_path / "04.json").markdown()
+    found = tables.attacked(tmp_path / "04.json").frame
+    rows = {row["method"]: row for row in found[found["network"] == "a"].to_dict("records")}
+    assert rows["safe"]["setting"] == "0.5 of the way" and rows["pre-trained"]["setting"] == "–"
+    measured = [rows[m]["AutoAttack 2/16 (nearest)"] for m in ("pre-trained", "safe", "bold †")]
+    assert measured == ["40.0 (40.0)", "42.0 (40.0)", "–"]
     figures.tradeoff(tmp_path / "04.json")
 
 
@@ -139,16 +145,15 @@ def test_numbers_agree_with_the_runs_they_come_from(tmp_path_factory, rows):
 def test_the_table_of_finetuning_has_a_row_for_each_network_and_variant(tmp_path):
     path = write(tmp_path / "04.json", "finetuning", finetuning(RUNS))
     table = tables.finetuning(path)
-    assert list(zip(table.frame["network"], table.frame["variant"], strict=True)) == [
-        (n, v) for n in "ab" for v in ("before", "safe", "bold †")
+    assert list(zip(table.frame["network"], table.frame["method"], strict=True)) == [
+        (n, v) for n in "ab" for v in ("pre-trained", "safe", "bold †")
     ]
-    assert table.frame["W₂ exact 2/16"].tolist() == [
+    assert table.frame["A_δ 2/16"].tolist() == [
         "40.0", "44.0 ± 1.4", "50.0 ± 0.0", "30.0", "28.0 ± 0.0", "40.0 ± 0.0",
     ]  # fmt: skip
-    assert table.frame["passes"].tolist() == ["0", "36", "36"] * 2
+    assert table.frame["W_∞ 1/16"].tolist()[0] == "60.0"
+    assert tables.attacked(path).frame["passes"].tolist() == ["0", "36", "36"] * 2
     assert "over 2 seeds" in table.caption and "50 test images" in table.caption
-    few = tables.finetuning(path, ["bold"])
-    assert few.frame["variant"].tolist() == ["before", "bold †"] * 2
 
 
 def test_only_the_chosen_setting_of_a_method_is_in_the_table_and_the_numbers(tmp_path):
@@ -158,9 +163,10 @@ def test_only_the_chosen_setting_of_a_method_is_in_the_table_and_the_numbers(tmp
     results = finetuning(runs)
     results["chosen"] = [{"network": "a", "method": "m", "variant": "m (delta 1)", "kept": True}]
     path = write(tmp_path / "04.json", "finetuning", results)
-    assert tables.finetuning(path).frame["variant"].tolist() == ["before", "m (delta 1)"]
+    assert tables.finetuning(path).frame["method"].tolist() == ["pre-trained", "m"]
+    assert tables.attacked(path).frame["setting"].tolist() == ["–", "(delta 1)"]
     found = numbers.numbers(tmp_path)
-    assert found["04.m.exact.middle.mean"] == "50.0" and found["04.runs"] == "2" and found["04.variants"] == "1"
+    assert found["04.best.exact.middle.mean"] == "50.0" and found["04.runs"] == "2" and found["04.variants"] == "1"
 
 
 def test_differences_at_equal_clean_accuracy_are_counted_and_tabulated(tmp_path):
@@ -178,22 +184,44 @@ def test_differences_at_equal_clean_accuracy_are_counted_and_tabulated(tmp_path)
     found = numbers.numbers(tmp_path)
     assert found["04.m.equal.1.middle.above"] == "2 of 2" and found["04.m.equal.1.middle.clear"] == "1 of 2"
     assert found["04.m.equal.0.middle.above"] == "1 of 2" and found["04.m.equal.0.middle.below"] == "1 of 2"
-    assert found["04.m.equal.middle.everywhere"] == "1 of 2" and found["04.m.equal.1.middle.mean"] == "+1.5"
+    assert found["04.m.equal.1.middle.mean"] == "+1.5"
     table = tables.compared(path)
     assert table.frame["δ = 2/16"].tolist() == ["+2.0 [+1.0, +3.0]", "+1.0 [-1.0, +3.0]"]
     assert tables.compared(path, 0.0).frame["δ = 2/16"].tolist()[-1] == "–"
-    assert numbers.best_of_ours(path) is None  # of one method, the method itself
+    assert tables.best_proposed(path).frame["method"].tolist() == ["m", "m"]  # of one method, the method itself
 
 
-def test_the_rows_of_the_best_of_ours_are_put_apart(tmp_path):
+def test_the_rows_of_the_best_proposed_method_are_put_apart(tmp_path):
     best = {"value": 0.02, "low": 0.01, "high": 0.03}
     rows = [{"network": "a", "ours": name, "delta": "2/16", "offset": -0.01, "clean": 0.8,
              "differences": {"best control": best}} for name in ("m", "n", "the best of ours")]  # fmt: skip
     results = finetuning(RUNS) | {"ours": ["m", "n"], "controls": ["plain"], "comparison": rows}
     path = write(tmp_path / "04.json", "finetuning", results)
-    tables.compared(path)
-    lines = numbers.best_of_ours(path).read_text().splitlines()
-    assert len(lines) == 3 and "the best of ours" in lines[2] and "+2.0 [+1.0, +3.0]" in lines[2]
+    assert tables.compared(path).frame["method"].tolist() == ["m", "n", "best proposed"]
+    tables.best_proposed(path)
+    lines = (tmp_path / "04-best.md").read_text().splitlines()
+    assert len(lines) == 3 and "best proposed" in lines[2] and "+2.0 [+1.0, +3.0]" in lines[2]
+
+
+def test_every_method_has_its_difference_to_the_best_baseline_and_one_of_them_wins(tmp_path):
+    """By hand: m is 2 points above the better baseline, n did not get there, plain is 3 below PGD-AT."""
+    rows = []
+    for name, accuracy, value in (("m", 0.42, 0.02), ("n", None, None), ("the best of ours", 0.42, 0.02)):
+        best = {"value": value, "low": value and value - 0.01, "high": value and value + 0.01}
+        rows.append({
+            "network": "a", "ours": name, "delta": "2/16", "offset": -0.01, "clean": 0.8,
+            "accuracy": {name: accuracy, "plain": 0.37, "PGD-AT": 0.40, "best control": 0.40},
+            "differences": {"best control": best},
+        })  # fmt: skip
+    results = finetuning(RUNS) | {"ours": ["m", "n"], "controls": ["plain", "PGD-AT"], "comparison": rows}
+    found = {row["method"]: row for row in equal_rows(results, -0.01)}
+    assert list(found) == ["m", "plain", "PGD-AT", "n"]
+    assert found["plain"]["value"] == pytest.approx(-0.03) and found["PGD-AT"]["value"] == 0
+    assert found["n"]["value"] is None and [m for m, row in found.items() if row["wins"]] == ["m"]
+    figure = figures.equal_clean(write(tmp_path / "04.json", "finetuning", results))
+    (axis,) = figure.axes
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["m", "PGD-AT", "plain", "n"]
+    assert "best proposed +2.0 [+1.0, +3.0]" in axis.get_title(loc="right")
 
 
 # Evaluation
@@ -240,7 +268,7 @@ def test_gaps_failed_bounds_and_ranks(tmp_path):
     assert found["linf.above-w-pgd"] == "1 of 6"
     assert found["linf.open.mean"] == "13.3" and found["linf.band"] == "2.0"
     assert found["linf.small.exact.mean"] == "55.0" and found["linf.large.w-pgd.mean"] == "25.0"
-    assert found["two.linf.middle.certified"] == "10.0" and found["linf.middle.delta"] == "2/16"
+    assert found["linf.middle.certified.low"] == "10.0" and found["linf.middle.delta"] == "2/16"
     # R~^l = 0.5 lies above A/clean at 2/16 and 3/16 for the first network, 0.1 nowhere for the second
     assert found["linf.redlr.r_tilde_l.failed"] == "2 of 6" and found["linf.redlr.r_l.failed"] == "0 of 6"
     assert found["linf.redlr.r_l.vacuous"] == "6 of 6"
@@ -251,10 +279,30 @@ def test_gaps_failed_bounds_and_ranks(tmp_path):
 def test_the_table_of_an_evaluation_agrees_with_the_numbers(tmp_path):
     path = write(tmp_path / "06.json", "evaluation", {"n": 50, "networks": NETWORKS})
     frame, found = tables.evaluation(path).frame, numbers.numbers(tmp_path)
-    row = frame[(frame["network"] == "two") & (frame["δ"] == "3/16")].iloc[0]
-    for column in ("exact", "certified"):
-        assert row[column] == found[f"06.two.linf.large.{column}"]
-    assert row["W-PGD"] == found["06.two.linf.large.w-pgd"] and row["95 %"] == "8.0–12.0"
+    frame = frame[frame["δ"] == "3/16"]
+    for column, key in (("optimal (upper bound)", "exact"), ("W-PGD", "w-pgd")):
+        assert frame[column].astype(float).mean() == pytest.approx(values(found[f"06.linf.large.{key}.mean"]))
+    row = frame[frame["network"] == "two"].iloc[0]
+    assert row["95 %"] == "8.0–12.0" and row["bracket (n = 50)"] == "0.0–10.0"
+
+
+def test_what_was_measured_on_part_of_the_images_says_of_how_many(tmp_path):
+    """AutoAttack and certificates of other numbers of images: beside them what the same images leave otherwise."""
+    one, two = (dict(network) for network in NETWORKS)
+    ball = threat("2/16", "inf") | {"p": "inf"}
+    one["exact"] = [
+        one["exact"][0] | {"threats": [*one["exact"][0]["threats"], one["exact"][0]["threats"][1] | {"threat": ball}]}
+    ]
+    one["attacks"] = [*one["attacks"], one["attacks"][0] | {"attack": "pgd", "threat": ball, "accuracy": 0.5}]
+    proved = [
+        row | {"exact": row["accuracy"] + 0.1}
+        for row in [*one["certified"][0]["threats"], one["certified"][0]["threats"][1]]
+    ]
+    one["certified"] = [one["certified"][0] | {"n": 8, "threats": proved}]
+    one["autoattack"] = [{"threat": ball, "n": 16, "accuracy": 0.55, "exact": 0.54}]
+    frame = tables.evaluation(write(tmp_path / "06.json", "evaluation", {"n": 50, "networks": [one, two]})).frame
+    assert frame["AutoAttack (n = 16)"].tolist() == ["–"] * 3 + ["55.0 (54.0)"] + ["–"] * 3
+    assert frame["bracket (n = 8)"].tolist()[:2] == ["50.0–60.0", "20.0–30.0"]
 
 
 # First-order theory and sensitivity
@@ -297,7 +345,7 @@ def test_rules_are_listed_from_best_to_worst(tmp_path):
     rules = [{"rule": name, "rms": rms, "share": n, **errors} for name, rms, n in (("x", 0.2, 0.09), ("y", 0.1, 0.0))]
     write(tmp_path / "02.json", "upsilon-rules", {"rules": rules})
     found = numbers.numbers(tmp_path)
-    assert found["02.all"] == "y: 10.0 % (+0.0 %), x: 20.0 % (+9.0 %)" and found["02.x.share"] == "9.0"
+    assert found["02.all"] == "y: 10.0 % (+0.0 %), x: 20.0 % (+9.0 %)"
     assert (found["02.drift.low"], found["02.drift.high"]) == ("50.0", "150.0")
 
 
@@ -327,14 +375,24 @@ def test_a_name_latex_can_not_hold_is_refused(tmp_path, name):
 
 
 def test_a_table_is_the_same_in_markdown_and_latex(tmp_path):
-    table = tables.Table(pd.DataFrame([{"δ": "1/16", "A_δ %": "50.0 ± 1.0"}, {"δ": "2/16", "A_δ %": "8.0–9.0"}]), "c")
+    table = Table(pd.DataFrame([{"δ": "1/16", "A_δ %": "50.0 ± 1.0"}, {"δ": "2/16", "A_δ %": "8.0–9.0"}]), "c")
     assert table.markdown() == "| δ | A_δ % |\n| --- | ---: |\n| 1/16 | 50.0 ± 1.0 |\n| 2/16 | 8.0–9.0 |\n"
+    page = table._repr_html_()
+    assert page.count("<tr>") == 3 and page.count("<td") == 4 and "<p>c</p>" in page and ">50.0 ± 1.0<" in page
     latex = table.latex()
     assert latex.count(r"\\") == 3 and r"50.0 $\pm$ 1.0 \\" in latex and "8.0--9.0" in latex and r"\%" in latex
     assert latex.isascii()
-    table.write(tmp_path / "06.json", "short")
+    write(tmp_path / "06.json", "some", {})
+    tabled("some", "short")(lambda found: (table.frame, table.caption))(tmp_path / "06.json")
     assert (tmp_path / "06-short.md").read_text() == table.markdown()
-    assert (tmp_path / "06-short.tex").read_text() == "% generated from 06.json\n" + latex
+    assert (tmp_path / "06-short.tex").read_text().split("\n", 1)[1] == latex
+
+
+def test_latex_breaks_long_headings_and_shows_a_repeated_name_once():
+    rows = [{"network": n, "A_δ 1/16": "1.0", "bracket (n = 8)": "–"} for n in "aab"]
+    lines = Table(pd.DataFrame(rows), "c").latex().splitlines()
+    assert lines[2].startswith(r"network & \shortstack{$A_\delta$\\1/16} & \shortstack{bracket\\(n = 8)}")
+    assert [line.split(" &")[0] for line in lines[4:8]] == ["a", "", r"\addlinespace", "b"]
 
 
 def test_percent_shows_a_spread_only_of_several_runs():
@@ -345,24 +403,26 @@ def test_percent_shows_a_spread_only_of_several_runs():
 # The paper's text
 
 
-def quoted():
-    """Keys that the text quotes from the default profile, the arguments of its own macro filled in."""
-    texts = [path.read_text() for path in PAPER.rglob("*.tex") if path.name != "zoo.tex" and "build" not in path.parts]
-    text = re.sub(r"(?m)(?<!\\)%.*", "", "\n".join(texts))
-    rows = re.findall(r"\\gains\{([^#}]+)\}", text)
-    for key in re.findall(r"\\wdat\{([^}]+)\}", text):
-        yield from [" ".join(key.replace("#1", row).split()) for row in (rows if "#1" in key else [""])]
-
-
 def test_every_number_the_text_quotes_is_in_the_records(tmp_path):
     paths = sorted(DIGITS.glob("*.json"))
     if not paths or not (PAPER / "main.tex").is_file():
         pytest.skip("no records in figures/digits yet: wdat reproduce makes them")
     for path in paths:
         shutil.copy(path, tmp_path / path.name)
-    found, keys = numbers.numbers(tmp_path), list(quoted())
-    assert len(keys) > 50
-    assert not [key for key in keys if key not in found]
+    keys = numbers.cited(PAPER)["digits"]
+    found = numbers.numbers(tmp_path, keys)
+    assert len(keys) > 50 and not [key for key in keys if key not in found]
+    assert (tmp_path / "numbers.tex").read_text().count("csname wdat@") == len(keys)
+
+
+def test_the_keys_that_the_text_quotes_are_found_in_macros_and_by_profile(tmp_path):
+    (tmp_path / "sections").mkdir()
+    (tmp_path / "main.tex").write_text(r"\newcommand{\profile}{digits} \wdat{a} % \wdat{comment}" "\n" r"\wdat[zoo]{b}")
+    text = (
+        r"\renewcommand{\profile}{zoo}\newcommand{\row}[1]{\wdat{x.#1.y} & \wdat{z}}\row{one, two}\row{three} \wdat{a}"
+    )
+    (tmp_path / "sections" / "s.tex").write_text(text)
+    assert numbers.cited(tmp_path) == {"digits": ["a"], "zoo": ["b", "x.one, two.y", "x.three.y", "z", "a"]}
 
 
 @pytest.mark.skipif(not shutil.which("pdflatex"), reason="pdflatex is not installed")

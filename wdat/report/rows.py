@@ -5,6 +5,14 @@ from collections.abc import Callable
 import numpy as np
 
 LOSS_NAMES = {"ce": "CE", "dlr": "DLR", "redlr": "ReDLR", "kl": "KL", "negative-margin": "margin"}
+OPTIMAL, CERTIFIED = "optimal allocation (upper bound)", "certified (lower bound)"
+BEST = "the best of ours"
+SHOWN = {"before": "pre-trained", BEST: "best proposed"}  # names in records -> names shown
+
+
+def shown(name: str) -> str:
+    """A method or variant of a record as figures and tables call it."""
+    return SHOWN.get(name, name)
 
 
 def chosen_runs(found: dict) -> list[dict]:
@@ -31,6 +39,40 @@ def mean_std(runs: list[dict], key: Callable[[dict], float | None]) -> dict[tupl
         if (value := key(run)) is not None:
             found.setdefault((run["network"], run["variant"]), []).append(value)
     return {k: (float(np.mean(v)), float(np.std(v, ddof=1)) if len(v) > 1 else 0.0, len(v)) for k, v in found.items()}
+
+
+def best_rows(found: dict, offset: float | None = None) -> list[dict]:
+    """Rows of a record's "comparison" for the best proposed method, or the only one; at one offset, or at all."""
+    names = {row["ours"] for row in found["comparison"]}
+    best = BEST if BEST in names else next(iter(names), None)
+    at = [row for row in found["comparison"] if row["ours"] == best]
+    return [row for row in at if offset is None or abs(row["offset"] - offset) < 1e-9]
+
+
+def equal_rows(found: dict, offset: float) -> list[dict]:
+    """Of a "finetuning" record: every method against the best baseline where all keep clean accuracy before + offset.
+
+    Rows {network, delta, method, proposed, value, low, high, wins}: differences of accuracies by optimal allocation,
+    None where a method does not reach that clean accuracy; low and high of proposed ones only. One wins at each radius.
+    """
+    rows = []
+    for row in found["comparison"]:
+        if abs(row["offset"] - offset) > 1e-9 or row["ours"] == BEST:
+            continue
+        same = {"network": row["network"], "delta": row["delta"], "wins": False}
+        own = [{**same, "method": row["ours"], "proposed": True, **row["differences"]["best control"]}]
+        best = row["accuracy"]["best control"]
+        for name in found["controls"]:
+            known = row["accuracy"].get(name) is not None
+            value = row["accuracy"][name] - best if known else None
+            own.append({**same, "method": name, "proposed": False, "value": value, "low": None, "high": None})
+        have = {(r["network"], r["delta"], r["method"]) for r in rows}
+        rows += [r for r in own if (r["network"], r["delta"], r["method"]) not in have]
+    for network, delta in dict.fromkeys((row["network"], row["delta"]) for row in rows):
+        own = [r for r in rows if (r["network"], r["delta"]) == (network, delta) and r["value"] is not None]
+        if own:
+            max(own, key=lambda r: r["value"])["wins"] = True
+    return rows
 
 
 def norm_symbol(r: float | str) -> str:

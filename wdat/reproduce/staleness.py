@@ -10,11 +10,7 @@ from wdat.digest import library, text_digest
 from wdat.reproduce.execution import load, relative
 
 SHOWN = {".pdf", ".png", ".tex", ".md"}  # drawn from records: outputs, but no later notebook's input
-DRAWING = (
-    "wdat/report/rows.py",
-    "wdat/report/figures.py",
-    "wdat/report/tables.py",
-)  # read records and change no network
+DRAWING = "wdat/report/"  # reads records and changes no network
 
 
 def key(
@@ -72,7 +68,7 @@ def same_conditions(old: dict[str, Any] | None, new: dict[str, Any]) -> bool:
     """Whether scratch files made under the old key are good under the new one: all agrees but prose and drawing."""
 
     def essence(key: dict[str, Any]) -> dict[str, Any]:
-        library = {path: sha for path, sha in key["library"].items() if path not in DRAWING}
+        library = {path: sha for path, sha in key["library"].items() if not path.startswith(DRAWING)}
         return {part: value for part, value in key.items() if part != "text"} | {"library": library}
 
     return old is None or essence(old) == essence(new)
