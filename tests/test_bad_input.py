@@ -14,6 +14,8 @@ from torch import Tensor, nn
 import wdat
 from wdat import cli, records
 from wdat.report import tables
+from wdat.studies.evaluation import clean_pass
+from wdat.studies.sweeps import finetuning
 from wdat.training.objectives import plain
 from wdat.zoo.networks import build
 
@@ -104,11 +106,57 @@ def test_upsilon_of_tiny_gradients_is_the_same_in_both_places(tiny_model, data):
     assert own > 0 and row["value"] == pytest.approx(own, rel=1e-5)
 
 
+@pytest.mark.parametrize("verb", ["evaluate", "clean_pass", "finetune", "validation", "finetuning"])
+def test_named_classes_that_are_not_the_outputs_are_refused(verb, tiny_model, tiny_data, tmp_path):
+    x, y = tiny_data
+    four = wdat.from_tensors(x, y % 4, classes=("ant", "bee", "cat", "dog"))
+    recipe = wdat.Recipe(plain(), epochs=1)
+    run = {
+        "evaluate": lambda data: wdat.evaluate(tiny_model, data, BALL, **QUICK),
+        "clean_pass": lambda data: clean_pass(tiny_model, data),
+        "finetune": lambda data: wdat.finetune(tiny_model, data, recipe, progress=False),
+        "validation": lambda data: wdat.finetune(
+            tiny_model, wdat.from_tensors(x, y), recipe, validation=data, progress=False
+        ),
+        "finetuning": lambda data: finetuning(
+            {"tiny": tiny_model}, data, data, base={"objective": {"kind": "plain"}, "epochs": 1},
+            variants=[{"name": "plain"}], seeds=[0], threats=BALL, work=tmp_path, progress=False,
+            validation=0.25, steps=1, search={"steps": 1},
+        ),
+    }[verb]  # fmt: skip
+    with pytest.raises(ValueError, match=r"4 classes \(ant, bee, cat, dog\), the network 5 outputs"):
+        run(four)
+    assert not list(tmp_path.iterdir())
+    run(wdat.from_tensors(x, y % 4))  # classes that were not named may be fewer
+    assert wdat.from_tensors(x, y % 4).take(20).split_off(0.5, 0)[0].named is False
+
+
+def test_a_radius_in_grey_levels_is_asked_back(tiny_model, data):
+    x, y = data.x[:4], data.y[:4]
+    wide = [wdat.Threat(8), wdat.Threat("8", math.inf), wdat.Threat(200, 2, 2)]
+    for threat in wide:
+        runs = [
+            lambda t=threat: wdat.evaluate(tiny_model, data, [t], **QUICK),
+            lambda t=threat: wdat.attack(tiny_model, x, y, t),
+            lambda t=threat: wdat.finetune(tiny_model, data, wdat.Recipe(wdat.w_trades(t)), progress=False),
+        ]
+        for run in runs:
+            with pytest.raises(ValueError, match=rf"{threat.delta:g}/255 meant\?"):
+                run()
+    with pytest.raises(ValueError, match="8/255 meant"):
+        wdat.pgd(tiny_model, x, y, 8)
+    with pytest.raises(ValueError, match=r"delta=1000.0, .* more than 1 apart in the linf norm"):
+        wdat.evaluate(tiny_model, data, [wdat.Threat(1e3)], **QUICK)
+    far = float(torch.ones(data.x.shape[1:]).norm())  # from black to white: no l2 distance is larger
+    for threat in (wdat.Threat(1), wdat.Threat(far, 2, 2)):
+        wdat.attack(tiny_model, x, y, threat, steps=1)
+
+
 # Limits, where a number is right
 
 
 def test_limits_of_an_evaluation(tiny_model, data):
-    found = wdat.evaluate(tiny_model, data, [wdat.Threat(0), wdat.Threat(1e3)], losses=("ce",), curve=3, **QUICK)
+    found = wdat.evaluate(tiny_model, data, [wdat.Threat(0), wdat.Threat(1)], losses=("ce",), curve=3, **QUICK)
     clean = found["clean"]["accuracy"]
     nothing, everything = found["attacks"]
     assert nothing["accuracy"] == clean and nothing["distance"] == 0
@@ -131,7 +179,7 @@ def test_images_that_nothing_flips(tiny_model, data):
     """Every image is of class 1, whatever its pixels: those with that label are never flipped."""
     sure = Layer(tiny_model, after=lambda z: 1e-3 * z + torch.tensor([0.0, 50, 0, 0, 0]))
     share = float((data.y == 1).double().mean())
-    found = wdat.evaluate(sure, data, [wdat.Threat(10)], losses=("ce",), orders=(1, 2, math.inf), curve=3, **QUICK)
+    found = wdat.evaluate(sure, data, [wdat.Threat(1)], losses=("ce",), orders=(1, 2, math.inf), curve=3, **QUICK)
     assert 0 < share < 1 and found["exact"][0]["never_flipped"] == share
     assert found["exact"][0]["threats"][0]["accuracy"] == pytest.approx(share)
     assert all(curve["accuracy"] == pytest.approx([share] * 3) for curve in found["exact"][0]["curves"])
@@ -163,12 +211,14 @@ def place(tmp_path, monkeypatch) -> Path:
     monkeypatch.syspath_prepend(str(tmp_path))
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
-        network = build("digits_cnn", width=2)
+        network, twelve = build("digits_cnn", width=2), build("digits_cnn", width=2, classes=12)
     wdat.save_model(network, tmp_path / "net.yaml", architecture="digits_cnn", arguments={"width": 2})
+    wdat.save_model(twelve, tmp_path / "twelve.yaml", architecture="digits_cnn", arguments={"width": 2, "classes": 12})
     (tmp_path / "mine.py").write_text(
         "from wdat.zoo.networks import build\n"
         "def make():\n    return build('digits_cnn', width=2)\n"
         "def needs(width):\n    return build('digits_cnn', width=width)\n"
+        "def twelve():\n    return build('digits_cnn', width=2, classes=12)\n"
         "def text():\n    return 'a network'\n"
     )
     for name, text in {
@@ -200,6 +250,8 @@ DIGITS = ["--data", "digits", "--n", "24"]
         (["evaluate", "net.safetensors", *DIGITS], "is a weight file; write a card"),
         (["evaluate", "mine:needs", *DIGITS], "missing 1 required positional argument"),
         (["evaluate", "mine:text", *DIGITS], "mine:text returned a str; expected"),
+        (["evaluate", "mine:twelve", *DIGITS], "10 classes (0, 1, 2, 3, ...), the network 12 outputs"),
+        (["finetune", "twelve.yaml", "ok.recipe", "new.yaml", *DIGITS], "10 classes (0, 1, 2, 3, ...), the network 12"),
         (["evaluate", "mine:nothing", *DIGITS], "expected package.module:function that takes no argument"),
         (["evaluate", "net.yaml", "--data", "stars"], "unknown data 'stars'; known: digits"),
         (["evaluate", "net.yaml", "--data", "cifar10"], "pass root"),
@@ -207,6 +259,7 @@ DIGITS = ["--data", "digits", "--n", "24"]
         ([*EVALUATE, "--n", "1000"], "n=1000"),
         ([*EVALUATE, "--delta", "tiny"], "delta is 'tiny'; expected a number"),
         ([*EVALUATE, "--delta", "-1/255"], None),
+        ([*EVALUATE, "--delta", "8"], "was 8/255 meant?"),
         ([*EVALUATE, "--delta", "inf"], "delta=inf must be a finite radius"),
         ([*EVALUATE, "--p", "0.5"], r"p=0.5 must be in (1, inf]"),
         ([*EVALUATE, "--norm", "1"], "r=1 must be 2 or inf"),

@@ -56,7 +56,8 @@ def test_architectures(name, arguments, shape, parameters):
     "name, arguments, message",
     [
         ("vgg", {}, "known: " + ", ".join(ARCHITECTURES)),
-        ("cnn_a", {"depth": 3}, "padding.*depth"),
+        ("cnn_a", {"depth": 3}, "'depth' of cnn_a; known: padding, classes"),
+        ("cnn_a", {"padding": 0.5}, "cnn_a: padding is 0.5; expected a whole number"),
         ("cnn_a", {"padding": 2}, "padding 1 .* or 0"),
         ("wrn", {"depth": 12}, "6k"),
     ],
@@ -134,12 +135,17 @@ def test_bad_cards_get_a_sentence(card, tmp_path):
         load_model(tmp_path / "nope.yaml")
     for change, message in [
         ({"sha256": None}, "lacks sha256"),
-        ({"weight": "a.pt"}, "unknown field.* weight; known"),
+        ({"weight": "a.pt"}, "unknown setting 'weight' of .*; did you mean weights"),
         ({"architecture": "vgg"}, "unknown architecture 'vgg'"),
         ({"arguments": {"width": 8}}, "does not fit digits_cnn: size mismatch"),
-        ({"arguments": [4]}, "write a mapping"),
+        ({"arguments": [4]}, "arguments is .4.; expected a mapping"),
         ({"std": None}, "mean .* and std None"),
-        ({"mean": 0.3, "std": 0.5}, "as lists"),
+        ({"mean": 0.3, "std": 0.5}, "mean is 0.3; expected a list"),
+        ({"mean": [True], "std": [0.5]}, "mean is .True.; expected a list, each a number"),
+        ({"bytes": 1.5}, "bytes is 1.5; expected a whole number"),
+        ({"bytes": True}, "bytes is True; expected a whole number"),
+        ({"name": 2024}, "name is 2024; expected text"),
+        ({"epsilon": "wide"}, "epsilon is 'wide'; expected a number"),
     ]:
         path.write_text(yaml.safe_dump(good | change))
         with pytest.raises(ValueError, match=message):
@@ -173,7 +179,7 @@ def test_saving_checks_what_could_not_be_read_back(tmp_path, tiny_model):
         save_model(tiny_model, tmp_path / "a.yaml")
     with pytest.raises(ValueError, match="does not fit digits_cnn"):
         save_model(tiny_model, tmp_path / "a.yaml", architecture="digits_cnn")
-    with pytest.raises(ValueError, match="unknown field"):
+    with pytest.raises(ValueError, match="unknown setting"):
         save_model(tiny_model, tmp_path / "a.yaml", architecture="digits_cnn", licens="MIT")
     with pytest.raises(ValueError, match=r"NAME\.yaml"):
         save_model(tiny_model, tmp_path / "a.pt", architecture="digits_cnn")

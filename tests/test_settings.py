@@ -10,6 +10,7 @@ import torch
 import yaml
 
 import wdat
+from wdat import cli
 from wdat.reproduce import runner
 from wdat.settings import Order, Written, arguments, read, reads, typed
 from wdat.training.recipes import Recipe, make_recipe
@@ -182,3 +183,24 @@ def test_a_recipe_says_what_its_text_means():
     assert (found.flip, found.epochs, found.batch_size) == (False, 16, 64) and type(found.batch_size) is int
     assert found.objective.terms[0].threat.written == "2/16"
     assert make_recipe({"objective": {"kind": "plain"}, "flip": "true"}, 0).flip is True
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["evaluate", "net.yaml", "--steps", "1.5"], "--steps: the value is '1.5'; expected a whole number"),
+        (["evaluate", "net.yaml", "--n", "true"], "--n: the value is 'true'; expected a whole number"),
+        (["finetune", "a", "b", "c", "--validation", "half"], "--validation: the value is 'half'; expected a number"),
+        (["reproduce", "--threads", "2/16"], "--threads: the value is '2/16'; expected a whole number"),
+        (["reproduce", "-P", "n"], "'n' is not of the form name=value"),
+    ],
+)
+def test_the_shell_names_the_option(words, said, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(words)
+    assert end.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_the_shell_reads_numbers_as_settings():
+    read_ = cli.parser().parse_args(["finetune", "a", "b", "c", "--validation", "1/20", "--seed", "3.0", "--n", "1e3"])
+    assert (read_.validation, read_.seed, read_.n) == (0.05, 3, 1000)

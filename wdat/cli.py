@@ -7,7 +7,7 @@ lines on stderr; WDAT_DEBUG=1 shows the traceback.
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 
@@ -16,7 +16,7 @@ def _reproduce(sub: Any) -> None:
     verb.add_argument("--profile", default="digits", help="a file in notebooks/profiles (default: digits)")
     verb.add_argument("--only", nargs="+", metavar="NN", help="these notebooks only, by number or name")
     verb.add_argument("--force", action="store_true", help="run them even if they are up to date")
-    verb.add_argument("--threads", type=int, help="threads of the kernel (default: the profile's, or 1)")
+    verb.add_argument("--threads", type=_kind(int), help="threads of the kernel (default: the profile's, or 1)")
     verb.add_argument("-P", dest="parameters", action="append", default=[], type=_pair, metavar="NAME=VALUE")
 
     def run(args: argparse.Namespace) -> None:
@@ -52,11 +52,11 @@ def _source(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--weights", help="folder of the weights (default: beside the card; models for RobustBench)")
     verb.add_argument("--data", default="cifar10", help="cifar10, folder, digits, ...: see wdat.zoo.data.load_data")
     verb.add_argument("--root", help="folder of the data")
-    verb.add_argument("--n", type=int, help="use this many images only")
+    verb.add_argument("--n", type=_kind(int), help="use this many images only")
     verb.add_argument("--dataset", help="RobustBench's data set of the network (default: that of --data, or cifar10)")
     verb.add_argument("--threat", default="Linf", help="RobustBench's threat folder (default: Linf)")
     verb.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    verb.add_argument("--batch-size", type=int, default=128)
+    verb.add_argument("--batch-size", type=_kind(int), default=128)
 
 
 def _load(args: argparse.Namespace, split: str) -> tuple[Any, Any, str]:
@@ -94,10 +94,12 @@ def _evaluate(sub: Any) -> None:
     verb.add_argument("--delta", nargs="+", default=["8/255"], help="radii of the ball, such as 2/255 8/255")
     verb.add_argument("--p", default="2", help="Wasserstein order in (1, inf] (default: 2)")
     verb.add_argument("--norm", default="inf", help="pixel norm, 2 or inf (default: inf)")
-    verb.add_argument("--steps", type=int, default=50, help="of W-PGD (default: 50)")
+    verb.add_argument("--steps", type=_kind(int), default=50, help="of W-PGD (default: 50)")
     verb.add_argument("--tight", action="store_true", help="longer search for minimal distances, with AutoAttack's FAB")
-    verb.add_argument("--certified", type=int, default=0, metavar="N", help="certify N images too: a lower bound")
-    verb.add_argument("--autoattack", type=int, default=0, metavar="N", help="AutoAttack on N images, p = inf")
+    verb.add_argument(
+        "--certified", type=_kind(int), default=0, metavar="N", help="certify N images too: a lower bound"
+    )
+    verb.add_argument("--autoattack", type=_kind(int), default=0, metavar="N", help="AutoAttack on N images, p = inf")
     verb.add_argument("--dual", action="store_true", help="also the dual attack on the cross-entropy")
     verb.add_argument("--save-set", metavar="FILE", help="write the exact adversary's images at the first --delta")
     verb.add_argument("--out", default="results", help="folder of the record and figures (default: results)")
@@ -157,9 +159,9 @@ def _finetune(sub: Any) -> None:
     )
     verb.add_argument("out", help="card to write (NAME.yaml); its weights and checkpoint go beside it")
     verb.add_argument(
-        "--validation", type=float, default=0.05, help="share of training images held out (default: 0.05)"
+        "--validation", type=_kind(float), default=0.05, help="share of training images held out (default: 0.05)"
     )
-    verb.add_argument("--seed", type=int, default=0)
+    verb.add_argument("--seed", type=_kind(int), default=0)
 
     def run(args: argparse.Namespace) -> None:
         from pathlib import Path
@@ -203,6 +205,20 @@ def _finetune(sub: Any) -> None:
 
 
 VERBS = [_reproduce, _paper, _evaluate, _finetune]
+
+
+def _kind(kind: type) -> Callable[[str], Any]:
+    """A type of argparse: the option's text, read as settings are."""
+
+    def parse(text: str) -> Any:
+        from wdat.settings import read
+
+        try:
+            return read(kind, text, "the value")
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return parse
 
 
 def _pair(text: str) -> tuple[str, Any]:

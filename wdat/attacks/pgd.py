@@ -28,7 +28,16 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from wdat.threats.ball import Threat, per_image, pixel_norm
-from wdat.threats.checks import ALONE, check_function, check_images, check_logits, checking, device_of, frozen
+from wdat.threats.checks import (
+    ALONE,
+    check_function,
+    check_images,
+    check_logits,
+    check_radius,
+    checking,
+    device_of,
+    frozen,
+)  # fmt: skip
 from wdat.threats.images import Images, Joined, Pixels, check_set
 from wdat.threats.losses import Loss, get_loss, kl, margin, redlr
 from wdat.threats.sensitivity import dual_norms, input_gradient
@@ -407,6 +416,8 @@ def attack(
     Raises: ValueError with the number and the remedy for images, labels, logits or settings that make no sense.
     """
     check_set(x, y)
+    if radii is None:
+        check_radius(threat, x[:1].shape[1:])
     if steps < 1 or step_ratio <= 0 or batch_size < 1:
         raise ValueError(f"steps={steps}, step_ratio={step_ratio}, batch_size={batch_size} must all be positive")
     begin = "given" if isinstance(start, Tensor) else start

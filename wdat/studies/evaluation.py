@@ -41,10 +41,10 @@ from wdat.studies.cache import (
     part_size,
 )
 from wdat.threats.ball import Threat, plain_number
-from wdat.threats.checks import check_labels, check_logits, check_model, device_of, frozen
+from wdat.threats.checks import check_logits, device_of, frozen
 from wdat.threats.images import Joined
 from wdat.threats.losses import get_loss, margin
-from wdat.zoo.data import Data, draw
+from wdat.zoo.data import Data, check_fit, check_outputs, draw
 
 
 @costs(lambda losses=("redlr", "ce", "dlr"), **_: 1 + len(losses))
@@ -76,6 +76,7 @@ def clean_pass(
             joined.add(**row)
     result = {key: found.cpu() for key, found in joined.all().items()}
     check_logits(result["logits"])
+    check_outputs(data, result["logits"].shape[1])
     for key in [key for key in result if key.startswith("norms.")]:
         if bad := int((~torch.isfinite(result[key])).sum()):
             raise ValueError(
@@ -137,9 +138,8 @@ def evaluate(
         "certified", "autoattack", "dual". Accuracies are fractions.
     Raises: ValueError with number and remedy for unusable images, labels, logits, gradients or settings.
     """
-    classes = check_model(model, *data.batch(torch.arange(min(len(data), 8))))
-    check_labels(data.y, len(data), classes)
     threats = tuple(threats)
+    classes = check_fit(model, data, threats)
     if not threats:
         raise ValueError("no threat given; pass for example [Threat('8/255', p=2)]")
     losses = (("redlr", "ce", "dlr") if classes > 2 else ("negative-margin", "ce")) if losses is None else losses

@@ -23,7 +23,7 @@ from wdat.threats.ball import Threat
 from wdat.training.loop import Diverged, Finetuned, finetune, interpolate
 from wdat.training.memory import estimate
 from wdat.training.recipes import Recipe, make_recipe
-from wdat.zoo.data import Data, draw
+from wdat.zoo.data import Data, check_fit, draw
 
 RECIPE_KEYS = {field.name for field in fields(Recipe)}
 
@@ -180,6 +180,9 @@ def finetuning(
     first of its radii. Methods in `ours` are compared with all `controls` at equal clean accuracy (`comparison`).
     A run that diverges is listed, with its setting out of the comparison. Everything resumes from `work`.
     """
+    for model in models.values():
+        for data in (train, test):
+            check_fit(model, data, threats)
     rest, held = train.split_off(validation, seed=0)
     middle, recipes = threats[(len(threats) - 1) // 2], expand(variants, base)
     study = _Measurements(test, held, threats, pointwise, autoattacked, autoattack_images, steps, search or {},

@@ -5,11 +5,13 @@ A check that holds reads its numbers at once: a GPU waits for each reading.
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+
+from wdat.threats.ball import Threat
 
 
 def check_images(x: Tensor) -> None:
@@ -40,6 +42,18 @@ def check_labels(y: Tensor, n: int, classes: int | None = None) -> None:
     if low < 0 or (classes is not None and high >= classes):
         allowed = "class indices start at 0" if classes is None else f"{classes} classes are 0..{classes - 1}"
         raise ValueError(f"labels lie in {low}..{high}, but {allowed}")
+
+
+def check_radius(threat: Threat, shape: Sequence[int]) -> None:
+    """Raise ValueError if images (C, H, W) in [0, 1] are nowhere as far apart as delta: it was meant in grey levels."""
+    farthest = threat.norm(torch.ones(1, *shape)).item()
+    if threat.delta > farthest:
+        grey = threat.delta / 255
+        asked = f"; was {threat.delta:g}/255 meant?" if grey <= farthest else ", not in grey levels"
+        raise ValueError(
+            f"delta={threat.written}, but no two images with pixels in [0, 1] are more than {farthest:g} apart in the "
+            f"l{threat.r:g} norm. Radii are in units of these pixels{asked}"
+        )
 
 
 def check_logits(logits: Tensor, n: int | None = None) -> None:

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from wdat.attacks.pgd import w_pgd
 from wdat.records import write_tensors
 from wdat.threats.ball import Threat, per_image
-from wdat.threats.checks import check_labels, check_model, device_of, frozen, weights_digest
+from wdat.threats.checks import device_of, frozen, weights_digest
 from wdat.threats.losses import ce, margin
 from wdat.threats.seeds import derive_seed
 from wdat.threats.sensitivity import dual_norms, input_gradient
@@ -28,7 +28,7 @@ from wdat.training.objectives import Objective
 from wdat.training.recipes import Recipe, initialise, make_recipe
 from wdat.training.schedules import get_schedule
 from wdat.training.trackers import Tracker
-from wdat.zoo.data import Data
+from wdat.zoo.data import Data, check_fit, check_outputs
 
 __all__ = ["Diverged", "Finetuned", "Recipe", "estimate", "finetune", "interpolate", "make_recipe"]
 
@@ -112,9 +112,9 @@ def finetune(
     epoch's mean loss or a weight is no longer finite (looked at when an epoch ends, and when a step fails).
     """
     device, n = device_of(model), len(train)
-    classes = check_model(model, *train.batch(torch.arange(min(n, 8))))
-    for data in (train, validation) if validation is not None else (train,):
-        check_labels(data.y, len(data), classes)
+    classes = check_fit(model, train, [term.threat for term in recipe.objective.terms])
+    if validation is not None:
+        check_outputs(validation, classes)
     steps_per_epoch = -(-n // recipe.batch_size)
     objective, schedule = recipe.objective, get_schedule(recipe.schedule)
     identity = _identity(model, train, recipe)

@@ -6,15 +6,16 @@ int64 (N,) and index the alphabetical class names. Nothing is ever downloaded.
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from wdat.threats.checks import check_images, check_labels
+from wdat.threats.ball import Threat
+from wdat.threats.checks import check_images, check_labels, check_model, check_radius
 from wdat.threats.images import Images, Pixels
 
 IMAGE_FILES = (".png", ".jpg", ".jpeg")
@@ -25,11 +26,12 @@ class Data:
     """A set of labelled images.
 
     Args:
-        name, split: what it is, for records; `source` says where it was read.
+        name, split: what it is, for records; `source` says where it was read, and whose classes the labels index.
         pixels: uint8 or float32 (N, C, H, W); a pixel is pixels / levels in [0, 1].
         y: int64 (N,), indices into `classes`.
         classes: class names, at least two.
         levels: 255 for 8-bit images, 16 for the digits, 1 for float pixels.
+        named: whether the classes were named; if not, a network may have outputs for classes that do not occur.
 
     Errors are ValueErrors: wrong shapes or types, pixels outside [0, 1], labels out of range, one class.
     """
@@ -41,6 +43,7 @@ class Data:
     classes: tuple[str, ...]
     levels: int = 255
     source: str = ""
+    named: bool = True
 
     def __post_init__(self) -> None:
         if self.pixels.dtype == torch.uint8:
@@ -111,6 +114,32 @@ class Data:
         return self.at(order[size:].sort().values), self.at(order[:size].sort().values)
 
 
+def check_outputs(data: Data, outputs: int) -> None:
+    """Raise ValueError unless the labels are outputs of the network and, where classes are named, all outputs are."""
+    check_labels(data.y, len(data), outputs)
+    if data.named and len(data.classes) != outputs:
+        names = ", ".join(data.classes[:4]) + ", ..." * (len(data.classes) > 4)
+        raise ValueError(
+            f"{data.name} has {len(data.classes)} classes ({names}), the network {outputs} outputs: whose label is "
+            f"which output can not be told. Take data of the network's {outputs} classes, in the order of its outputs "
+            "(of some of them: from_tensors(x, y, classes=...) with the names of all), or a network of "
+            f"{len(data.classes)} outputs"
+        )
+
+
+def check_fit(model: nn.Module, data: Data, threats: Iterable[Threat] = ()) -> int:
+    """What must hold before a model, data and threats are used together; returns the number of classes.
+
+    ValueError for images, logits and labels that do not fit (`check_model`, `check_outputs`), and for a radius beyond
+    any distance between images (`check_radius`).
+    """
+    outputs = check_model(model, *data.batch(torch.arange(min(len(data), 8))))
+    check_outputs(data, outputs)
+    for threat in threats:
+        check_radius(threat, data.pixels.shape[1:])
+    return outputs
+
+
 def draw(total: int, n: int, seed: int) -> Tensor:
     """Indices (n,) of n of `total` things drawn without replacement, ascending."""
     return torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:n].sort().values
@@ -129,9 +158,9 @@ def from_tensors(x: Tensor, y: Tensor, name: str = "tensors", classes: Sequence[
         x = rounded if torch.equal(rounded.float() / 255, x) else x
     check_labels(y, len(x))
     y = y.detach().cpu()
-    if classes is None:
-        classes = _names(y, name)
-    return Data(name, "all", x.cpu(), y, tuple(classes), 255 if x.dtype == torch.uint8 else 1, "tensors")
+    names = _names(y, name) if classes is None else tuple(classes)
+    levels = 255 if x.dtype == torch.uint8 else 1
+    return Data(name, "all", x.cpu(), y, names, levels, "tensors", named=classes is not None)
 
 
 def _names(y: Tensor, name: str) -> tuple[str, ...]:

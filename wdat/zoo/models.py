@@ -23,23 +23,15 @@ import yaml
 from torch import Tensor, nn
 
 from wdat.records import write_file
+from wdat.settings import Written, check_names, read
 from wdat.zoo import robustbench as rb
 from wdat.zoo.networks import Normalised, build
 
-CARD = (
-    "name",
-    "architecture",
-    "arguments",
-    "mean",
-    "std",
-    "weights",
-    "sha256",
-    "bytes",
-    "source",
-    "licence",
-    "training",
-    "epsilon",
-)
+CARD = {
+    "name": str, "architecture": str, "arguments": dict | None, "mean": list[Written] | None,
+    "std": list[Written] | None, "weights": str, "sha256": str, "bytes": int | None, "source": str | None,
+    "licence": str | None, "training": str | None, "epsilon": Written | None,
+}  # fmt: skip
 REQUIRED = ("name", "architecture", "weights", "sha256")
 
 
@@ -98,14 +90,17 @@ def read_card(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} is no model card; it needs the fields {', '.join(REQUIRED)}")
     if missing := [field for field in REQUIRED if not card.get(field)]:
         raise ValueError(f"{path} lacks {', '.join(missing)}")
-    if unknown := [str(field) for field in card if field not in CARD]:
-        raise ValueError(f"{path} has unknown field(s) {', '.join(unknown)}; known: {', '.join(CARD)}")
+    card = _typed(card, str(path))
     mean, std = card.get("mean"), card.get("std")
-    if type(mean) is not type(std) or not isinstance(mean, list | None):
+    if type(mean) is not type(std):
         raise ValueError(f"{path} has mean {mean} and std {std}; write both as lists, a number per channel, or neither")
-    if not isinstance(card.get("arguments"), dict | None):
-        raise ValueError(f"{path} has arguments {card['arguments']}; write a mapping, such as {{padding: 0}}")
     return card
+
+
+def _typed(card: dict[str, Any], where: str) -> dict[str, Any]:
+    """The fields of a card, each of its kind. ValueError for one unknown or of another kind."""
+    check_names(card, CARD, where)
+    return {name: read(CARD[name], value, f"{where}: {name}") for name, value in card.items()}
 
 
 def _from_card(path: Path, root: str | Path | None) -> nn.Module:
@@ -243,8 +238,7 @@ def save_model(model: nn.Module, card_path: str | Path, **fields: Any) -> Path:
     path = Path(card_path)
     if path.suffix not in (".yaml", ".yml"):
         raise ValueError(f"a card is a YAML file, {path.name} is not; write NAME.yaml")
-    if unknown := set(fields) - set(CARD):
-        raise ValueError(f"unknown field(s) {', '.join(sorted(unknown))}; known: {', '.join(CARD)}")
+    fields = _typed(fields, "save_model")
     loaded = getattr(model, "card", {})
     fields = {key: loaded[key] for key in ("architecture", "arguments") if key in loaded} | fields
     if "architecture" not in fields:

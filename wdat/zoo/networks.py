@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from wdat.threats.ball import parse_number
+from wdat import settings
+from wdat.settings import parse_number
 from wdat.zoo import robustbench as rb
 
 
@@ -124,6 +125,7 @@ def build(architecture: str, **arguments) -> nn.Module:
     if architecture not in ARCHITECTURES:
         raise ValueError(f"unknown architecture {architecture!r}; known: {', '.join(ARCHITECTURES)}")
     function = ARCHITECTURES[architecture]
+    arguments = settings.arguments(function, arguments, architecture)
     try:
         inspect.signature(function).bind(**arguments)
     except TypeError as error:
