@@ -17,6 +17,7 @@ architecture = "digits_cnn"  # see wdat.zoo.networks
 arguments = {}  # of the architecture
 recipes = {}  # name -> settings of wdat.training.loop.Recipe
 seed = 0
+jobs = 0  # runs at the same time; 0: as many as cores and memory allow
 out = "figures/digits"  # below the repository
 work = ".wdat/digits/made"
 
@@ -30,7 +31,7 @@ print(records.device_line())
 
 # %%
 train = experiments.load_images(data, "train", root, train_root, n_train)
-results = experiments.pretrain(train, root / work / "zoo", recipes, architecture, arguments, device, seed)
+results = experiments.pretrain(train, root / work / "zoo", recipes, architecture, arguments, device, seed, jobs)
 record = records.write(root / out / "00_pretrain.json", "pretraining", results, recipes, seeds=[seed])
 
 # %%

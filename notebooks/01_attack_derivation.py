@@ -22,6 +22,7 @@ orders = [2, 4, "inf"]  # Wasserstein orders p
 losses = ["ce", "dlr", "redlr"]
 deltas = ["1/160", "1/80", "1/40", "1/20", "1/10"]  # radii of the ball, in pixel units of [0, 1]
 steps = 50  # of W-PGD
+jobs = 0  # runs at the same time; 0: as many as cores and memory allow
 out = "figures/digits"
 work = ".wdat/digits/made"
 
@@ -39,7 +40,7 @@ test = experiments.load_images(data, "test", root, test_root, n_test)
 models = experiments.load_networks(networks[:1], root, weights, device, dataset=dataset, threat=threat)
 results = experiments.attack_theory(
     *models.values(), test, r=parse_number(r), orders=[parse_number(p) for p in orders], losses=losses, deltas=deltas,
-    steps=steps,
+    steps=steps, jobs=jobs,
 )  # fmt: skip
 record = records.write(root / out / "01_attack_derivation.json", "attack-theory", results, {"networks": networks[:1]})
 

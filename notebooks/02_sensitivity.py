@@ -28,6 +28,7 @@ rules = {}  # name -> settings of wdat.training.trackers.Rule
 every = 5  # steps between measurements of the true upsilon
 seed = 0
 batch_size = 128
+jobs = 0  # runs at the same time; 0: as many as cores and memory allow
 out = "figures/digits"
 work = ".wdat/digits/made"
 
@@ -59,8 +60,9 @@ figures.sensitivity(record)
 
 # %%
 drift = experiments.upsilon_rules(
-    list(models.values())[-1], train, recipe=recipe, rules=rules, every=every, seed=seed, batch_size=batch_size
-)
+    list(models.values())[-1], train, recipe=recipe, rules=rules, every=every, seed=seed, batch_size=batch_size,
+    jobs=jobs,
+)  # fmt: skip
 record = records.write(root / out / "02_upsilon_rules.json", "upsilon-rules", drift, recipe, seeds=[seed])
 
 # %% [markdown]

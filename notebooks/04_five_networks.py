@@ -26,7 +26,8 @@ variants = []  # [{"name": ..., settings that differ from base, "sweep": [{...},
 ours = []  # methods to compare ...
 controls = []  # ... with these at equal clean accuracy
 seeds = [0, 1, 2]
-measure = {}  # further settings of wdat.studies.sweeps.finetuning
+measure = {}  # further settings of wdat.studies.study.Sweep
+jobs = 0  # runs at the same time; 0: as many as cores and memory allow
 out = "figures/digits"
 work = ".wdat/digits/made"
 
@@ -34,6 +35,7 @@ work = ".wdat/digits/made"
 from wdat import records
 from wdat.report import figures, tables
 from wdat.studies import experiments, sweeps
+from wdat.studies.study import Sweep
 from wdat.threats.ball import Threat
 
 root, device = records.root(), records.pick_device()
@@ -43,11 +45,9 @@ print(records.device_line())
 train = experiments.load_images(data, "train", root, train_root, n_train)
 test = experiments.load_images(data, "test", root, test_root, n_test)
 models = experiments.load_networks(networks, root, weights, device, dataset=dataset, threat=threat)
-print(sweeps.forecast(models, train, base=base, variants=variants, seeds=seeds))
-results = sweeps.finetuning(
-    models, train, test, base=base, variants=variants, seeds=seeds, threats=[Threat(d, 2, r) for d in deltas],
-    work=root / work / "04", ours=ours, controls=controls, **measure,
-)  # fmt: skip
+sweep = Sweep(base, variants, seeds, [Threat(d, 2, r) for d in deltas], ours=ours, controls=controls, **measure)
+print(sweeps.forecast(models, train, sweep))
+results = sweeps.finetuning(models, train, test, sweep, root / work / "04", jobs)
 record = records.write(root / out / "04_five_networks.json", "finetuning", results, {"base": base}, seeds=seeds)
 
 # %% [markdown]

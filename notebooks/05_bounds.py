@@ -21,6 +21,7 @@ losses = ["redlr", "ce"]
 steps = 50
 search = {}  # settings of wdat.attacks.nearest.minimal_distances
 batch_size = 128
+jobs = 0  # runs at the same time; 0: as many as cores and memory allow
 out = "figures/digits"
 work = ".wdat/digits/made"
 
@@ -38,7 +39,7 @@ test = experiments.load_images(data, "test", root, test_root, n_test)
 models = experiments.load_networks(networks, root, weights, device, dataset=dataset, threat=threat)
 results = experiments.across_networks(
     models, test, [Threat(d, 2, r) for d in deltas], root / work / "05", losses=losses, steps=steps, search=search,
-    orders=[2], curve=61, batch_size=batch_size,
+    orders=[2], curve=61, batch_size=batch_size, jobs=jobs,
 )  # fmt: skip
 record = records.write(root / out / "05_bounds.json", "evaluation", results, {"networks": networks})
 

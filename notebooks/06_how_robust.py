@@ -28,6 +28,7 @@ attacked = []  # radii of AutoAttack, pointwise, in the first norm
 autoattacked = 100  # images it is run on
 longer = 10  # how many times longer the search is that tests convergence
 batch_size = 128
+jobs = 0  # runs at the same time; 0: as many as cores and memory allow
 out = "figures/digits"
 work = ".wdat/digits/made"
 
@@ -35,6 +36,7 @@ work = ".wdat/digits/made"
 from wdat import records
 from wdat.report import figures, tables
 from wdat.studies import experiments
+from wdat.studies.verification import verify
 from wdat.threats.ball import Threat
 
 root, device = records.root(), records.pick_device()
@@ -47,7 +49,7 @@ results = experiments.across_networks(
     models, test, [Threat(d, 2, r) for r in norms for d in deltas[r]] + [Threat(d, "inf", norms[0]) for d in attacked],
     root / work / "06", losses=losses, steps=steps, budget_attack=budget_attack, dual=dual, search=search,
     certified=certified, autoattacked=autoattacked, orders=[1, 2, float("inf")], curve=121,
-    batch_size=batch_size,
+    batch_size=batch_size, jobs=jobs,
 )  # fmt: skip
 record = records.write(root / out / "06_how_robust.json", "evaluation", results, {"networks": networks})
 
@@ -101,21 +103,10 @@ tables.failures(record)
 
 # %%
 middle = Threat(deltas[norms[0]][1], 2, norms[0])
-checks = {
-    "sets": experiments.verified_sets(models, test, middle, root / work / "06", search, batch_size),
-    "convergence": experiments.convergence(
-        models,
-        test,
-        [Threat(d, 2, r) for r in norms for d in deltas[r]],
-        root / work / "06",
-        search,
-        longer,
-        batch_size,
-    ),
-    "probes": experiments.probed_certificates(models, test, norms, root / work / "06", certified, batch_size=batch_size)
-    if certified
-    else [],
-}
+checks = verify(
+    models, test, [Threat(d, 2, r) for r in norms for d in deltas[r]], root / work / "06", middle=middle, search=search,
+    longer=longer, certified=certified, batch_size=batch_size, jobs=jobs,
+)  # fmt: skip
 record = records.write(root / out / "06_verification.json", "verification", checks, {"networks": networks})
 
 # %%

@@ -1,10 +1,13 @@
 """The fine-tuning study: settings expanded, chosen on validation images alone, diverged runs listed, all resumable."""
 
+import json
+
 import pytest
 import torch
 
 from wdat.report.rows import chosen_runs
-from wdat.studies import sweeps
+from wdat.studies import study, sweeps
+from wdat.studies.study import Sweep
 from wdat.threats.ball import Threat
 from wdat.zoo.data import load_data
 from wdat.zoo.networks import Normalised, build
@@ -29,9 +32,9 @@ def test_variants_expand_to_settings_of_the_recipe_and_of_its_objective():
         sweeps.expand([{"name": "a"}, {"name": "a"}], base)
 
 
-def one(clean: float, near: float, exact: float) -> sweeps._Run:
+def one(clean: float, near: float, exact: float) -> study.Measured:
     validation = {"clean": clean, "pointwise": {"d": near}, "exact": {"t": exact}}
-    return sweeps._Run(lambda: None, {"validation": validation}, torch.ones(1))
+    return study.Measured({"validation": validation}, torch.ones(1))
 
 
 @pytest.mark.parametrize(
@@ -62,7 +65,7 @@ def digits():
 
 def test_the_study_measures_chooses_compares_and_resumes(digits, tmp_path):
     models, train, test = digits
-    settings = dict(
+    sweep = Sweep(
         base={"objective": {"kind": "plain"}, "epochs": 1, "lr": 0.01},
         variants=[
             {"name": "plain"},
@@ -70,9 +73,9 @@ def test_the_study_measures_chooses_compares_and_resumes(digits, tmp_path):
             {"name": "wild", "lr": 1e30},
         ],
         seeds=[0, 1], threats=[Threat("1/16"), Threat("2/16")], ours=["ours"], controls=["plain"],
-        pointwise=["1/16"], steps=2, search={"steps": 3}, draws=30, progress=False,
+        pointwise=["1/16"], steps=2, search={"steps": 3}, draws=30,
     )  # fmt: skip
-    found = sweeps.finetuning(models, train, test, work=tmp_path, **settings)
+    found = sweeps.finetuning(models, train, test, sweep, tmp_path, progress=False)
     assert [(r["variant"], r["seed"]) for r in found["runs"]] == [("before", None)] + [
         (v, s) for v in ("plain", "ours (delta 0.02)", "ours (delta 0.1)") for s in (0, 1)
     ]
@@ -85,20 +88,22 @@ def test_the_study_measures_chooses_compares_and_resumes(digits, tmp_path):
         if "w_pgd" in row["after"]:
             assert row["after"]["exact"]["2/16"] <= row["after"]["w_pgd"]["2/16"] + 1e-9
     assert {(c["ours"], c["delta"]) for c in found["comparison"]} == {("ours", "1/16"), ("ours", "2/16")}
-    assert sweeps.finetuning(models, train, test, work=tmp_path, **settings) == found
+    assert sweeps.finetuning(models, train, test, sweep, tmp_path, progress=False) == found
+    apart = sweeps.finetuning(models, train, test, sweep, tmp_path / "apart", jobs=3, progress=False)
+    assert json.dumps(apart) == json.dumps(found)
 
 
 def test_networks_on_the_way_are_further_settings_of_a_method(digits, tmp_path, monkeypatch):
     # the real one: test_evaluation
-    monkeypatch.setattr(sweeps, "autoattack_accuracy", lambda model, data, **_: {"accuracy": 0.5})
+    monkeypatch.setattr(study, "autoattack_accuracy", lambda model, data, **_: {"accuracy": 0.5})
     models, train, test = digits
-    found = sweeps.finetuning(
-        models, train, test, work=tmp_path,
+    sweep = Sweep(
         base={"objective": {"kind": "plain"}, "epochs": 1, "lr": 0.01},
         variants=[{"name": "plain"}, {"name": "ours", "objective": {"kind": "w-trades", "delta": 0.1, "steps": 2}}],
         seeds=[0], threats=[Threat("1/16")], ours=["ours"], controls=["plain"], pointwise=["1/16"], steps=2,
-        search={"steps": 3}, draws=30, shares=[0.0, 0.5], autoattacked=["1/16"], autoattack_all=True, progress=False,
+        search={"steps": 3}, draws=30, shares=[0.0, 0.5], autoattacked=["1/16"], autoattack_all=True,
     )  # fmt: skip
+    found = sweeps.finetuning(models, train, test, sweep, tmp_path, progress=False)
     runs = {(run["method"], run.get("share")): run for run in found["runs"]}
     assert set(runs) == {("before", None), *((m, s) for m in ("plain", "ours") for s in (None, 0.0, 0.5))}
     assert runs["ours", 0.5]["variant"] == "ours, 0.5 of the way" and runs["ours", 0.5]["of"] == "ours"
@@ -121,5 +126,5 @@ def test_the_forecast_names_runs_memory_and_time(digits):
         {"name": "plain", "objective": {"kind": "plain"}},
         {"name": "at", "objective": {"kind": "at", "delta": 0.1}},
     ]
-    text = sweeps.forecast(models, train, base={"epochs": 2}, variants=variants, seeds=[0, 1])
+    text = sweeps.forecast(models, train, Sweep({"epochs": 2}, variants, [0, 1], [Threat(1)]))
     assert text.startswith("4 runs; the dearest, at,") and "small: " in text and "160 images" in text

@@ -7,6 +7,7 @@ import pytest
 
 from wdat.attacks.nearest import minimal_distances
 from wdat.studies import cache, experiments
+from wdat.studies.verification import probed, verify
 from wdat.threats.ball import Threat
 from wdat.zoo.data import from_tensors
 from wdat.zoo.models import load_model
@@ -20,13 +21,13 @@ def data(tiny_data):
 
 
 def test_probes_find_no_violation_inside_certified_balls_and_many_beyond(tiny_model, data, tmp_path, monkeypatch):
-    rows = experiments.probed_certificates({"tiny": tiny_model}, data, ["inf", "2"], tmp_path, 40, restarts=3, steps=30)
-    for row in rows:
+    norms = (float("inf"), 2.0)
+    for row in [probed(tiny_model, data, r, tmp_path, 40, restarts=3, steps=30) for r in norms]:
         assert row["images"] > 20 and row["violations"] == 0
         assert row["probes"] == row["images"] * 4 * 31
     real = cache.certified_radii
     monkeypatch.setattr(cache, "certified_radii", lambda *a, **k: 10 * real(*a, **k))
-    wrong = experiments.probed_certificates({"tiny": tiny_model}, data, ["inf", "2"], tmp_path / "other", 40)
+    wrong = [probed(tiny_model, data, r, tmp_path / "other", 40) for r in norms]
     assert all(row["violations"] > row["images"] for row in wrong)
 
 
@@ -40,12 +41,11 @@ def test_a_longer_search_shares_the_short_one_and_gains_what_is_said(tiny_model,
 
     monkeypatch.setattr(cache, "minimal_distances", counted)
     search = {"steps": 3, "rivals": 1}
-    experiments.across_networks(
-        {"tiny": tiny_model}, data, threats, tmp_path, losses=("ce",), steps=1, search=search, progress=False
-    )
+    models = {"tiny": tiny_model}
+    experiments.across_networks(models, data, threats, tmp_path, losses=("ce",), steps=1, search=search)
     assert calls == [0, 0]  # one search for each norm
-    rows = experiments.convergence({"tiny": tiny_model}, data, threats, tmp_path, search, longer=8)
-    (sets,) = experiments.verified_sets({"tiny": tiny_model}, data, threats[0], tmp_path, search)
+    checks = verify(models, data, threats, tmp_path, middle=threats[0], search=search, longer=8)
+    rows, (sets,) = checks["convergence"], checks["sets"]
     assert calls == [0, 0, 5, 5]  # and one longer search for each
     for row in rows:
         (found,) = row["threats"]
@@ -62,5 +62,5 @@ def test_certificates_of_third_party_networks_withstand_probes(name, r, shared: 
         pytest.skip(f"no weights at {weights}")
     model = load_model(ROOT / f"notebooks/zoo/{name}.yaml", root=weights)
     part = from_tensors(png_test[0][:10], png_test[1][:10])
-    (row,) = experiments.probed_certificates({name: model}, part, [r], tmp_path, 10, restarts=4, steps=40)
+    row = probed(model, part, float(r), tmp_path, 10, restarts=4, steps=40)
     assert row["violations"] == 0 and row["images"] >= 4 and row["probes"] >= 800

@@ -10,15 +10,16 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from wdat.accuracy.allocation import accuracy_curve
 from wdat.attacks.dual import dual_attack
-from wdat.attacks.pgd import attack, pgd, w_fgsm, w_pgd, w_pgd_budget
-from wdat.studies.cache import SEARCH, certificates, distances
-from wdat.studies.evaluation import adversary, clean_pass, evaluate
-from wdat.threats.ball import Threat, parse_norm, plain_number
+from wdat.attacks.pgd import pgd, w_fgsm, w_pgd, w_pgd_budget
+from wdat.clock import spending
+from wdat.studies.evaluation import clean_pass, evaluate
+from wdat.studies.jobs import Run, resident, run_all
+from wdat.threats.ball import Threat, plain_number
 from wdat.threats.seeds import derive_seed
 from wdat.threats.sensitivity import dual_norms, estimate
 from wdat.training.loop import finetune
+from wdat.training.memory import estimate as cost_estimate
 from wdat.training.memory import forward_equivalents
 from wdat.training.recipes import make_recipe
 from wdat.zoo.data import Data, load_data
@@ -56,6 +57,7 @@ def pretrain(
     arguments: dict,
     device: torch.device,
     seed: int = 0,
+    jobs: int = 1,
     progress: bool = True,
 ) -> dict:
     """Train networks from scratch, one per recipe, and save each with its card under folder/NAME.yaml.
@@ -63,35 +65,49 @@ def pretrain(
     A recipe is `Recipe` as plain values: {"objective": {...}, "epochs": ..., "lr": ..., ...}; "from": NAME starts at
     the network of an earlier recipe instead of a fresh one. Each resumes from its own checkpoint.
     """
-    rows, made = [], {}
-    mean = train.x.mean((0, 2, 3)).tolist()
-    std = train.x.std((0, 2, 3)).tolist()
-    for number, (name, settings) in enumerate(recipes.items()):
-        settings = dict(settings)
-        start = settings.pop("from", None)
-        if start is None:
-            with torch.random.fork_rng():
-                torch.manual_seed(derive_seed(seed, -1000 - number))
-                network = Normalised(mean, std, build(architecture, **arguments)).to(device)
-        else:
-            network = made[start]
-        recipe = make_recipe(settings, seed)
-        done = finetune(network, train, recipe, checkpoint=folder / f"{name}.checkpoint", progress=progress)
-        made[name] = done.model
-        training = f"{recipe.objective.name}, {recipe.epochs} epochs, {recipe.schedule}" + (
-            f", from {start}" if start else ""
-        )
-        save_model(
-            done.model, folder / f"{name}.yaml", name=name, architecture=architecture, arguments=arguments, mean=mean,
-            std=std, source="trained by this repository", licence="MIT", training=training,
-        )  # fmt: skip
-        rows.append({"name": name, "training": training, "history": done.history})
-    return {"networks": rows}
+    made: dict[str, tuple[nn.Module, dict]] = {}
+    mean, std = train.x.mean((0, 2, 3)).tolist(), train.x.std((0, 2, 3)).tolist()
+    card = {"architecture": architecture, "arguments": arguments, "mean": mean, "std": std}
+    while waiting := {name: own for name, own in recipes.items() if name not in made}:
+        ready = {name: own for name, own in waiting.items() if own.get("from") in (None, *made)}
+        if not ready:
+            name, own = next(iter(waiting.items()))
+            raise ValueError(f"recipe {name!r} starts from {own['from']!r}; recipes that can: {', '.join(recipes)}")
+        calls = []
+        for name, own in ready.items():
+            settings, start = dict(own), own.get("from")
+            settings.pop("from", None)
+            if start is None:
+                with torch.random.fork_rng():
+                    torch.manual_seed(derive_seed(seed, -1000 - list(recipes).index(name)))
+                    network = Normalised(mean, std, build(architecture, **arguments)).to(device)
+            else:
+                network = made[start][0]
+            path = folder / f"{name}.yaml"
+            settings = {"path": path, "model": network, "start": start, "train": train, "settings": settings}
+            calls.append(Run(name, _pretrained, {**settings, "seed": seed, "card": card}))
+        found = run_all(calls, jobs, desc="networks", memory=resident(), progress=progress)
+        made |= zip(ready, found, strict=True)
+    return {"networks": [made[name][1] for name in recipes]}
+
+
+def _pretrained(
+    path: Path, model: nn.Module, start: str | None, train: Data, settings: dict, seed: int, card: dict
+) -> tuple[nn.Module, dict]:
+    """The network and its row of the record; its card and weights at `path`, its checkpoint beside them."""
+    recipe = make_recipe(settings, seed)
+    with spending("training"):
+        done = finetune(model, train, recipe, checkpoint=path.with_suffix(".checkpoint"), progress=False)
+    training = f"{recipe.objective.name}, {recipe.epochs} epochs, {recipe.schedule}" + (f", from {start}" * bool(start))
+    save_model(
+        done.model, path, name=path.stem, source="trained by this repository", licence="MIT", training=training, **card
+    )
+    return done.model, {"name": path.stem, "training": training, "history": done.history}
 
 
 def attack_theory(
     model: nn.Module, data: Data, *, r: float, orders: Sequence[float], losses: Sequence[str], deltas: Sequence[str],
-    steps: int, shown: int = 8, batch_size: int = 128,
+    steps: int, shown: int = 8, batch_size: int = 128, jobs: int = 1,
 ) -> dict:  # fmt: skip
     """First-order theory against measurement: V(delta) by W-FGSM and W-PGD beside V(0) + delta upsilon.
 
@@ -101,33 +117,14 @@ def attack_theory(
     FGSM, and between W-PGD and PGD, at p = inf (0 expected).
     """
     clean = clean_pass(model, data, losses, batch_size)
-    rows = []
-    for loss in losses:
-        for p in orders:
-            threat = Threat(deltas[0], p, r)
-            norms = clean[f"norms.{loss}.{threat.s:g}"]
-            inside = dual_norms(model, data.x, data.y, threat, loss, batch_size, box=True).cpu()
-            row = {
-                "loss": loss, "p": plain_number(p), "v0": float(clean[f"values.{loss}"].double().mean()),
-                "upsilon": float(threat.upsilon(norms)), "upsilon_box": float(threat.upsilon(inside)), "points": [],
-            }  # fmt: skip
-            for delta in tqdm(deltas, desc=f"{loss}, p={p:g}", leave=False):
-                one = w_fgsm(model, data.x, data.y, threat.at(delta), loss=loss, keep="last", batch_size=batch_size)
-                many = w_pgd(model, data.x, data.y, threat.at(delta), loss=loss, steps=steps, batch_size=batch_size)
-                most = many if loss == "redlr" else w_pgd(
-                    model, data.x, data.y, threat.at(delta), loss=loss, steps=steps, keep="loss", batch_size=batch_size
-                )  # fmt: skip
-                dual = dual_attack(
-                    model, data.x, data.y, threat.at(delta), loss=loss, steps=steps, batch_size=batch_size
-                ).adversarial if loss == "ce" and not threat.pointwise else None  # fmt: skip
-                row["points"].append({
-                    "delta": threat.at(delta).delta, "written": delta,
-                    "w_fgsm": {"loss": one.loss, "accuracy": one.accuracy, "distance": one.distance},
-                    "w_pgd": {"loss": most.loss, "accuracy": many.accuracy, "distance": many.distance},
-                    "dual": {"loss": dual.loss, "accuracy": dual.accuracy, "distance": dual.distance} if dual else None,
-                    "wasted": _wasted(many.norms, clean["correct"], p),
-                })  # fmt: skip
-            rows.append(row)
+    shared = {"model": model, "data": data, "clean": clean, "deltas": deltas, "steps": steps, "batch_size": batch_size}
+    rows = run_all(
+        [
+            Run(f"{loss}, p={p:g}", _theory, {**shared, "loss": loss, "threat": Threat(deltas[0], p, r)})
+            for loss in losses for p in orders
+        ],
+        jobs, desc="attacks", memory=resident(),
+    )  # fmt: skip
 
     middle = Threat(deltas[-2], 2, r)
     found = w_pgd(model, data.x, data.y, middle, steps=steps, batch_size=batch_size)
@@ -155,6 +152,39 @@ def attack_theory(
             "w_pgd_minus_pgd": float((many_w.x - many.x).abs().max()),
         },
     }  # fmt: skip
+
+
+def _theory(
+    model: nn.Module, data: Data, clean: dict[str, Tensor], loss: str, threat: Threat, deltas: Sequence[str],
+    steps: int, batch_size: int,
+) -> dict:  # fmt: skip
+    """One loss and order of `attack_theory`."""
+    norms = clean[f"norms.{loss}.{threat.s:g}"]
+    settings = {"loss": loss, "batch_size": batch_size}
+    inside = dual_norms(model, data.x, data.y, threat, loss, batch_size, box=True).cpu()
+    row = {
+        "loss": loss, "p": plain_number(threat.p), "v0": float(clean[f"values.{loss}"].double().mean()),
+        "upsilon": float(threat.upsilon(norms)), "upsilon_box": float(threat.upsilon(inside)), "points": [],
+    }  # fmt: skip
+    for delta in deltas:
+        ball = threat.at(delta)
+        with spending("evaluation"):
+            one = w_fgsm(model, data.x, data.y, ball, keep="last", **settings)
+            many = w_pgd(model, data.x, data.y, ball, steps=steps, **settings)
+            most = many
+            if loss != "redlr":
+                most = w_pgd(model, data.x, data.y, ball, steps=steps, keep="loss", **settings)
+            dual = None
+            if loss == "ce" and not ball.pointwise:
+                dual = dual_attack(model, data.x, data.y, ball, steps=steps, **settings).adversarial
+        row["points"].append({
+            "delta": ball.delta, "written": delta,
+            "w_fgsm": {"loss": one.loss, "accuracy": one.accuracy, "distance": one.distance},
+            "w_pgd": {"loss": most.loss, "accuracy": many.accuracy, "distance": many.distance},
+            "dual": {"loss": dual.loss, "accuracy": dual.accuracy, "distance": dual.distance} if dual else None,
+            "wasted": _wasted(many.norms, clean["correct"], threat.p),
+        })  # fmt: skip
+    return row
 
 
 def _wasted(norms: Tensor, correct: Tensor, p: float) -> float:
@@ -207,7 +237,7 @@ def sensitivity(
 
 def upsilon_rules(
     model: nn.Module, train: Data, *, recipe: dict, rules: dict[str, dict], every: int, seed: int = 0,
-    batch_size: int = 256, progress: bool = True,
+    batch_size: int = 256, jobs: int = 1, progress: bool = True,
 ) -> dict:  # fmt: skip
     """How far each rule's upsilon is from the full pass while the network is fine-tuned with that rule.
 
@@ -215,124 +245,62 @@ def upsilon_rules(
     counts the extra input-gradient passes over the training set that a rule costs, "share" is their part of the
     training's own arithmetic; "rms" and "median" are of the relative error.
     """
-    rows = []
-    for name, rule in rules.items():
-        settings = make_recipe({**recipe, "upsilon": rule}, seed)
-        (term,) = settings.objective.terms
-        trace = []
-
-        def watch(step: int, network: nn.Module, trackers: list, term=term, trace=trace) -> None:
-            if step % every == 0:
-                norms = torch.cat([
-                    dual_norms(network, *train.batch(i), term.threat, term.budget_loss, batch_size)
-                    for i in torch.arange(len(train)).split(4096)
-                ])  # fmt: skip
-                trace.append(
-                    {"step": step, "true": float(term.threat.upsilon(norms)), "tracked": float(trackers[0].value)}
-                )
-
-        found = finetune(model, train, settings, on_step=watch, progress=progress)
-        errors = torch.tensor([t["tracked"] / t["true"] - 1 for t in trace], dtype=torch.float64)
-        steps_per_epoch = -(-len(train) // settings.batch_size)
-        due = sum(settings.upsilon.due(s, steps_per_epoch) for s in range(settings.epochs * steps_per_epoch))
-        passes = due * min(settings.upsilon.subset or len(train), len(train)) / len(train)
-        rows.append({
-            "rule": name, "settings": rule, "trace": trace, "rms": float(errors.square().mean().sqrt()),
-            "median": float(errors.abs().median()), "passes": passes, "history": found.history,
-            "share": 2 * passes / (settings.epochs * forward_equivalents(settings.objective.cost)),
-        })  # fmt: skip
-    return {"n": len(train), "steps_per_epoch": steps_per_epoch, "rules": rows}
+    shared = {"model": model, "train": train, "recipe": recipe, "every": every, "seed": seed, "batch_size": batch_size}
+    calls = [Run(name, _ruled, {**shared, "name": name, "rule": rule}) for name, rule in rules.items()]
+    need = cost_estimate(model, make_recipe(recipe, seed), train.pixels.shape[1:], len(train))["bytes"]["total"]
+    rows = run_all(calls, jobs, desc="rules", memory=resident() + need, progress=progress)
+    return {"n": len(train), "steps_per_epoch": -(-len(train) // make_recipe(recipe, seed).batch_size), "rules": rows}
 
 
-def verified_sets(
-    models: dict[str, nn.Module], data: Data, threat: Threat, work: Path, search: dict | None = None,
-    batch_size: int = 128,
-) -> list[dict]:  # fmt: skip
-    """The exact adversary's distribution at one radius, handed out and checked: claimed against re-measured.
+def _ruled(
+    model: nn.Module, train: Data, recipe: dict, name: str, rule: dict, every: int, seed: int, batch_size: int
+) -> dict:
+    """One rule of `upsilon_rules`."""
+    settings = make_recipe({**recipe, "upsilon": rule}, seed)
+    (term,) = settings.objective.terms
+    trace = []
 
-    For each network: accuracy and W_p cost that the allocation claims, and those of its points (the images moved, and
-    the one image whose mass is split) by a fresh forward pass and their displacements. Minimal distances are those of
-    `across_networks` with the same `work` and `search`.
-    """
-    return [
-        {"network": name, **adversary(model, data, threat, search, batch_size=batch_size, state=work / f"{name}.parts")}
-        for name, model in models.items()
-    ]
+    def watch(step: int, network: nn.Module, trackers: list) -> None:
+        if step % every == 0:
+            norms = torch.cat([
+                dual_norms(network, *train.batch(i), term.threat, term.budget_loss, batch_size)
+                for i in torch.arange(len(train)).split(4096)
+            ])  # fmt: skip
+            trace.append({"step": step, "true": float(term.threat.upsilon(norms)), "tracked": float(trackers[0].value)})
 
-
-def convergence(
-    models: dict[str, nn.Module], data: Data, threats: Sequence[Threat], work: Path, search: dict | None = None,
-    longer: int = 10, batch_size: int = 128,
-) -> list[dict]:  # fmt: skip
-    """How much a search of about `longer` times the passes still lowers the exact allocation, network by network.
-
-    The long search has twice the steps, all rivals and enough restarts; the short one is that of `across_networks`
-    with the same `work` and `search`. Differences are in accuracy, at each threat; "gains": by how much each restart of
-    the long search lowered the distances, relatively.
-    """
-    rows, short_search = [], search or {}
-    steps = (SEARCH | short_search)["steps"]
-    long_search = short_search | {"steps": 2 * steps, "rivals": 9, "restarts": longer // 2 + 1, "tolerance": 0.0}
-    for name, model in models.items():
-        for r in sorted({t.r for t in threats}):
-            short, long = (
-                distances(model, data, r, settings, batch_size=batch_size, state=work / f"{name}.parts")
-                for settings in (short_search, long_search)
-            )
-            best = torch.minimum(short.distance, long.distance)
-            rows.append({
-                "network": name, "r": plain_number(r), "passes": short.passes, "longer_passes": long.passes,
-                "gains": list(long.gains),
-                "threats": [
-                    {
-                        "threat": t.describe(), "accuracy": float(accuracy_curve(short.distance, t.delta, t.p)),
-                        "longer": float(accuracy_curve(best, t.delta, t.p)),
-                    }
-                    for t in threats if t.r == r
-                ],
-            })  # fmt: skip
-    return rows
-
-
-def probed_certificates(
-    models: dict[str, nn.Module], data: Data, norms: Sequence[float | str], work: Path, certified: int,
-    restarts: int = 2, steps: int = 8, batch_size: int = 128,
-) -> list[dict]:  # fmt: skip
-    """Attempts to refute the certificates of `across_networks`: probes inside the certified balls, and violations.
-
-    PGD on the margin from the image and from `restarts` uniform draws from its ball; every iterate is a probe. Radii
-    are drawn in by what float32 could round a probe out of its ball.
-    """
-    rows = []
-    part = data.take(min(certified, len(data)), seed=0)
-    for name, model in models.items():
-        for r in map(parse_norm, norms):
-            radii = certificates(model, part, r, state=work / f"{name}.parts")
-            radii = (radii * (1 - 1e-6) - 2e-6).clamp_min(0).float()
-            chosen = (radii > 0).nonzero()[:, 0]
-            row = {"network": name, "r": plain_number(r), "images": len(chosen), "probes": 0, "violations": 0}
-            for restart in range(1 + restarts if len(chosen) else 0):
-                generator = torch.Generator().manual_seed(restart)
-                found = attack(
-                    model, *part.batch(chosen), Threat(1, float("inf"), r), loss="negative-margin", steps=steps,
-                    radii=radii[chosen], start="random" if restart else "clean", generator=generator,
-                    batch_size=batch_size,
-                )  # fmt: skip
-                right = found.history[:, 0].double() * len(chosen)
-                row["probes"] += len(chosen) * len(right)
-                row["violations"] += int((len(chosen) - right).round().sum())
-            rows.append(row)
-    return rows
+    with spending("training"):
+        found = finetune(model, train, settings, on_step=watch, progress=False)
+    errors = torch.tensor([t["tracked"] / t["true"] - 1 for t in trace], dtype=torch.float64)
+    steps_per_epoch = -(-len(train) // settings.batch_size)
+    due = sum(settings.upsilon.due(s, steps_per_epoch) for s in range(settings.epochs * steps_per_epoch))
+    passes = due * min(settings.upsilon.subset or len(train), len(train)) / len(train)
+    return {
+        "rule": name, "settings": rule, "trace": trace, "rms": float(errors.square().mean().sqrt()),
+        "median": float(errors.abs().median()), "passes": passes, "history": found.history,
+        "share": 2 * passes / (settings.epochs * forward_equivalents(settings.objective.cost)),
+    }  # fmt: skip
 
 
 def across_networks(
-    models: dict[str, nn.Module], data: Data, threats: Sequence[Threat], work: Path, **settings
+    models: dict[str, nn.Module], data: Data, threats: Sequence[Threat], work: Path, jobs: int = 1, **settings
 ) -> dict:
-    """`evaluate` for each network; resumable and shared with the checks by state folders in `work`."""
+    """`evaluate` for each network; resumable and shared with `verification.verify` by state folders in `work`.
+
+    The threats of one pixel norm are a run; what all the runs have found is then put together.
+    """
+    shared = {name: {"model": model, "data": data, "state": work / f"{name}.parts"} for name, model in models.items()}
+    calls = [
+        Run(f"{name}, l_{r:g}", _evaluated, {**own, "threats": [t for t in threats if t.r == r], "settings": settings})
+        for name, own in shared.items() for r in sorted({t.r for t in threats})
+    ]  # fmt: skip
+    run_all(calls, jobs, desc="evaluation", memory=resident())
+    whole = {"threats": threats, "settings": settings}
     return {
         "n": len(data),
-        "networks": [
-            {"network": name, **evaluate(model, data, threats, state=work / f"{name}.parts", **settings)}
-            for name, model in models.items()
-        ],
+        "networks": [{"network": name, **_evaluated(**own, **whole)} for name, own in shared.items()],
     }
+
+
+def _evaluated(model: nn.Module, data: Data, threats: Sequence[Threat], state: Path, settings: dict) -> dict:
+    with spending("evaluation"):
+        return evaluate(model, data, threats, state=state, progress=False, **settings)

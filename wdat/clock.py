@@ -1,0 +1,32 @@
+"""Where the time goes: seconds by kind of work, in this process and in the workers it waited for. No torch."""
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_seconds: Counter[str] = Counter()
+_inside = [0.0]  # of every open `spending`, outermost first: seconds that ones within it have counted
+
+
+@contextmanager
+def spending(kind: str) -> Iterator[None]:
+    """Seconds spent inside count as `kind`, without those that a `spending` within counts as its own."""
+    start = time.perf_counter()
+    _inside.append(0.0)
+    try:
+        yield
+    finally:
+        whole = time.perf_counter() - start
+        _seconds[kind] += whole - _inside.pop()
+        _inside[-1] += whole
+
+
+def add(seconds: dict[str, float]) -> None:
+    """Count what was spent elsewhere."""
+    _seconds.update(seconds)
+
+
+def spent() -> dict[str, float]:
+    """Seconds by kind so far; those of workers are added up, so they may exceed the time that passed."""
+    return {kind: round(seconds, 3) for kind, seconds in _seconds.items()}

@@ -1,0 +1,223 @@
+"""Independent runs side by side: a list of functions with their settings in, their results out, in the list's order.
+
+A run is a pure function of its settings and computes with one thread, so what it finds does not depend on how many
+run at once, where, or in which order. `joblib.Parallel` hands the list out. On this machine every one of its threads
+has a worker process of its own (loky's), so that a worker that is killed takes one run with it, which is then known
+by name. Inside `joblib.parallel_config(backend="dask")`, or "ray", a cluster's workers compute the same list.
+"""
+
+import contextlib
+import os
+import queue
+import re
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import joblib
+import torch
+from joblib.externals.loky import ProcessPoolExecutor
+from joblib.externals.loky.process_executor import TerminatedWorkerError
+from tqdm.auto import tqdm
+
+from wdat import clock
+
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+CGROUPS = (  # bytes allowed and used in a container, versions 2 and 1
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+
+
+class WorkerKilled(RuntimeError):
+    """Workers were killed from outside; the message names their runs. All others are finished and kept."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A function of the library, settings that can be pickled, and a name for messages."""
+
+    name: str
+    function: Callable
+    settings: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Done:
+    number: int
+    value: Any = None
+    seconds: float = 0.0
+    spent: dict = field(default_factory=dict)
+    process: int = 0
+    killed: str = ""  # by which signal
+
+
+def run_all(
+    runs: Sequence[Run], jobs: int = 0, *, desc: str = "runs", memory: float = 0, progress: bool = True
+) -> list:
+    """What every run returns, in the order of the list; `jobs` at once, 0 for `how_many` there may be.
+
+    memory: bytes one run needs. With one job, or one run, all is computed in this process. The first error of a run
+    ends the others and is raised. WorkerKilled, once all others are done, if workers were killed.
+    """
+    if jobs < 0:
+        raise ValueError(f"jobs={jobs} must be 0 (as many as the machine allows) or at least 1")
+    jobs = max(1, min(jobs or how_many(memory), len(runs)))
+    found, killed, measured, begun = [None] * len(runs), [], [], time.perf_counter()
+    with (
+        tqdm(total=len(runs), desc=desc, disable=not progress, leave=False,
+             bar_format="{desc}: {n_fmt} of {total_fmt} runs, {elapsed} so far{postfix}") as bar,
+        _handed_out(runs, jobs) as outcomes,
+    ):  # fmt: skip
+        for done in outcomes:
+            found[done.number] = done.value
+            measured.append(done.seconds)
+            if done.process != os.getpid():
+                clock.add(done.spent)
+            if done.killed:
+                killed.append(f"{runs[done.number].name} ({done.killed})")
+                tqdm.write(f"the worker of run {killed[-1]} was killed; out of memory? The other runs go on")
+            bar.set_postfix_str(_left(measured, len(runs), jobs), refresh=False)
+            bar.update()
+    if jobs > 1:
+        clock.add({"waiting": max(jobs * (time.perf_counter() - begun) - sum(measured), 0.0)})
+    if killed:
+        raise WorkerKilled(
+            f"{len(killed)} of {len(runs)} runs lost their worker: {', '.join(killed)}; out of memory? The others are "
+            f"kept, the same call does what is missing: with fewer than {jobs} jobs if memory was short"
+        )
+    return found
+
+
+def how_many(memory: float = 0) -> int:
+    """Runs of `memory` bytes each that this machine may compute at once; one where they compute on a GPU.
+
+    Cores by affinity and by the limits of a container (`joblib.cpu_count`), memory by what is free within them; inside
+    `joblib.parallel_config`, what that says or its cluster has.
+    """
+    if backend := _cluster():
+        return backend.effective_n_jobs(joblib.parallel.get_active_backend()[1] or -1)
+    if torch.cuda.is_available():
+        return 1
+    cores, free = joblib.cpu_count(), free_memory()
+    if memory > free:
+        tqdm.write(
+            f"one run needs about {memory / 1e9:.2g} GB and {free / 1e9:.2g} GB are free: it may be killed; take fewer "
+            "images, smaller batches (accumulate) or a machine with more memory"
+        )
+    return max(1, min(cores, int(free / memory) if memory else cores))
+
+
+def free_memory() -> float:
+    """Bytes of main memory that are free for new processes, within the limits of a container; inf if unknown."""
+    free = [float("inf")]
+    with contextlib.suppress(OSError, AttributeError):
+        free.append(1024 * int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]))
+    for limit, used in CGROUPS:
+        with contextlib.suppress(OSError, ValueError):  # no such file; "max"
+            free.append(int(Path(limit).read_text()) - int(Path(used).read_text()))
+    return max(min(free), 0)
+
+
+def resident() -> float:
+    """Bytes this process has held at most: data and networks loaded, what any worker holds before it starts."""
+    import resource
+
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+# How a list is handed out
+
+
+class _Workers:
+    """Processes of this one, each for one run at a time; made when first needed, and anew after one was killed."""
+
+    open: "dict[tuple[int, int], _Workers]" = {}  # noqa: RUF012 -- by process, so that a forked one finds none
+
+    def __init__(self) -> None:
+        self.idle: queue.SimpleQueue[ProcessPoolExecutor] = queue.SimpleQueue()
+        self.made: list[ProcessPoolExecutor] = []
+        self.open[os.getpid(), id(self)] = self
+
+    def compute(self, number: int, one: Run) -> _Done:
+        try:
+            worker = self.idle.get_nowait()
+        except queue.Empty:
+            environment = dict.fromkeys(THREADS, "1")
+            worker = ProcessPoolExecutor(1, initializer=_begin, initargs=(os.getpid(),), env=environment)
+            self.made.append(worker)
+        try:
+            done = worker.submit(_computed, number, one).result()
+        except TerminatedWorkerError as error:
+            worker.shutdown()
+            name = re.search(r"SIG\w+", str(error))
+            return _Done(number, killed=name[0] if name else "it ended by itself")
+        self.idle.put(worker)
+        return done
+
+    def close(self) -> None:
+        del self.open[os.getpid(), id(self)]
+        for worker in self.made:
+            worker.shutdown(kill_workers=True)
+
+
+@contextmanager
+def _handed_out(runs: Sequence[Run], jobs: int) -> Iterator[Iterator[_Done]]:
+    """Outcomes, as runs end. However this is left, no worker stays."""
+    if jobs == 1 and not _cluster():
+        yield (_computed(number, one) for number, one in enumerate(runs))
+        return
+    workers = _Workers()
+    hands = joblib.Parallel(n_jobs=jobs, prefer="threads", batch_size=1, return_as="generator_unordered")
+    try:
+        yield hands(joblib.delayed(_handed)(id(workers), number, one) for number, one in enumerate(runs))
+    finally:
+        workers.close()
+
+
+def _handed(workers: int, number: int, one: Run) -> _Done:
+    """A run in the hands of a thread of the process that has these workers, or of a cluster's worker."""
+    own = _Workers.open.get((os.getpid(), workers))
+    return own.compute(number, one) if own else _computed(number, one)
+
+
+def _cluster() -> "joblib.parallel.ParallelBackendBase | None":
+    """What `joblib.parallel_config` has set around this call."""
+    backend = joblib.parallel.get_active_backend(prefer="threads")[0]
+    return None if backend.supports_sharedmem else backend
+
+
+def _computed(number: int, one: Run) -> _Done:
+    """The run, with one thread."""
+    before, begun, threads = clock.spent(), time.perf_counter(), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        value = one.function(**one.settings)
+    finally:
+        torch.set_num_threads(threads)
+    here = {kind: seconds - before.get(kind, 0) for kind, seconds in clock.spent().items()}
+    return _Done(number, value, time.perf_counter() - begun, here, os.getpid())
+
+
+def _begin(parent: int) -> None:
+    """In a new worker: an interrupt is its parent's to answer, and it does not outlive its parent."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _left(seconds: Sequence[float], total: int, jobs: int) -> str:
+    """How long the rest takes, by the runs measured; those found finished took next to nothing and do not count."""
+    counted = [s for s in seconds if s > max(seconds) / 10]
+    left = (total - len(seconds)) * sum(counted) / len(counted) / jobs if counted else 0
+    return f"about {int(left) // 60}:{int(left) % 60:02d} left"

@@ -1,0 +1,195 @@
+"""One network's part of a sweep: fine-tuned by a recipe, measured by its minimal distances, attacked, and kept."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from wdat.accuracy.allocation import accuracy_curve, class_accuracy, water_level
+from wdat.attacks.nearest import minimal_distances
+from wdat.clock import spending
+from wdat.studies.cache import Cache, Part
+from wdat.studies.evaluation import attacked, autoattack_accuracy, clean_pass
+from wdat.threats.ball import Threat
+from wdat.training.loop import Diverged, Finetuned, finetune, interpolate
+from wdat.training.recipes import make_recipe
+from wdat.zoo.data import Data, draw
+
+
+def summarise(data: Data, distance: Tensor, threats: Sequence[Threat], pointwise: Sequence[str] = ()) -> dict:
+    """What minimal distances (N,) on a data set say of a network, accuracies as fractions by radius as written.
+
+    "clean"; "exact" and "water_level" at the threats; "pointwise", the share of images farther than each radius; the
+    "worst_class" under the exact allocation of the first threat.
+    """
+    first = threats[0]
+    classes = class_accuracy(distance, data.y, first.delta, first.p, len(data.classes))
+    return {
+        "clean": float((distance > 0).double().mean()),
+        "exact": {t.written: float(accuracy_curve(distance, t.delta, t.p)) for t in threats},
+        "water_level": {t.written: float(water_level(distance, t.delta, t.p)) for t in threats},
+        "pointwise": {d: float(accuracy_curve(distance, d, float("inf"))) for d in pointwise},
+        "worst_class": float(classes[~classes.isnan()].min()),
+    }
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What is fine-tuned, how it is measured and what is compared; plain values, for a notebook's cell of parameters.
+
+    Args:
+        base, variants: recipes, see `expand`. seeds: of every recipe.
+        threats: W_p balls at which accuracies are taken; the middle one is what settings are chosen by.
+        validation: share of the training images held out.
+        ours, controls: methods compared with each other at equal clean accuracy (`comparison`), by `draws` bootstraps.
+        pointwise: radii of pointwise accuracy by minimal distances, whose search has the settings `search`.
+        autoattacked: radii of AutoAttack, on `autoattack_images` (0: all) drawn with seed 0; with `autoattack_all` of
+            every setting, at the first radius.
+        steps: of W-PGD.
+        shares: of every run, also the networks at these shares of the way from the one before to its end are measured,
+            and count as further settings of its method; their rows say "of" which variant and at which "share", and
+            leave the history to it (`wdat.training.loop.interpolate`).
+    """
+
+    base: dict
+    variants: Sequence[dict]
+    seeds: Sequence[int]
+    threats: Sequence[Threat]
+    validation: float = 0.1
+    ours: Sequence[str] = ()
+    controls: Sequence[str] = ()
+    pointwise: Sequence[str] = ()
+    autoattacked: Sequence[str] = ()
+    autoattack_images: int = 0
+    autoattack_all: bool = False
+    steps: int = 50
+    search: dict = field(default_factory=dict)
+    batch_size: int = 128
+    draws: int = 1000
+    shares: Sequence[float] = ()
+
+    @property
+    def middle(self) -> Threat:
+        """The threat that settings are chosen by."""
+        return self.threats[(len(self.threats) - 1) // 2]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A network of the sweep, by its row of the record, and its minimal distances on the test images."""
+
+    row: dict
+    distance: Tensor
+
+
+@dataclass(frozen=True)
+class Study:
+    """One network's part of a sweep; every method is a run of its own, a pure function of what stands here.
+
+    train and validation are the two parts of the training images. What is trained and measured is kept in `work`.
+    """
+
+    network: str
+    model: nn.Module
+    train: Data
+    validation: Data
+    test: Data
+    sweep: Sweep
+    work: Path
+
+    def before(self) -> Measured:
+        """The network before fine-tuning, with all attacks."""
+        found = self._measure(
+            self.model, network=self.network, variant="before", method="before", seed=None, before=True
+        )
+        found.row["after"] |= self.attack(found, self.sweep.autoattacked)
+        return found
+
+    def after(self, item: dict, seed: int) -> list[Measured] | Diverged:
+        """Fine-tuned by one recipe and measured at its end, and at every share of the way there."""
+        try:
+            done = self._tuned(item["variant"], item["recipe"], seed)
+        except Diverged as error:
+            return error
+        recipe, found = make_recipe(item["recipe"], seed), []
+        row = {"network": self.network, **item, "seed": seed, "before": False,
+               "cost": recipe.objective.cost, "epochs": recipe.epochs, "history": done.history}  # fmt: skip
+        for share in (1.0, *self.sweep.shares):
+            if share != 1:
+                name = item["variant"]
+                row |= {"variant": between(name, share), "of": name, "share": share, "history": []}
+            found.append(self._measure(interpolate(self.model, done.model, share), **row))
+        return found
+
+    def attack(self, measured: Measured, radii: Sequence[str], published: bool = True) -> dict:
+        """What attacks say of a network measured.
+
+        "w_pgd": accuracy by W-PGD (ReDLR) at the threats, with "upsilon" of ReDLR, if `published`. "autoattack":
+        pointwise accuracy at these radii by AutoAttack (standard) on some images, and "nearest", by minimal distances
+        on the same ones.
+        """
+        row, model = measured.row, self.model
+        if not row["before"]:
+            done = self._tuned(row.get("of", row["variant"]), row["recipe"], row["seed"])
+            model = interpolate(self.model, done.model, row.get("share", 1.0))
+        return (self._published(model) if published else {}) | (
+            self._autoattack(model, measured.distance, radii) if radii else {}
+        )
+
+    def _tuned(self, variant: str, recipe: dict, seed: int) -> Finetuned:
+        """Read from its checkpoint, if it was trained before."""
+        name = re.sub(r"[^\w.-]+", "_", f"{self.network}.{variant}.{seed}")
+        with spending("training"):
+            return finetune(
+                self.model, self.train, make_recipe(recipe, seed), validation=self.validation,
+                validation_threat=self.sweep.middle, checkpoint=self.work / f"{name}.checkpoint", progress=False,
+            )  # fmt: skip
+
+    def _measure(self, model: nn.Module, **row) -> Measured:
+        """Minimal distances and what they say."""
+        kept, sweep, near = self._cache(model), self.sweep, {}
+        settings = {"r": sweep.threats[0].r, "batch_size": sweep.batch_size, **sweep.search}
+        with spending("evaluation"):
+            for part, data in (("after", self.test), ("validation", self.validation)):
+                near[part] = kept.get(distance, data, **settings)["distance"]
+                row[part] = summarise(data, near[part], sweep.threats, sweep.pointwise)
+        return Measured(row, near["after"])
+
+    def _published(self, model: nn.Module) -> dict:
+        kept, first, batch_size = self._cache(model), self.sweep.threats[0], self.sweep.batch_size
+        settings = {"loss": "redlr", "steps": self.sweep.steps, "batch_size": batch_size}
+        with spending("evaluation"):
+            found = {t.written: kept.get(attacked, self.test, threat=t, **settings) for t in self.sweep.threats}
+            clean = kept.get(clean_pass, self.test, losses=("redlr",), batch_size=batch_size)
+        return {
+            "w_pgd": {written: float(part["correct"].double().mean()) for written, part in found.items()},
+            "upsilon": float(first.upsilon(clean[f"norms.redlr.{first.s:g}"])),
+        }
+
+    def _autoattack(self, model: nn.Module, distance: Tensor, radii: Sequence[str]) -> dict:
+        kept, n = self._cache(model), self.sweep.autoattack_images or len(self.test)
+        part, same = self.test.take(n, seed=0), distance[draw(len(self.test), n, 0)]
+        balls = {d: Threat(d, float("inf"), self.sweep.threats[0].r) for d in radii}
+        settings = {"version": "standard", "batch_size": self.sweep.batch_size}
+        with spending("evaluation"):
+            found = {d: kept.get(autoattack_accuracy, part, threat=ball, **settings) for d, ball in balls.items()}
+        return {
+            "autoattack": {d: row["accuracy"] for d, row in found.items()},
+            "nearest": {d: float(accuracy_curve(same, d, float("inf"))) for d in radii},
+        }
+
+    def _cache(self, model: nn.Module) -> Cache:
+        return Cache(self.work / "parts", model)
+
+
+def distance(model: nn.Module, data: Data, r: float, **search: Any) -> Part:
+    """Minimal distances without the points themselves, 12 kB an image: there are hundreds of runs."""
+    return {"distance": minimal_distances(model, *data.stored(), r, **search).distance}
+
+
+def between(variant: str, share: float) -> str:
+    """The name of a variant's networks at a share of the way."""
+    return variant if share == 1 else f"{variant}, {share:g} of the way"
