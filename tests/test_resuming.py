@@ -1,6 +1,7 @@
 """Resuming bit for bit after any kill, checkpoints that are refused, and runs that diverge."""
 
 import contextlib
+import ctypes
 import itertools
 import math
 import multiprocessing
@@ -83,7 +84,7 @@ def test_a_run_killed_at_random_moments_ends_as_an_undisturbed_one(name, tmp_pat
                 torch.manual_seed(rng.randrange(10**6))  # a new process has another generator
         assert kills > 0 and changed(weights(undisturbed.model), found.model) == []
         assert found.history == undisturbed.history
-        again = run(model, train, recipe, checkpoint=path)  # a finished run is read back
+        again = run(model, train, recipe, validation=validation, checkpoint=path)  # a finished run is read back
         assert changed(weights(found.model), again.model) == [] and again.history == found.history
 
 
@@ -175,7 +176,7 @@ def test_a_kill_inside_a_step_loses_nothing(tmp_path, monkeypatch):
         ("objective", w_trades(Threat(0.06, 2), steps=2), "objective: Objective"),
     ],
 )  # fmt: skip
-def test_a_checkpoint_of_another_recipe_is_refused_and_the_difference_named(field, value, named, tmp_path):
+def test_a_checkpoint_of_another_recipe_is_refused_and_the_difference_named(field, value, named, tmp_path, monkeypatch):
     model, path = relu(), tmp_path / "run.pt"
     train, recipe = data(model), {"objective": w_trades(THREAT, steps=2), **QUICK}
     run(model, train, Recipe(**recipe), checkpoint=path)
@@ -186,7 +187,49 @@ def test_a_checkpoint_of_another_recipe_is_refused_and_the_difference_named(fiel
         run(relu(seed=1), train, Recipe(**recipe), checkpoint=path)
     with pytest.raises(ValueError, match=r"another run \(data: "):
         run(model, data(model, seed=1), Recipe(**recipe), checkpoint=path)
+    with pytest.raises(ValueError, match=r"another run \(validation: "):
+        run(model, train, Recipe(**recipe), checkpoint=path, validation=data(model, 10, seed=3))
+    monkeypatch.setattr("wdat.training.loop.version", lambda _: "newer")
+    with pytest.raises(ValueError, match=r"another run \(library: \w+ -> newer\)"):
+        run(model, train, Recipe(**recipe), checkpoint=path)
     assert path.read_bytes() == content
+
+
+HIDDEN = ctypes.c_float(0)
+
+
+class Shifted(nn.Module):
+    """A network behind a shift that its weights do not show."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.mu, self.act = relu(), 0.0, nn.Identity()
+        self.register_buffer("mean", torch.zeros(1), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.act(self.net(x - self.mu - self.mean - HIDDEN.value))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda m: setattr(m, "mu", 0.5), "network"),
+        (lambda m: m.mean.add_(0.5), "network"),
+        (lambda m: setattr(m, "act", nn.Tanh()), "network"),
+        (lambda m: setattr(m, "act", nn.Dropout(0.5)), "network"),  # the same answers, another training
+        (lambda m: setattr(HIDDEN, "value", 0.5), "logits"),
+    ],
+)
+def test_a_checkpoint_of_another_function_is_refused(change, named, tmp_path):
+    path, recipe, train = tmp_path / "run.pt", Recipe(plain(), **QUICK), data(relu())
+    try:
+        found = run(Shifted(), train, recipe, checkpoint=path)
+        assert run(Shifted(), train, recipe, checkpoint=path).history == found.history
+        change(model := Shifted())
+        with pytest.raises(ValueError, match=rf"belongs to another run \({named}: .*; delete it or name another file"):
+            run(model, train, recipe, checkpoint=path)
+    finally:
+        HIDDEN.value = 0
 
 
 @pytest.mark.parametrize("content", [None, b"", b"<!DOCTYPE html><html>quota exceeded</html>", "folder"])

@@ -3,7 +3,6 @@
 A check that holds reads its numbers at once: a GPU waits for each reading.
 """
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -153,14 +152,6 @@ def device_of(model: nn.Module) -> torch.device:
 def under_autocast(device: torch.device) -> bool:
     """Whether layers run in lower precision there at the moment."""
     return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
-
-
-def weights_digest(model: nn.Module) -> str:
-    """SHA-256 of the names and bytes of all parameters and buffers: what a checkpoint or a result belongs to."""
-    digest = hashlib.sha256()
-    for key, value in model.state_dict().items():
-        digest.update(key.encode() + value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 @contextmanager

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from wdat.attacks.pgd import w_pgd
+from wdat.digest import version
 from wdat.records import write_tensors
 from wdat.threats.ball import Threat, per_image
-from wdat.threats.checks import device_of, frozen, weights_digest
+from wdat.threats.checks import device_of, frozen
 from wdat.threats.losses import ce, margin
 from wdat.threats.seeds import derive_seed
 from wdat.threats.sensitivity import dual_norms, input_gradient
@@ -29,6 +30,7 @@ from wdat.training.recipes import Recipe, initialise, make_recipe
 from wdat.training.schedules import get_schedule
 from wdat.training.trackers import Tracker
 from wdat.zoo.data import Data, check_fit, check_outputs
+from wdat.zoo.identity import identify, same
 
 __all__ = ["Diverged", "Finetuned", "Recipe", "estimate", "finetune", "interpolate", "make_recipe"]
 
@@ -103,7 +105,8 @@ def finetune(
             W-PGD accuracy (10 steps, under `validation_threat`, by default the first term's) per epoch; the final
             weights are returned, never the best ones.
         checkpoint: file to resume from and write to, after every epoch and, if given, every `checkpoint_every` steps.
-            Written atomically; one of another recipe, network or data is refused, naming what differs.
+            Written atomically; one of another recipe, network (`wdat.zoo.identity`), data, validation or version of the
+            library is refused, naming what differs.
         on_step: called after each step with the number of steps done, the network and the trackers, to look at only.
 
     History rows: epoch, lr, loss, train accuracy, tracked scalars, realised delta (mean eps^p)^(1/p), cap rate, idle
@@ -117,8 +120,8 @@ def finetune(
         check_outputs(validation, classes)
     steps_per_epoch = -(-n // recipe.batch_size)
     objective, schedule = recipe.objective, get_schedule(recipe.schedule)
-    identity = _identity(model, train, recipe)
     path = Path(checkpoint) if checkpoint else None
+    identity = _identity(model, train, recipe, validation, validation_threat) if path else {}
     saved = _load(path, identity) if path and path.exists() else None
     if device.type == "cuda" and not saved:
         found = estimate(model, recipe, train.pixels.shape[1:], n)
@@ -280,23 +283,30 @@ def _validate(network: nn.Module, data: Data, threat: Threat | None, size: int) 
     return row
 
 
-def _identity(model: nn.Module, train: Data, recipe: Recipe) -> dict[str, str]:
-    """What a checkpoint belongs to, as text, so that a mismatch can be named."""
-    flat = asdict(replace(recipe, objective=Objective("")))
-    facts = {key: repr(value) for key, value in flat.items() if key != "objective"}
-    return facts | {"objective": repr(recipe.objective), "network": weights_digest(model), "data": train.sha256}
+def _identity(
+    model: nn.Module, train: Data, recipe: Recipe, validation: Data | None, threat: Threat | None
+) -> dict[str, str | Tensor]:
+    """What a checkpoint belongs to, as text, so that a mismatch can be named; and the network's logits."""
+    made_of, logits = identify(model, train)
+    facts = {key: repr(value) for key, value in asdict(replace(recipe, objective=Objective(""))).items()}
+    return facts | {
+        "objective": repr(recipe.objective), "network": made_of, "logits": logits, "data": train.sha256,
+        "validation": f"{validation.sha256} {threat!r}" if validation else "none", "library": version(__name__),
+    }  # fmt: skip
 
 
-def _load(path: Path, identity: dict[str, str]) -> dict:
+def _load(path: Path, identity: dict[str, str | Tensor]) -> dict:
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         theirs = saved["identity"]
+        changed = [] if same(identity["logits"], theirs.get("logits", torch.empty(0))) else ["logits"]
     except Exception as error:
         raise ValueError(
             f"checkpoint {path} can not be read ({type(error).__name__}); delete it to start anew"
         ) from error
-    changed = [key for key in identity if theirs.get(key) != identity[key]]
+    changed = [k for k in identity if k != "logits" and theirs.get(k) != identity[k]] or changed
     if changed:
-        shown = "; ".join(f"{k}: {str(theirs.get(k))[:60]} -> {identity[k][:60]}" for k in changed)
+        before, now = ({k: " ".join(str(facts.get(k)).split())[:60] for k in changed} for facts in (theirs, identity))
+        shown = "; ".join(f"{k}: {before[k]} -> {now[k]}" for k in changed)
         raise ValueError(f"checkpoint {path} belongs to another run ({shown}); delete it or name another file")
     return saved

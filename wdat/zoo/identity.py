@@ -50,7 +50,8 @@ def identify(model: nn.Module, data: Data) -> tuple[str, Tensor]:
 def answers(model: nn.Module, data: Data, change: Callable[[Tensor], Tensor] = torch.clone) -> Tensor:
     """Logits of up to `FEW` images spread over the set, float32 (n, m) on the CPU: one pass, of one size always."""
     x, _ = data.batch(torch.linspace(0, len(data) - 1, min(FEW, len(data))).long())
-    with frozen(model):
+    exact = torch.backends.cudnn.flags(torch.backends.cudnn.enabled, deterministic=True, allow_tf32=False)
+    with frozen(model), exact:  # a GPU's short multiplications would be told from a CPU's
         logits = model(change(x).to(device_of(model)))
     check_logits(logits, len(x))
     return logits.float().cpu()
