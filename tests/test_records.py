@@ -162,6 +162,17 @@ def test_provenance_says_where_a_record_comes_from(monkeypatch):
     assert json.dumps(found, allow_nan=False)
 
 
+def test_seconds_are_those_of_the_run(monkeypatch):
+    """A session that imported the library an hour ago, in which a run of five seconds begins, and then another."""
+    now = [3600.0]
+    monkeypatch.setattr(records.time, "perf_counter", lambda: now[0])
+    for begin in (records.started, records.device_line):
+        begin()
+        now[0] += 5.04
+        assert records.provenance("cpu")["seconds"] == 5
+        now[0] += 600
+
+
 def test_outside_git_the_commit_is_none(monkeypatch, tmp_path):
     monkeypatch.setattr(records, "__file__", str(tmp_path / "wdat" / "records.py"))
     assert records.provenance()["git"] == {"commit": None, "dirty": None}

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 SCHEMA = 1
 SOURCES = ("wdat", "notebooks/*.py", "notebooks/profiles", "pyproject.toml", "requirements.lock.txt")
 _RESERVED = ("schema", "kind", "config", "results", "provenance")
-_STARTED = time.perf_counter()
+_begun = [time.perf_counter()]
 
 
 def root(start: str | Path | None = None) -> Path:
@@ -67,6 +67,15 @@ def write_file(path: str | Path, content: bytes | str) -> Path:
         reason = error.strerror or error
         raise OSError(f"cannot write {path}: {reason}; free some space or name a folder you may write to") from error
     return path
+
+
+def started() -> None:
+    """A run begins now: `provenance` counts its seconds from here, not from the import of `wdat`.
+
+    `device_line` says so too, which the command and every notebook print first; a script that writes several records
+    calls this before each run. Without either, seconds count from the import.
+    """
+    _begun[0] = time.perf_counter()
 
 
 def check_writable(folder: str | Path) -> None:
@@ -176,7 +185,7 @@ def read(path: str | Path, kind: str | None = None) -> dict[str, Any]:
 
 
 def provenance(device: "str | torch.device | None" = None) -> dict[str, Any]:
-    """What made a record: versions, git commit, device, threads, UTC date and seconds since `wdat` was imported.
+    """What made a record: versions, git commit, device, threads, UTC date and the run's seconds (see `started`).
 
     `git.dirty` says whether the sources (not the outputs) differ from the commit; both are None outside git.
     `command` is what the runner was asked for, None in a notebook opened by hand.
@@ -196,7 +205,7 @@ def provenance(device: "str | torch.device | None" = None) -> dict[str, Any]:
         "no_cuda": None if device.type == "cuda" else _why_cpu(),
         "threads": torch.get_num_threads(),
         "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "seconds": round(time.perf_counter() - _STARTED, 1),
+        "seconds": round(time.perf_counter() - _begun[0], 1),
         "command": os.environ.get("WDAT_COMMAND"),
     }
 
@@ -223,9 +232,10 @@ def pick_device(name: "str | torch.device" = "auto") -> "torch.device":
 
 
 def device_line(name: "str | torch.device" = "auto") -> str:
-    """The first line every run prints: the device chosen, and why it is the CPU if it is."""
+    """The first line every run prints: the device chosen, and why it is the CPU if it is. The run's clock starts."""
     import torch
 
+    started()
     device = pick_device(name)
     if device.type == "cuda":
         return f"device: {device} ({_device_name(device)}, CUDA {torch.version.cuda})"
