@@ -1,16 +1,31 @@
 """`wdat evaluate` as a user runs it: the set it hands out, what it prints of it, and resuming after an interruption."""
 
 import json
+import sys
 
 import pytest
 import torch
 
 import wdat
 from wdat import cli
-from wdat.studies import evaluation
+from wdat.report import figures
+from wdat.studies import cache, evaluation
 from wdat.zoo.networks import build
 
 RUN = ["evaluate", "net.yaml", "--data", "digits", "--n", "40", "--steps", "3", "--delta", "1/16", "2/16"]
+
+
+# the shift is no weight
+SHIFTED = """
+import pathlib, torch, wdat
+class Shifted(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net, self.mu = wdat.load_model("net.yaml"), float(pathlib.Path("shift.txt").read_text())
+    def forward(self, x):
+        return self.net(x - self.mu)
+network = Shifted
+"""
 
 
 @pytest.fixture
@@ -51,6 +66,7 @@ def test_the_set_written_can_be_verified_by_others(place, capsys):
     assert sorted(path.suffix for path in (place / "results").iterdir() if path.stem == "net") == [
         ".json",
         ".md",
+        ".parts",
         ".tex",
     ]
 
@@ -68,4 +84,28 @@ def test_an_interrupted_command_continues(place, capsys, monkeypatch):
     assert cli.main(RUN) == 130 and "to resume" in capsys.readouterr().err
     assert (place / "results/net.parts").is_dir()
     assert cli.main(RUN) == 0 and len(calls) == 2 * 3 + 1  # radii times losses, and the one that was interrupted
-    assert not (place / "results/net.parts").exists()
+
+
+def test_a_figure_that_fails_and_other_radii_lose_nothing(place, capsys, monkeypatch):
+    """What was searched stays, and serves until something else is asked of the network."""
+    assert cli.main(RUN) == 0 and "net.parts, 0." in capsys.readouterr().out
+    passes, searched = [], cache.minimal_distances
+    monkeypatch.setattr(cache, "minimal_distances", lambda *a, **s: passes.append(1) or searched(*a, **s))
+    with monkeypatch.context() as patched:
+        patched.setattr(figures, "curves", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            cli.main(RUN)
+    assert cli.main(RUN) == 0 and cli.main([*RUN[:-2], "3/16"]) == 0 and not passes
+    assert cli.main([*RUN, "--norm", "2"]) == 0 and passes
+
+
+def test_another_function_of_the_same_weights_is_evaluated_anew(place, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (place / "shifted.py").write_text(SHIFTED)
+    accuracy = []
+    for shift in ("0.5", "0.0"):
+        (place / "shift.txt").write_text(shift)
+        assert cli.main(["evaluate", "shifted:network", *RUN[2:], "--out", "own"]) == 0
+        (row,) = json.loads((place / "own/network.json").read_text())["results"]["networks"]
+        accuracy.append(row["clean"]["accuracy"])
+    assert accuracy[0] < accuracy[1]

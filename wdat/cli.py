@@ -105,11 +105,11 @@ def _evaluate(sub: Any) -> None:
     verb.add_argument("--out", default="results", help="folder of the record and figures (default: results)")
 
     def run(args: argparse.Namespace) -> None:
-        import shutil
         from pathlib import Path
 
         from wdat import records
         from wdat.report import figures, tables
+        from wdat.studies.cache import prune
         from wdat.studies.evaluation import adversary, evaluate
         from wdat.threats.ball import Threat
 
@@ -141,12 +141,13 @@ def _evaluate(sub: Any) -> None:
             args.device, model={"name": name, **getattr(model, "card", {})},
             data={"name": data.name, "sha256": data.sha256},
         )  # fmt: skip
-        shutil.rmtree(shared["state"])
         table = tables.evaluation(record)
         print(table.markdown())
         figures.sandwich(record, r, p)
         figures.curves(record, r)
         print(f"record and figures: {out}/{name}.json, .pdf, .png")
+        size = prune(shared["state"]) / 2**20
+        print(f"kept for other radii: {shared['state']}, {size:.1f} MiB (2 GiB at most); you may delete it")
 
     verb.set_defaults(run=run)
 
