@@ -30,10 +30,13 @@ ROOMS = {
     "accuracy": {"threats"},
     "zoo": {"threats", "records", "settings", "digest"},
     "training": {"threats", "attacks", "accuracy", "zoo", "records", "settings", "digest"},
-    "studies": {"threats", "attacks", "accuracy", "zoo", "training", "records", "settings", "digest", "clock"},
+    "randomised": {"threats", "attacks", "accuracy", "zoo", "records", "settings", "digest"},
+    "studies": {
+        "threats", "attacks", "accuracy", "zoo", "training", "randomised", "records", "settings", "digest", "clock",
+    },
     "report": {"records"},
     "reproduce": {"records", "settings", "digest"},
-}
+}  # fmt: skip
 ROOMS["cli"] = set(ROOMS)
 TORCH_FREE = ("clock", "digest", "records", "settings", "report", "reproduce", "cli")
 MODULES = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in sorted((ROOT / "wdat").rglob("*.py"))}

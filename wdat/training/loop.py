@@ -189,6 +189,7 @@ def finetune(
                             tracker.refresh(_norms(network, train, term, recipe))
                     torch.manual_seed(derive_seed(recipe.seed, done))
                     x = shift_and_flip(x, recipe.augment, recipe.flip)
+                    x = x + recipe.noise * torch.randn_like(x) if recipe.noise else x
                     mode = network.train if recipe.layers == "all" else network.eval
                     optimiser.zero_grad(set_to_none=True)
                     micro = recipe.micro_batch

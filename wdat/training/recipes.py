@@ -42,6 +42,9 @@ class Recipe:
         upsilon: how upsilon is kept, a `wdat.training.trackers.Rule` or a mapping of its fields.
         augment: largest shift in pixels of a random crop (zero padding), together with `flip`.
         flip: mirror half of the images.
+        noise: standard deviation of Gaussian noise added to every image of a step, unclipped, for `wdat.Randomised` of
+            the same sigma (Cohen et al., arXiv 1902.02918); 0: none. Adversarial terms need images in [0, 1] and
+            are refused with it. Training accuracy is then that of one draw.
         seed: of order, augmentation, noise, initialisation.
 
     Every setting is read by its type (`wdat.settings`); ValueError for one that does not fit.
@@ -63,6 +66,7 @@ class Recipe:
     upsilon: Rule = field(default_factory=Rule)
     augment: int = 0
     flip: bool = False
+    noise: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -80,6 +84,11 @@ class Recipe:
             )
         if self.augment < 0 or not self.clip >= 0:
             raise ValueError(f"augment={self.augment}, a shift in pixels, and clip={self.clip} must be >= 0")
+        if not 0 <= self.noise <= 10 or (self.noise and self.objective.terms):
+            raise ValueError(
+                f"noise={self.noise:g} must be a standard deviation in [0, 10], and 0 with an adversarial objective "
+                f"such as {self.objective.name!r}: train with noise by the objective plain"
+            )
         get_schedule(self.schedule)
 
     @property

@@ -7,6 +7,7 @@ A card says what a network is and where it comes from:
     weights, sha256, bytes           file name (.pt or .safetensors), its digest and, optionally, its size
     source, licence, training        who trained it, how, on what terms
     epsilon                          radius it was trained for, as written ("8/255"), if documented
+    sigma                            standard deviation of the noise in front of it (`wdat.Randomised`), if any
 
 Nothing is downloaded, and no folder is made while looking.
 """
@@ -26,11 +27,12 @@ from wdat.records import write_file
 from wdat.settings import Written, check_names, read
 from wdat.zoo import robustbench as rb
 from wdat.zoo.networks import Normalised, build
+from wdat.zoo.noise import Randomised
 
 CARD = {
     "name": str, "architecture": str, "arguments": dict | None, "mean": list[Written] | None,
     "std": list[Written] | None, "weights": str, "sha256": str, "bytes": int | None, "source": str | None,
-    "licence": str | None, "training": str | None, "epsilon": Written | None,
+    "licence": str | None, "training": str | None, "epsilon": Written | None, "sigma": float | None,
 }  # fmt: skip
 REQUIRED = ("name", "architecture", "weights", "sha256")
 
@@ -123,6 +125,7 @@ def _from_card(path: Path, root: str | Path | None) -> nn.Module:
     network = build(card["architecture"], **card.get("arguments") or {})
     _fill(network, read_weights(weights), weights, card["architecture"])
     model = network if card.get("mean") is None else Normalised(card["mean"], card["std"], network)
+    model = model if card.get("sigma") is None else Randomised(model, card["sigma"])
     model.card = card
     return model
 
@@ -230,8 +233,8 @@ def save_model(model: nn.Module, card_path: str | Path, **fields: Any) -> Path:
     """Write the weights (CARD.safetensors, beside the card) and the card; `load_model(card_path)` reads them back.
 
     fields: those of a card. `architecture` and `arguments` are needed unless the model was loaded from a card; mean
-    and std come from a `Normalised` model. ValueError unless that architecture takes exactly these weights. Both
-    files appear whole or not at all, weights first.
+    and std come from a `Normalised` model, sigma from a `Randomised` one. ValueError unless that architecture takes
+    exactly these weights. Both files appear whole or not at all, weights first.
     """
     from safetensors.torch import save
 
@@ -243,6 +246,8 @@ def save_model(model: nn.Module, card_path: str | Path, **fields: Any) -> Path:
     fields = {key: loaded[key] for key in ("architecture", "arguments") if key in loaded} | fields
     if "architecture" not in fields:
         raise ValueError("save_model needs architecture=... (and arguments=...), so that the weights can be read back")
+    if isinstance(model, Randomised):
+        fields["sigma"], model = model.sigma, model.network
     network = model
     if isinstance(model, Normalised):
         network = model.network
@@ -269,6 +274,8 @@ def export_robustbench(model: nn.Module, path: str | Path) -> Path:
     path = Path(path)
     if path.suffix != ".pt":
         raise ValueError(f"RobustBench reads NAME.pt, not {path.name}")
+    if isinstance(model, Randomised):
+        raise ValueError("RobustBench's loader would drop the noise; export the network inside, model.network")
     if isinstance(model, Normalised):
         raise ValueError("RobustBench's networks hold their own normalisation; export the network without `Normalised`")
     buffer = io.BytesIO()

@@ -1,0 +1,120 @@
+"""The upper side: an adversary who knows the network and sigma, but not the draw.
+
+The probability g of a right answer is attacked through its mean over a few fixed draws, a deterministic network
+(`Averaged`), so that every attack of `wdat.attacks` runs on it unchanged (SmoothAdv, Salman et al., arXiv 1906.04584).
+What it finds is judged by fresh draws. Images are attacked once along a ladder of radii; the W_p adversary then
+chooses for each image the rung that minimises g + lambda r^p, and a sweep over lambda is the whole curve.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from wdat.attacks.pgd import Adversarial, attack
+from wdat.randomised.counts import Counts, count
+from wdat.threats.ball import Threat
+from wdat.zoo.data import Data, from_tensors
+from wdat.zoo.noise import Randomised, noise, snap, step_of, stream
+
+AVERAGED, STEPS = 16, 20
+
+
+class Averaged(nn.Module):
+    """log of the mean softmax over m fixed draws: images (N, C, H, W) -> (N, classes), m passes an image.
+
+    The same m draws for every image and forward pass, of this seed: deterministic, and differentiable in the images.
+    Cross-entropy on it is -log of the mean probability of the right class.
+    """
+
+    def __init__(self, model: Randomised, m: int, seed: int) -> None:
+        super().__init__()
+        if m < 1:
+            raise ValueError(f"m={m} draws are averaged; at least 1 is needed")
+        self.network, self.sigma, self.m, self.seed, self.drawn = model.network, model.sigma, m, seed, None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.drawn is None or self.drawn.shape[1:] != x.shape[1:] or self.drawn.device != x.device:
+            like = x.detach()[:1].expand(self.m, *x.shape[1:])
+            self.drawn = noise(like, self.sigma, stream(x.device, self.seed, self.m))
+        noisy = snap(x, step_of(self.sigma))[:, None] + self.drawn
+        logits = self.network(noisy.flatten(0, 1)).unflatten(0, (len(x), self.m))
+        return logits.log_softmax(2).logsumexp(1) - math.log(self.m)
+
+
+def attack_through(
+    model: Randomised, data: Data, threat: Threat, *, m: int = AVERAGED, steps: int = STEPS, seed: int = 0,
+    batch_size: int = 16, radii: Tensor | None = None, start: str | Tensor = "clean", progress: bool = False,
+) -> Adversarial:  # fmt: skip
+    """W-PGD (p = inf, or with radii: PGD) on the cross-entropy of the mean of m draws; see `wdat.attacks.pgd.attack`.
+
+    `correct` and `accuracy` of the result are the surrogate's: judge `x` by `count` on fresh draws.
+    """
+    x, y = data.stored()
+    return attack(
+        Averaged(model, m, seed), x, y, threat, loss=_surprise, steps=steps, radii=radii, start=start, keep="last",
+        batch_size=batch_size, progress=progress,
+    )  # fmt: skip
+
+
+def _surprise(logits: Tensor, labels: Tensor) -> Tensor:
+    return -logits.gather(1, labels[:, None])[:, 0]
+
+
+def ladder(
+    model: Randomised, data: Data, radii: Sequence[float], r: float, *, m: int = AVERAGED, steps: int = STEPS,
+    draws: int = 200, seed: int = 0, batch_size: int = 16, progress: bool = True,
+) -> tuple[Tensor, list[Counts]]:  # fmt: skip
+    """Attack every image at every radius, each from the one before: moves (R + 1, N), fresh counts of each rung.
+
+    The first rung is the clean images. moves: the r-norms of the displacements. Each rung has other draws to climb by
+    and, in `count`, a pilot to choose rungs by and a main pass to judge them by.
+    """
+    norms, rungs, start = [torch.zeros(len(data), dtype=torch.float64)], [data], "clean"
+    for number, radius in enumerate(tqdm(radii, "attack", unit="radius", disable=not progress), 1):
+        each = torch.full((len(data),), float(radius))
+        found = attack_through(
+            model, data, Threat(radius, math.inf, r), m=m, steps=steps, seed=seed + number, batch_size=batch_size,
+            radii=each, start=start,
+        )  # fmt: skip
+        start = found.x
+        norms.append(found.norms.double().cpu())
+        rungs.append(from_tensors(found.x, data.y, "attacked", data.classes))
+    counts = [
+        count(model, rung, draws=draws, seed=1000 + seed + number, progress=progress) for number, rung in enumerate(rungs)
+    ]
+    return torch.stack(norms), counts
+
+
+def upper(moves: Tensor, counts: Sequence[Counts], threat: Threat, level: float) -> dict[str, float]:
+    """A point of the upper curve inside the ball: what the attacks leave, as the adversary spends its budget best.
+
+    Rungs are chosen by the pilots, with the price bisected until (mean move^p)^(1/p) <= delta; their accuracy is the
+    mean of k/n of the main passes, unbiased. "accuracy", "distance", and "high", above the accuracy under this Q with
+    probability >= 1 - level (Hoeffding over all draws: each moves the mean by 1 / (N n)).
+    """
+    guess = torch.stack([c.pilot.double() / c.pilot_draws for c in counts])
+    judged = torch.stack([c.right.double() / c.draws for c in counts])
+
+    def chosen(price: float) -> Tensor:
+        return (guess + price * cost).argmin(0)
+
+    if threat.pointwise:
+        rungs = guess.masked_fill(moves > threat.delta * (1 + 1e-6), math.inf).argmin(0)
+    else:
+        cost = (moves / max(threat.delta, 1e-12)).pow(threat.p)
+        low, high = -30.0, 30.0  # of log prices; what the highest one buys is next to nothing
+        for _ in range(50):
+            middle = (low + high) / 2
+            spent = float(cost.gather(0, chosen(math.exp(middle))[None]).mean())
+            low, high = (middle, high) if spent > 1 else (low, middle)
+        rungs = chosen(math.exp(high))
+    found = judged.gather(0, rungs[None])[0]
+    used = torch.stack([c.draws for c in counts]).gather(0, rungs[None])[0].double()
+    half = math.sqrt(math.log(1 / level) * float((1 / used).sum()) / 2) / len(used)
+    distance = threat.distance(moves.gather(0, rungs[None])[0])
+    return {
+        "accuracy": float(found.mean()), "high": min(1.0, float(found.mean()) + half), "distance": float(distance),
+    }  # fmt: skip

@@ -1,0 +1,115 @@
+"""One call: what is proved of a randomised network's accuracy under distributional threats, with which confidence.
+
+*Promised.* For every Q in the ball that was chosen before the draw, one draw of the randomised network is right on at
+least this share of Q, with probability `confidence` over the draws that were counted here.
+*Not promised.* A single prediction varies (`disagree`: how often two draws differ); the network without its noise is
+another classifier; it is not robust image by image; linf through sqrt(n) loses in high dimension; and images are those
+that were counted (`population` is about images drawn anew). Noise and image are summed exactly (`wdat.zoo.noise`), but
+that torch's normal numbers are normal is taken for granted.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from wdat.accuracy.allocation import accuracy_curve
+from wdat.randomised.certificate import distinct, dual, in_sigmas, lower_curve, lower_ends, vote_radii
+from wdat.randomised.counts import Counts, count
+from wdat.randomised.means import adaptive, bracketed, mean_bound
+from wdat.threats.ball import Threat, plain_number
+from wdat.zoo.data import Data
+from wdat.zoo.noise import check_confidence
+
+EACH, MEAN = "every image at once", "the mean alone"
+
+
+def certify(
+    model: nn.Module,
+    data: Data,
+    threats: Sequence[Threat],
+    sigma: float | None = None,
+    *,
+    draws: int = 1000,
+    confidence: float = 0.999,
+    orders: Sequence[float] = (1.0, 2.0, math.inf),
+    curve: int = 0,
+    spread: bool = True,
+    batch_size: int = 256,
+    seed: int = 0,
+    state: str | Path | None = None,
+    progress: bool = True,
+) -> dict:
+    """Count draws, and bound from below what a randomised network keeps under each threat.
+
+    Args:
+        model, sigma: a network and the noise's standard deviation, or a `Randomised` network.
+        threats: W_p balls, any p in (1, inf] and pixel norm: all from the same counts.
+        draws: an image in the mean; spread: more where they move the curve (`means.adaptive`), else the same.
+        confidence: of all that is said here together; half of what is missing to 1 goes to a statement on every image
+            at once (Clopper-Pearson at level a / 2N; it covers all curves, the vote and all threats), half, divided by
+            the number of threats, to statements on the mean alone.
+        curve: this many radii from 0 to 1.5 times the largest delta of each pixel norm, for all `orders`.
+
+    Returns: plain numbers, ready for `wdat.records.write`. "accuracy" of one draw, "disagree", and for each threat
+        "lower", the tighter of "every_image" and "mean_alone", with its name in "statement"; "vote", the same for the
+        majority of many draws; "plug_in", what (k + 1/2) / (n + 1) would give, which is no bound; "population", a 95 % normal band for
+        images drawn anew, around "every_image".
+    Raises: ValueError as `count`, and for a confidence outside (0, 1) or no threat.
+    """
+    check_confidence(confidence)
+    if not threats:
+        raise ValueError("no threat given; pass for example [Threat('1/4', p=2, r=2)]")
+    plan = {"plan": adaptive} if spread else {}
+    shared = {"batch_size": batch_size, "seed": seed, "state": state, "progress": progress}
+    counts = count(model, data, sigma, draws=draws, **plan, **shared)
+    return summary(counts, threats, confidence, orders, curve)
+
+
+def summary(
+    counts: Counts, threats: Sequence[Threat], confidence: float, orders: Sequence[float] = (), curve: int = 0
+) -> dict:
+    """What follows from counts: see `certify`."""
+    k, n, level = counts.right.double(), counts.draws.double(), (1 - confidence) / 2
+    ends = lower_ends(counts.right, counts.draws, level / len(k))
+    z, guess = torch.special.ndtri(ends), torch.special.ndtri((k + 0.5) / (n + 1))
+    place = {"sigma": counts.sigma, "pixels": counts.pixels}
+    result = {
+        "sigma": counts.sigma, "n": len(k), "confidence": confidence,
+        "draws": counts.pilot_draws + float(n.mean()),
+        "accuracy": counts.accuracy,
+        "disagree": float((2 * k * (n - k) / (n * (n - 1))).mean()),
+        "threats": [], "curves": [],
+    }  # fmt: skip
+    for threat in threats:
+        delta, p, at = threat.delta, threat.p, {**place, "r": threat.r}
+        each = float(lower_curve(z, [delta], p, **at))
+        mean = mean_bound(counts, float(in_sigmas([delta], counts.sigma, threat.r, counts.pixels)), p,
+                          level / len(threats))  # fmt: skip
+        result["threats"].append({
+            "threat": threat.describe(),
+            "lower": max(each, mean), "statement": MEAN if mean > each else EACH,
+            "every_image": each, "mean_alone": mean,
+            "vote": float(accuracy_curve(vote_radii(ends, **at), delta, p)),
+            "plug_in": float(lower_curve(guess, [delta], p, **at)),
+            "population": _population(ends, threat, each, counts),
+        })  # fmt: skip
+    for r in sorted({t.r for t in threats}) if curve else ():
+        grid = torch.linspace(0, 1.5 * max(t.delta for t in threats if t.r == r), curve, dtype=torch.float64)
+        for p in orders:
+            result["curves"].append({
+                "r": plain_number(r), "p": plain_number(p), "delta": grid.tolist(),
+                "every_image": lower_curve(z, grid, p, r=r, **place).tolist(),
+                "vote": accuracy_curve(vote_radii(ends, r=r, **place), grid, p).tolist(),
+            })  # fmt: skip
+    return result
+
+
+def _population(ends: Tensor, threat: Threat, each: float, counts: Counts) -> list[float]:
+    """95 % normal band of the mean over images of what each contributes at the price that gives the bound."""
+    d = in_sigmas([threat.delta], counts.sigma, threat.r, counts.pixels)
+    _, weight = dual(*distinct(torch.special.ndtri(ends)), d, threat.p)
+    half = 1.96 * float(bracketed(ends, float(weight), float(d), threat.p).std()) / math.sqrt(len(ends))
+    return [max(0.0, each - half), min(1.0, each + half)]
