@@ -83,7 +83,8 @@ def ladder(
         norms.append(found.norms.double().cpu())
         rungs.append(from_tensors(found.x, data.y, "attacked", data.classes))
     counts = [
-        count(model, rung, draws=draws, seed=1000 + seed + number, progress=progress) for number, rung in enumerate(rungs)
+        count(model, rung, draws=draws, seed=1000 + seed + number, progress=progress)
+        for number, rung in enumerate(rungs)
     ]
     return torch.stack(norms), counts
 

@@ -4,7 +4,7 @@ g(x) is the probability that one draw answers (x, y) rightly. Phi^-1(g) is 1/sig
 arXiv 1906.04584), so with z_i = Phi^-1(g_i), or anything below it, moving image i by r costs g at most
 Phi(z_i) - Phi(z_i - r/sigma), and by weak duality, for every price lambda >= 0,
 
-    A_delta(g) = inf_{W_p(P, Q) <= delta} E_Q[g]  >=  E[ min_{r >= 0} Phi(z_i - r/sigma) + lambda r^p ] - lambda delta^p;
+    A_delta(g) = inf_{W_p(P, Q) <= delta} E_Q[g]  >=  E[min_{r >= 0} Phi(z_i - r/sigma) + lambda r^p] - lambda delta^p;
 
 p = inf: E[Phi(z_i - delta/sigma)]. Labels never move, mass may be split, nothing is first order, and the network may
 be of any size. For a linear network and two classes g = Phi(margin / (sigma ||w||)), and moving along w attains it.

@@ -55,8 +55,8 @@ def certify(
 
     Returns: plain numbers, ready for `wdat.records.write`. "accuracy" of one draw, "disagree", and for each threat
         "lower", the tighter of "every_image" and "mean_alone", with its name in "statement"; "vote", the same for the
-        majority of many draws; "plug_in", what (k + 1/2) / (n + 1) would give, which is no bound; "population", a 95 % normal band for
-        images drawn anew, around "every_image".
+        majority of many draws; "plug_in", what (k + 1/2) / (n + 1) would give, which is no bound; "population", a 95 %
+        normal band for images drawn anew, around "every_image".
     Raises: ValueError as `count`, and for a confidence outside (0, 1) or no threat.
     """
     check_confidence(confidence)

@@ -61,7 +61,9 @@ class Draws:
     depend on where a run was interrupted. A kill loses what was drawn since the last write: a batch, or a second.
     """
 
-    def __init__(self, model: Randomised, data: Data, seed: int, batch_size: int, state: Path | None, bar: tqdm) -> None:
+    def __init__(
+        self, model: Randomised, data: Data, seed: int, batch_size: int, state: Path | None, bar: tqdm
+    ) -> None:
         self.model, self.data, self.seed, self.batch_size = model, data, seed, batch_size
         self.state, self.bar, self.device = state, bar, device_of(model)
         if state is not None and state.is_file():
@@ -105,8 +107,8 @@ class Draws:
             if done == total or time.monotonic() - written > WRITE:
                 if bool(broken):
                     raise ValueError(
-                        f"logits of noisy images at sigma={self.model.sigma:g} are NaN or infinite; look at the weights, "
-                        "or pass a smaller sigma"
+                        f"logits of noisy images at sigma={self.model.sigma:g} are NaN or infinite; look at the "
+                        "weights, or pass a smaller sigma"
                     )
                 if file is not None:
                     write_tensors(file, {"logits": self.answers, "done": done, "right": right.cpu()})
@@ -154,11 +156,10 @@ def count(
     x, _ = data.batch(slice(0, 8))
     check_labels(data.y, len(data), check_base(model.network, x))
     pilot_draws = max(FEWEST // PILOT, draws // PILOT)
-    total = len(data) * draws
-    with tqdm(total=total, desc="draws", unit="draw", unit_scale=True, disable=not progress) as bar, frozen(model):
-        with torch.no_grad():
-            drawn = Draws(model, data, seed, batch_size, Path(state) if state else None, bar)
-            pilot = drawn.right("pilot", torch.full((len(data),), pilot_draws))
-            planned = plan(pilot, pilot_draws, draws)
-            right = drawn.right("main", planned)
+    bar = tqdm(total=len(data) * draws, desc="draws", unit="draw", unit_scale=True, disable=not progress)
+    with bar, frozen(model), torch.no_grad():
+        drawn = Draws(model, data, seed, batch_size, Path(state) if state else None, bar)
+        pilot = drawn.right("pilot", torch.full((len(data),), pilot_draws))
+        planned = plan(pilot, pilot_draws, draws)
+        right = drawn.right("main", planned)
     return Counts(right, planned, pilot, pilot_draws, model.sigma, x[0].numel())

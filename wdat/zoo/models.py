@@ -125,8 +125,10 @@ def _from_card(path: Path, root: str | Path | None) -> nn.Module:
     network = build(card["architecture"], **card.get("arguments") or {})
     _fill(network, read_weights(weights), weights, card["architecture"])
     model = network if card.get("mean") is None else Normalised(card["mean"], card["std"], network)
-    model = model if card.get("sigma") is None else Randomised(model, card["sigma"])
     model.card = card
+    if card.get("sigma") is not None:
+        model = Randomised(model, card["sigma"])
+        model.card = card
     return model
 
 
@@ -242,12 +244,12 @@ def save_model(model: nn.Module, card_path: str | Path, **fields: Any) -> Path:
     if path.suffix not in (".yaml", ".yml"):
         raise ValueError(f"a card is a YAML file, {path.name} is not; write NAME.yaml")
     fields = _typed(fields, "save_model")
+    if isinstance(model, Randomised):
+        fields["sigma"], model = model.sigma, model.network
     loaded = getattr(model, "card", {})
     fields = {key: loaded[key] for key in ("architecture", "arguments") if key in loaded} | fields
     if "architecture" not in fields:
         raise ValueError("save_model needs architecture=... (and arguments=...), so that the weights can be read back")
-    if isinstance(model, Randomised):
-        fields["sigma"], model = model.sigma, model.network
     network = model
     if isinstance(model, Normalised):
         network = model.network
