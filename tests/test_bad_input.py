@@ -15,11 +15,13 @@ import wdat
 from wdat import cli, records
 from wdat.report import tables
 from wdat.studies.evaluation import clean_pass
+from wdat.studies.study import Sweep
 from wdat.studies.sweeps import finetuning
 from wdat.training.objectives import plain
 from wdat.zoo.networks import build
 
 BALL = [wdat.Threat("1/16")]
+EPOCH = {"objective": {"kind": "plain"}, "epochs": 1}, [{"name": "plain"}]
 QUICK = {"steps": 2, "progress": False}
 
 
@@ -119,9 +121,8 @@ def test_named_classes_that_are_not_the_outputs_are_refused(verb, tiny_model, ti
             tiny_model, wdat.from_tensors(x, y), recipe, validation=data, progress=False
         ),
         "finetuning": lambda data: finetuning(
-            {"tiny": tiny_model}, data, data, base={"objective": {"kind": "plain"}, "epochs": 1},
-            variants=[{"name": "plain"}], seeds=[0], threats=BALL, work=tmp_path, progress=False,
-            validation=0.25, steps=1, search={"steps": 1},
+            {"tiny": tiny_model}, data, data, Sweep(*EPOCH, [0], BALL, 0.25, steps=1, search={"steps": 1}), tmp_path,
+            progress=False,
         ),
     }[verb]  # fmt: skip
     with pytest.raises(ValueError, match=r"4 classes \(ant, bee, cat, dog\), the network 5 outputs"):
@@ -129,6 +130,18 @@ def test_named_classes_that_are_not_the_outputs_are_refused(verb, tiny_model, ti
     assert not list(tmp_path.iterdir())
     run(wdat.from_tensors(x, y % 4))  # classes that were not named may be fewer
     assert wdat.from_tensors(x, y % 4).take(20).split_off(0.5, 0)[0].named is False
+
+
+def test_training_and_other_images_must_have_the_same_classes(tiny_model, tiny_data, tmp_path):
+    x, y = tiny_data
+    train, other = (wdat.from_tensors(x, y, classes=names) for names in ("abcde", "abdce"))
+    recipe = wdat.Recipe(plain(), epochs=1)
+    for run in (
+        lambda: wdat.finetune(tiny_model, train, recipe, validation=other, progress=False),
+        lambda: finetuning({"tiny": tiny_model}, train, other, Sweep(*EPOCH, [0], BALL), tmp_path, progress=False),
+    ):
+        with pytest.raises(ValueError, match="label 2 is c in tensors all and d in"):
+            run()
 
 
 def test_a_radius_in_grey_levels_is_asked_back(tiny_model, data):

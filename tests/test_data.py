@@ -172,15 +172,16 @@ def test_folder_sizes_and_grey_images(folder):
     with pytest.raises(ValueError, match=r"z\.png has 9x7 pixels, the first image 5x6; pass size="):
         load_data("folder", "test", root)
     assert load_data("folder", "test", root, size=4).x.shape == (5, 3, 4, 4)
-    for file in (root / "train").rglob("*.png"):
+    (root / "test" / "cat" / "z.png").unlink()
+    for file in root.rglob("*.png"):
         Image.open(file).convert("L").save(file)
-    assert load_data("folder", "train", root).x.shape == (6, 1, 6, 5)
-    Image.new("RGB", (5, 6)).save(root / "train" / "dog" / "z.png")
-    with pytest.raises(ValueError, match=r"z\.png is a colour image"):
-        load_data("folder", "train", root)
-    Image.new("I;16", (5, 6)).save(root / "train" / "cat" / "0.png")
-    with pytest.raises(ValueError, match=r"0\.png has more than 8 bits"):
-        load_data("folder", "train", root)
+    grey = load_data("folder", "train", root)
+    assert grey.x.shape == (6, 1, 6, 5) and load_data("folder", "test", root).x.shape == (4, 1, 6, 5)
+    Image.new("RGB", (5, 6)).save(root / "train" / "dog" / "z.png")  # the last of all: now every image is in colour
+    for split, n in (("train", 7), ("test", 4)):
+        for few in (1, 2, n):
+            assert load_data("folder", split, root, n=few).x.shape == (few, 3, 6, 5)
+    assert torch.equal(load_data("folder", "train", root).pixels[:6], grey.pixels.expand(6, 3, 6, 5))
 
 
 def test_a_class_absent_from_one_split_does_not_shift_labels(folder):
@@ -208,10 +209,12 @@ def test_imagenet_layout(folder):
 
 def test_one_class_and_empty_folders(tmp_path):
     (tmp_path / "test" / "cat").mkdir(parents=True)
-    with pytest.raises(ValueError, match="one class, cat"):
-        load_data("folder", "test", tmp_path)
     (tmp_path / "test" / "dog").mkdir()
-    with pytest.raises(FileNotFoundError, match="no PNG or JPEG"):
+    with pytest.raises(FileNotFoundError, match=r"no image under .*test; expected test/CLASS"):
+        load_data("folder", "test", tmp_path)
+    Image.new("RGB", (5, 6)).save(tmp_path / "test" / "cat" / "a.png")
+    (tmp_path / "test" / "__MACOSX").mkdir()
+    with pytest.raises(ValueError, match="one class, cat; expected a folder for each of at least two"):
         load_data("folder", "test", tmp_path)
 
 

@@ -50,8 +50,8 @@ def _source(verb: argparse.ArgumentParser) -> None:
     """Arguments that name a network and data; read by `_load`."""
     verb.add_argument("model", help="a card (NAME.yaml), a RobustBench name, or package.module:function for your own")
     verb.add_argument("--weights", help="folder of the weights (default: beside the card; models for RobustBench)")
-    verb.add_argument("--data", default="cifar10", help="cifar10, folder, digits, ...: see wdat.zoo.data.load_data")
-    verb.add_argument("--root", help="folder of the data")
+    verb.add_argument("--data", default="cifar10", help="a folder of images, cifar10, digits, ...: see wdat.load_data")
+    verb.add_argument("--root", help="folder of the data, if --data is a name")
     verb.add_argument("--n", type=_kind(int), help="use this many images only")
     verb.add_argument("--dataset", help="RobustBench's data set of the network (default: that of --data, or cifar10)")
     verb.add_argument("--threat", default="Linf", help="RobustBench's threat folder (default: Linf)")
@@ -139,7 +139,7 @@ def _evaluate(sub: Any) -> None:
             out / f"{name}.json", "evaluation", {"n": len(data), "networks": [{"network": name, **results}]},
             {key: value for key, value in vars(args).items() if key != "run"},
             args.device, model={"name": name, **getattr(model, "card", {})},
-            data={"name": data.name, "sha256": data.sha256},
+            data={"name": data.name, "split": data.split, "source": data.source, "sha256": data.sha256},
         )  # fmt: skip
         table = tables.evaluation(record)
         print(table.markdown())

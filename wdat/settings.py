@@ -7,7 +7,7 @@ The kinds are the annotations of dataclasses and functions:
     float           a finite number: 0.03, "1e-3" (which YAML reads as text), "8/255"
     Order, Written  a number that may be infinite; the same, checked and kept as it was written
     Norm            a pixel norm, which may be text such as "l2"
-    str, list[X], tuple[X, ...], dict, X | Y; a class: an instance, or a mapping of a dataclass's fields
+    str, list[X], tuple[X, ...], Sequence[X], dict, X | Y; a class: an instance, or a mapping of a dataclass's fields
 
 What does not fit is a ValueError with section, setting, value and what is expected. Written here because the usual
 libraries coerce otherwise (true is 1, "8/255" is no number), so that each kind would be an extension of theirs.
@@ -17,7 +17,7 @@ import difflib
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from fractions import Fraction
 from types import NoneType, UnionType
@@ -123,8 +123,9 @@ def _read(kind: Any, value: Any, where: str) -> Any:
             except _Unfit:
                 continue
         raise _Unfit
-    if origin in (list, tuple):
-        return origin(_read(inner[0], part, where) for part in _fit(value, isinstance(value, list | tuple)))
+    if origin in (list, tuple, Sequence):
+        make = type(value) if origin is Sequence else origin
+        return make(_read(inner[0], part, where) for part in _fit(value, isinstance(value, list | tuple)))
     if kind is bool:
         value = {"true": True, "false": False}.get(value.lower()) if isinstance(value, str) else value
         return _fit(value, isinstance(value, bool))
@@ -161,6 +162,6 @@ def _expected(kind: Any) -> str:
         return EXPECTED[kind]
     if get_origin(kind) in (Union, UnionType):
         return " or ".join(_expected(arm) for arm in inner)
-    if get_origin(kind) in (list, tuple):
+    if get_origin(kind) in (list, tuple, Sequence):
         return f"a list, each {_expected(inner[0])}"
     return f"a mapping of {', '.join(_kinds(kind))}" if is_dataclass(kind) else f"a {getattr(kind, '__name__', kind)}"

@@ -46,7 +46,7 @@ def load_networks(
 
 def load_images(name: str, split: str, folder: Path, root: str = "", n: int = 0) -> Data:
     """`wdat.zoo.data.load_data` with paths below `folder` (absolute ones stay) and 0 or "" for what is not given."""
-    return load_data(name, split, folder / root if root else None, n or None)
+    return load_data(folder / name if "/" in name else name, split, folder / root if root else None, n or None)
 
 
 def pretrain(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from wdat.accuracy.allocation import accuracy_curve, class_accuracy, water_level
 from wdat.attacks.nearest import minimal_distances
 from wdat.clock import spending
+from wdat.settings import typed
 from wdat.studies.cache import Cache, Part
 from wdat.studies.evaluation import attacked, autoattack_accuracy, clean_pass
 from wdat.threats.ball import Threat
@@ -70,6 +71,9 @@ class Sweep:
     batch_size: int = 128
     draws: int = 1000
     shares: Sequence[float] = ()
+
+    def __post_init__(self) -> None:
+        typed(self, "sweep")
 
     @property
     def middle(self) -> Threat:

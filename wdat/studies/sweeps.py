@@ -16,7 +16,7 @@ from wdat.studies.study import Measured, Study, Sweep, between
 from wdat.training.loop import Diverged
 from wdat.training.memory import estimate
 from wdat.training.recipes import Recipe, make_recipe
-from wdat.zoo.data import Data, check_fit
+from wdat.zoo.data import Data, check_fit, check_same_classes
 
 RECIPE_KEYS = {field.name for field in fields(Recipe)}
 
@@ -81,6 +81,7 @@ def finetuning(
     for model in models.values():
         for data in (train, test):
             check_fit(model, data, sweep.threats)
+    check_same_classes(train, test)
     rest, held = train.split_off(sweep.validation, seed=0)
     items = expand(sweep.variants, sweep.base)
     kinds = [(item, seed) for item in items for seed in sweep.seeds]

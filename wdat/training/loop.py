@@ -29,7 +29,7 @@ from wdat.training.objectives import Objective
 from wdat.training.recipes import Recipe, initialise, make_recipe
 from wdat.training.schedules import get_schedule
 from wdat.training.trackers import Tracker
-from wdat.zoo.data import Data, check_fit, check_outputs
+from wdat.zoo.data import Data, check_fit, check_outputs, check_same_classes
 from wdat.zoo.identity import identify, same
 
 __all__ = ["Diverged", "Finetuned", "Recipe", "estimate", "finetune", "interpolate", "make_recipe"]
@@ -118,6 +118,7 @@ def finetune(
     classes = check_fit(model, train, [term.threat for term in recipe.objective.terms])
     if validation is not None:
         check_outputs(validation, classes)
+        check_same_classes(train, validation)
     steps_per_epoch = -(-n // recipe.batch_size)
     objective, schedule = recipe.objective, get_schedule(recipe.schedule)
     path = Path(checkpoint) if checkpoint else None

@@ -9,16 +9,17 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from wdat.settings import read
 from wdat.threats.ball import Threat
 from wdat.threats.checks import check_images, check_labels, check_model, check_radius
 from wdat.threats.images import Images, Pixels
-
-IMAGE_FILES = (".png", ".jpg", ".jpeg")
+from wdat.zoo.folders import decode, listing
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,6 +128,17 @@ def check_outputs(data: Data, outputs: int) -> None:
         )
 
 
+def check_same_classes(train: Data, other: Data) -> None:
+    """Raise ValueError if both have named classes and these differ: one label would be two classes."""
+    if train.named and other.named and train.classes != other.classes:
+        pairs = zip_longest(train.classes, other.classes, fillvalue="nothing")
+        label, (own, its) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
+        raise ValueError(
+            f"label {label} is {own} in {train.name} {train.split} and {its} in {other.name} {other.split} (of "
+            f"{len(train.classes)} and {len(other.classes)} classes); take both from one folder, or name them alike"
+        )
+
+
 def check_fit(model: nn.Module, data: Data, threats: Iterable[Threat] = ()) -> int:
     """What must hold before a model, data and threats are used together; returns the number of classes.
 
@@ -170,7 +182,7 @@ def _names(y: Tensor, name: str) -> tuple[str, ...]:
 
 
 def load_data(
-    name: str, split: str = "test", root: str | Path | None = None, n: int | None = None, size: int | None = None
+    name: str | Path, split: str = "test", root: str | Path | None = None, n: int | None = None, size: int | None = None
 ) -> Data:
     """A set by name. Never downloads: a missing folder is a FileNotFoundError that says what was expected where.
 
@@ -178,16 +190,27 @@ def load_data(
         name: "digits" (scikit-learn's 1,797 real 8x8 images, 16 grey levels, in the install; one third, 599 images,
             stratified with seed 0, is the test split), "cifar10", "cifar100", "mnist", "svhn", "stl10" (torchvision's
             file layouts under `root`), "imagenet" (root/train and root/val, a folder per class, shorter side to
-            size * 256/224 and centre crop to `size`, 224 by default), or "folder" (root/train/CLASS/*,
-            root/test/CLASS/*, PNG or JPEG).
-        split: "train" or "test" ("val" is ImageNet's test).
+            size * 256/224 and centre crop to `size`, 224 by default), "folder" (root/train/CLASS/*,
+            root/test/CLASS/*; PNG, JPEG, WebP, BMP, ...), or the path of such a folder, root left out.
+        split: "train" or "test" (of a folder without test: "val"; ImageNet's test is "val").
         root: folder of the data; not used by "digits".
         n: keep only n images, drawn at random with seed 0 (folders list class after class, so the first n would be
             one class); the same n always gives the same images. For the first n, call `take`.
         size: for "folder": shorter side to `size` and centre crop; without it all images must have one size.
 
-    Raises ValueError for an unknown name or split, images of different sizes, a corrupt file (by name), one class.
+    Labels of a folder index the classes of its training split, where there is one, in alphabetical order ("10" before
+    "2"); `source` says which. Its images are grey (C = 1) if all of them are, of both splits, and turned upright as a
+    camera noted (EXIF), but for "imagenet", which is read as torchvision reads it.
+
+    Raises ValueError for an unknown name or split, images of different sizes, a corrupt, animated, transparent or
+    16-bit file (by name), a file of a class that is not read, a test class that is no training class, one class.
     """
+    n, size = read(int | None, n, "load_data: n"), read(int | None, size, "load_data: size")
+    known = ("digits", *TORCHVISION, "imagenet", "folder")
+    if str(name) not in known and Path(name).expanduser().exists():
+        if root is not None:
+            raise ValueError(f"{name} is a folder itself and root={root} another; leave one out")
+        name, root = "folder", name
     if split not in ("train", "test"):
         raise ValueError(f"unknown split {split!r}; it is 'train' or 'test'")
     if size is not None and name not in ("folder", "imagenet"):
@@ -199,8 +222,10 @@ def load_data(
     elif name in ("folder", "imagenet"):
         return _folder(name, split, _root(name, root), n, size)
     else:
-        known = ", ".join(("digits", *TORCHVISION, "imagenet", "folder"))
-        raise ValueError(f"unknown data {name!r}; known: {known}; for your own tensors use from_tensors")
+        raise ValueError(
+            f"unknown data {str(name)!r}; known: {', '.join(known)}, and no folder of that name is here; for your own "
+            "tensors use from_tensors"
+        )
     return data if n is None else data.take(n, seed=0)
 
 
@@ -208,6 +233,8 @@ def _root(name: str, root: str | Path | None) -> Path:
     if root is None:
         raise ValueError(f"{name} is read from a folder: pass root, the folder that holds it (nothing is downloaded)")
     root = Path(root).expanduser().absolute()
+    if root.is_file():
+        raise ValueError(f"{root} is a file, not a folder of {name}; unpack it, and pass the folder")
     if not root.is_dir():
         raise FileNotFoundError(f"no folder {root} for {name}; create it and put the data there, or pass another root")
     return root
@@ -256,75 +283,15 @@ def _torchvision(name: str, split: str, root: Path) -> Data:
 
 
 def _folder(name: str, split: str, root: Path, n: int | None, size: int | None) -> Data:
-    tests = ("val", "test") if name == "imagenet" else ("test",)
-    parts = {"train": root / "train", "test": next((root / t for t in tests if (root / t).is_dir()), root / tests[0])}
-    if not parts[split].is_dir():
-        raise FileNotFoundError(
-            f"no folder {parts[split]}; expected {parts[split].name}/CLASS/FILE.png (or .jpg) under {root}"
-        )
-    # The names of both splits together, so that a class absent from one does not shift the labels of the other.
-    classes = sorted({c.name for part in parts.values() if part.is_dir() for c in part.iterdir() if _is_class(c)})
-    if len(classes) < 2:
-        raise ValueError(
-            f"{parts[split]} has {'one class, ' + classes[0] if classes else 'no class'}; expected a folder for each "
-            f"of at least two classes: {split}/CLASS/FILE.png"
-        )
-    files = [
-        (file, label)
-        for label, c in enumerate(classes)
-        if (parts[split] / c).is_dir()
-        for file in sorted((parts[split] / c).iterdir())
-        if file.suffix.lower() in IMAGE_FILES and not file.name.startswith(".")
-    ]
-    if not files:
-        raise FileNotFoundError(f"no PNG or JPEG file under {parts[split]}; expected {split}/CLASS/FILE.png")
+    found = listing(name, split, root)
+    index = torch.arange(len(found.files))
     if n is not None:
-        if not 1 <= n <= len(files):
-            raise ValueError(f"n={n} images were asked for; {parts[split]} has {len(files)}")
-        files = [files[i] for i in draw(len(files), n, 0).tolist()]
-    resize = size
-    if name == "imagenet":
+        if not 1 <= n <= len(index):
+            raise ValueError(f"n={n} images were asked for; {root} has {len(index)} for {split}")
+        index = draw(len(index), n, 0)
+    resize, own = size, name == "folder"
+    if not own:
         size = size or 224
         resize = math.ceil(size * 256 / 224)
-    pixels = _decode([file for file, _ in files], size, resize, grey=name == "folder")
-    return Data(name, split, pixels, torch.tensor([label for _, label in files]), tuple(classes), 255, str(root))
-
-
-def _is_class(folder: Path) -> bool:
-    return folder.is_dir() and not folder.name.startswith(".")
-
-
-def _decode(files: list[Path], size: int | None, resize: int | None, grey: bool) -> Tensor:
-    """Decode once into one uint8 (N, C, H, W). C = 3, or 1 if `grey` and the first image is (then all must be)."""
-    import numpy as np
-    from PIL import Image
-    from torchvision.transforms.functional import center_crop
-    from torchvision.transforms.functional import resize as resized
-    from tqdm.auto import tqdm
-
-    pixels, mode = None, None
-    for i, file in enumerate(tqdm(files, "decoding", unit="image", leave=False, disable=len(files) < 2000)):
-        try:
-            with Image.open(file) as image:
-                image.load()
-        except (OSError, SyntaxError, ValueError) as error:
-            raise ValueError(f"{file} can not be decoded as an image ({error}); restore or remove it") from error
-        if image.mode.startswith(("I", "F")):
-            raise ValueError(f"{file} has more than 8 bits per pixel (mode {image.mode}); convert it to 8 bits")
-        mode = mode or ("L" if grey and image.mode == "L" else "RGB")
-        if mode == "L" != image.mode:
-            raise ValueError(f"{file} is a colour image (mode {image.mode}) among grey-scale ones; convert one kind")
-        image = image if image.mode == mode else image.convert(mode)
-        if size is not None:
-            image = center_crop(resized(image, resize), size)
-        array = np.asarray(image)
-        if pixels is None:
-            pixels = np.empty((len(files), *array.shape), np.uint8)
-        if array.shape != pixels.shape[1:]:
-            raise ValueError(
-                f"{file} has {array.shape[1]}x{array.shape[0]} pixels, the first image {pixels.shape[2]}x"
-                f"{pixels.shape[1]}; pass size= to scale and crop them to one size"
-            )
-        pixels[i] = array
-    tensor = torch.from_numpy(pixels)
-    return tensor[:, None] if mode == "L" else tensor.permute(0, 3, 1, 2).contiguous()
+    pixels = decode([found.files[i] for i in index], size, resize, grey=own and found.grey(), upright=own)
+    return Data(name, split, pixels, torch.tensor(found.labels)[index], found.classes, 255, found.source)
