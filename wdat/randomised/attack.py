@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from wdat.attacks.pgd import Adversarial, attack
 from wdat.randomised.counts import Counts, count
 from wdat.threats.ball import Threat
+from wdat.threats.seeds import derive_seed
 from wdat.zoo.data import Data, from_tensors
 from wdat.zoo.noise import Randomised, noise, snap, step_of, stream
 
@@ -76,14 +77,14 @@ def ladder(
     for number, radius in enumerate(tqdm(radii, "attack", unit="radius", disable=not progress), 1):
         each = torch.full((len(data),), float(radius))
         found = attack_through(
-            model, data, Threat(radius, math.inf, r), m=m, steps=steps, seed=seed + number, batch_size=batch_size,
-            radii=each, start=start,
+            model, data, Threat(radius, math.inf, r), m=m, steps=steps, seed=derive_seed(seed, number),
+            batch_size=batch_size, radii=each, start=start,
         )  # fmt: skip
         start = found.x
         norms.append(found.norms.double().cpu())
         rungs.append(from_tensors(found.x, data.y, "attacked", data.classes))
     counts = [
-        count(model, rung, draws=draws, seed=1000 + seed + number, progress=progress)
+        count(model, rung, draws=draws, seed=derive_seed(seed, "judge", number), progress=False)
         for number, rung in enumerate(rungs)
     ]
     return torch.stack(norms), counts

@@ -16,13 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from wdat.accuracy.allocation import accuracy_curve
+from wdat.randomised.attack import ladder, upper
 from wdat.randomised.certificate import distinct, dual, in_sigmas, lower_curve, lower_ends, vote_radii
 from wdat.randomised.counts import Counts, count
 from wdat.randomised.means import adaptive, bracketed, mean_bound
 from wdat.threats.ball import Threat, plain_number
-from wdat.zoo.data import Data
-from wdat.zoo.noise import check_confidence
+from wdat.zoo.data import Data, draw
+from wdat.zoo.noise import Randomised, check_confidence
 
+RUNGS = 8
 EACH, MEAN = "every image at once", "the mean alone"
 
 
@@ -37,6 +39,7 @@ def certify(
     orders: Sequence[float] = (1.0, 2.0, math.inf),
     curve: int = 0,
     spread: bool = True,
+    attacked: int = 0,
     batch_size: int = 256,
     seed: int = 0,
     state: str | Path | None = None,
@@ -52,11 +55,13 @@ def certify(
             at once (Clopper-Pearson at level a / 2N; it covers all curves, the vote and all threats), half, divided by
             the number of threats, to statements on the mean alone.
         curve: this many radii from 0 to 1.5 times the largest delta of each pixel norm, for all `orders`.
+        attacked: attack this many images (drawn with seed 0; all if there are fewer) through the noise.
 
     Returns: plain numbers, ready for `wdat.records.write`. "accuracy" of one draw, "disagree", and for each threat
         "lower", the tighter of "every_image" and "mean_alone", with its name in "statement"; "vote", the same for the
         majority of many draws; "plug_in", what (k + 1/2) / (n + 1) would give, which is no bound; "population", a 95 %
-        normal band for images drawn anew, around "every_image".
+        normal band for images drawn anew, around "every_image". "bracket": of the images attacked, "lower" as above,
+        and what the attack leaves, "upper" by fresh draws, itself at most "high" (each with this confidence by itself).
     Raises: ValueError as `count`, and for a confidence outside (0, 1) or no threat.
     """
     check_confidence(confidence)
@@ -65,7 +70,12 @@ def certify(
     plan = {"plan": adaptive} if spread else {}
     shared = {"batch_size": batch_size, "seed": seed, "state": state, "progress": progress}
     counts = count(model, data, sigma, draws=draws, **plan, **shared)
-    return summary(counts, threats, confidence, orders, curve)
+    result = summary(counts, threats, confidence, orders, curve)
+    if attacked:
+        index = draw(len(data), min(attacked, len(data)), 0)
+        noisy = model if isinstance(model, Randomised) else Randomised(model, counts.sigma)
+        result["bracket"] = _bracket(noisy, data.at(index), counts.at(index), threats, confidence, progress)
+    return result
 
 
 def summary(
@@ -113,3 +123,20 @@ def _population(ends: Tensor, threat: Threat, each: float, counts: Counts) -> li
     _, weight = dual(*distinct(torch.special.ndtri(ends)), d, threat.p)
     half = 1.96 * float(bracketed(ends, float(weight), float(d), threat.p).std()) / math.sqrt(len(ends))
     return [max(0.0, each - half), min(1.0, each + half)]
+
+
+def _bracket(
+    model: Randomised, data: Data, counts: Counts, threats: Sequence[Threat], confidence: float, progress: bool
+) -> dict:  # fmt: skip
+    """Both sides on the same images; attacks go from half the smallest delta to four times the largest."""
+    own, highs = summary(counts, threats, confidence)["threats"], {}
+    for r in {t.r for t in threats}:
+        deltas = [t.delta for t in threats if t.r == r and t.delta > 0] or [0.1]
+        rungs = torch.logspace(math.log10(min(deltas) / 2), math.log10(4 * max(deltas)), RUNGS).tolist()
+        moves, judged = ladder(model, data, rungs, r, progress=progress)
+        highs |= {t: upper(moves, judged, t, 1 - confidence) for t in threats if t.r == r}
+    rows = [
+        {"threat": row["threat"], "lower": row["lower"], "upper": high["accuracy"], **high}
+        for row, high in zip(own, (highs[t] for t in threats), strict=True)
+    ]
+    return {"n": len(data), "threats": [{k: v for k, v in row.items() if k != "accuracy"} for row in rows]}

@@ -8,7 +8,7 @@ because of what the main pass shows.
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -42,6 +42,10 @@ class Counts:
     pilot_draws: int
     sigma: float
     pixels: int
+
+    def at(self, index: Tensor) -> "Counts":
+        """Those of some images."""
+        return replace(self, right=self.right[index], draws=self.draws[index], pilot=self.pilot[index])
 
     @property
     def accuracy(self) -> float:

@@ -1,0 +1,72 @@
+"""Table and figure of a certified randomised network, from its record. No torch."""
+
+from wdat.report.canvas import Drawing, canvas, drawn, legend_below, look, norm, order, points
+from wdat.report.rows import norm_symbol, percent
+from wdat.report.table import tabled
+
+
+@tabled("randomised")
+def certified(found: dict) -> tuple[list[dict], str]:
+    """What is proved of one draw and of the vote, at every threat, in percent; the bracket on the images attacked."""
+    rows = []
+    for network in found["networks"]:
+        bracket = network.get("bracket")
+        for number, row in enumerate(network["threats"]):
+            threat = row["threat"]
+            cells = {
+                "network": network["network"], "σ": f"{network['sigma']:g}", "norm": norm_symbol(threat["r"]),
+                "p": "∞" if float(threat["p"]) == float("inf") else f"{threat['p']:g}", "δ": threat["written"],
+                "accuracy": percent(network["accuracy"]), "certified": percent(row["lower"]), "by": row["statement"],
+                "every image at once": percent(row["every_image"]), "vote": percent(row["vote"]),
+            }  # fmt: skip
+            if bracket:
+                both = bracket["threats"][number]
+                cells[f"bracket (n = {bracket['n']})"] = f"{percent(both['lower'])}–{percent(both['upper'])}"
+            rows.append(cells)
+    first = found["networks"][0]
+    caption = (
+        f"Percent correct on {first['n']} images of randomised networks (Gaussian noise of standard deviation σ, one "
+        f"draw a prediction), certified against every distribution in the ball with confidence {first['confidence']:g} "
+        f"from {first['draws']:.0f} draws an image; which statement is the tighter. Vote: the majority of many draws. "
+        "Bracket: on the images attacked, certified to what an attack through the noise leaves."
+    )
+    return rows, caption
+
+
+@drawn("randomised", "{r}")
+def certified_curves(found: dict, r: float | str = 2) -> Drawing:
+    """Certified accuracy against the radius, one panel an order: one draw and vote, and both sides at the threats."""
+    orders = list(dict.fromkeys(float(c["p"]) for c in found["networks"][0]["curves"]))
+    figure, axes = canvas(1, len(orders), 2.4, sharey=True)
+    for axis, p in zip(axes[0], orders, strict=True):
+        for number, network in enumerate(found["networks"]):
+            name = f"{network['network']}, σ = {network['sigma']:g}"
+            for curve in network["curves"]:
+                if (float(curve["p"]), float(curve["r"])) == (p, float(r)):
+                    axis.plot(
+                        curve["delta"],
+                        points(curve["every_image"]),
+                        **look(number, marks=False),
+                        label=f"{name}, one draw",
+                    )
+                    style = look(number, marks=False) | {"alpha": 0.4}
+                    axis.plot(curve["delta"], points(curve["vote"]), **style, label=f"{name}, vote")
+            own = [t for t in network["threats"] if _is(t, p, r)]
+            axis.plot(
+                [t["threat"]["delta"] for t in own], points([t["lower"] for t in own]), "^", color="black", ms=3,
+                label="tighter statement",
+            )  # fmt: skip
+            both = [t for t in network.get("bracket", {}).get("threats", []) if _is(t, p, r)]
+            if both:
+                axis.plot(
+                    [t["threat"]["delta"] for t in both], points([t["upper"] for t in both]), "v", color="black", ms=3,
+                    mfc="none", label="left by the attack",
+                )  # fmt: skip
+        axis.set(title=f"p = {order(p)}", xlabel=rf"radius $\delta$ ({norm(r)})")
+    axes[0, 0].set_ylabel("certified accuracy (%)")
+    legend_below(figure, columns=2)
+    return figure
+
+
+def _is(row: dict, p: float, r: float | str) -> bool:
+    return (float(row["threat"]["p"]), float(row["threat"]["r"])) == (p, float(r))
