@@ -260,12 +260,12 @@ DIGITS = ["--data", "digits", "--n", "24"]
         (["evaluate", "cut.yaml", *DIGITS], "is truncated"),
         (["evaluate", "Nobody2020Nothing", *DIGITS], "has no model 'Nobody2020Nothing' for cifar10, Linf; nearest"),
         (["evaluate", "Zhang2019Theoretically", *DIGITS], "cifar10/Linf/Zhang2019Theoretically.pt; download"),
-        (["evaluate", "net.safetensors", *DIGITS], "is a weight file; write a card"),
+        (["evaluate", "net.safetensors", *DIGITS], "(in the shell --architecture package.module:function)"),
         (["evaluate", "mine:needs", *DIGITS], "missing 1 required positional argument"),
         (["evaluate", "mine:text", *DIGITS], "mine:text returned a str; expected"),
         (["evaluate", "mine:twelve", *DIGITS], "10 classes (0, 1, 2, 3, ...), the network 12 outputs"),
         (["finetune", "twelve.yaml", "ok.recipe", "new.yaml", *DIGITS], "10 classes (0, 1, 2, 3, ...), the network 12"),
-        (["evaluate", "mine:nothing", *DIGITS], "expected package.module:function that takes no argument"),
+        (["evaluate", "mine:nothing", *DIGITS], "expected package.module:function that returns an nn.Module"),
         (["evaluate", "net.yaml", "--data", "stars"], "unknown data 'stars'; known: digits"),
         (["evaluate", "net.yaml", "--data", "cifar10"], "pass root"),
         (["evaluate", "net.yaml", "--data", "folder", "--root", "absent"], "absent for folder; create it"),
@@ -291,7 +291,8 @@ DIGITS = ["--data", "digits", "--n", "24"]
         (["finetune", "net.yaml", "word.recipe", "new.yaml", *DIGITS], "epochs is 'many'; expected a whole number"),
         (["finetune", "net.yaml", "ok.recipe", "new", *DIGITS], "name it NAME.yaml"),
         (["finetune", "net.yaml", "ok.recipe", "mine.py/new.yaml", *DIGITS], "cannot write to mine.py"),
-        (["finetune", "mine:make", "ok.recipe", "new.yaml", *DIGITS], "mine:make has no card"),
+        (["evaluate", "net.yaml", "--architecture", "mine:make", *DIGITS], "is that of a weight file"),
+        (["finetune", "net.safetensors", "ok.recipe", "new.yaml", "--architecture", "mine:text", *DIGITS], "a str"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )  # fmt: skip
@@ -333,7 +334,6 @@ def test_a_table_does_not_mix_orders(tiny_model, data, tmp_path):
 def test_a_finished_record_survives_a_run_that_fails(place):
     (place / "new.json").write_text("precious")
     assert cli.main(["finetune", "net.yaml", "word.recipe", "new.yaml", *DIGITS]) == 2
-    assert cli.main(["finetune", "mine:make", "ok.recipe", "new.yaml", *DIGITS]) == 2
     assert (place / "new.json").read_text() == "precious"
     assert cli.main(["finetune", "net.yaml", "ok.recipe", "new.yaml", *DIGITS, "--validation", "0.2"]) == 0
     assert json.loads((place / "new.json").read_text())["kind"] == "history"

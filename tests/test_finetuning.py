@@ -11,6 +11,7 @@ from nets import batch_norm, counting, images, labels, linear, relu, smooth
 from torch import nn
 from tuning import QUICK, THREAT, N, changed, data, run, weights
 
+from wdat.threats.inputs import copied
 from wdat.threats.losses import ce, kl
 from wdat.threats.seeds import derive_seed
 from wdat.threats.sensitivity import upsilon
@@ -172,7 +173,7 @@ def test_training_does_what_it_is_asked_to():
 def test_upsilon_costs_what_its_rule_says(rule, passes, monkeypatch):
     """Passes in images, over three epochs of one gradient for budgets, one inner step, two outer images."""
     model, counts = relu(), {}
-    real = copy.deepcopy
+    real = copied
 
     def counted(thing, *rest):
         made = real(thing, *rest)
@@ -181,7 +182,7 @@ def test_upsilon_costs_what_its_rule_says(rule, passes, monkeypatch):
             counts.update(now=context.__enter__(), kept=context)
         return made
 
-    monkeypatch.setattr("wdat.training.loop.copy.deepcopy", counted)
+    monkeypatch.setattr("wdat.training.loop.copied", counted)
     run(model, data(model), Recipe(w_trades(THREAT, steps=1), upsilon=rule, **QUICK))
     assert counts["now"] == {"grad": passes + 3 * N * 4, "no_grad": 0, "backward": passes + 3 * N * 4}
 

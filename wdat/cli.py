@@ -48,10 +48,14 @@ def _paper(sub: Any) -> None:
 
 def _source(verb: argparse.ArgumentParser) -> None:
     """Arguments that name a network and data; read by `_load`."""
-    verb.add_argument("model", help="a card (NAME.yaml), a RobustBench name, or package.module:function for your own")
+    verb.add_argument(
+        "model", help="a card (NAME.yaml), package.module:function of your own, a weight file, or a RobustBench name"
+    )
+    verb.add_argument("--architecture", metavar="NAME", help="of a weight file: package.module:function, resnet18, ...")
     verb.add_argument("--weights", help="folder of the weights (default: beside the card; models for RobustBench)")
     verb.add_argument("--data", default="cifar10", help="a folder of images, cifar10, digits, ...: see wdat.load_data")
     verb.add_argument("--root", help="folder of the data, if --data is a name")
+    verb.add_argument("--size", type=_kind(int), help="side in pixels that images of a folder are cropped to")
     verb.add_argument("--n", type=_kind(int), help="use this many images only")
     verb.add_argument("--dataset", help="RobustBench's data set of the network (default: that of --data, or cifar10)")
     verb.add_argument("--threat", default="Linf", help="RobustBench's threat folder (default: Linf)")
@@ -63,7 +67,6 @@ def _load(args: argparse.Namespace, split: str) -> tuple[Any, Any, str]:
     """Model, data and the model's name."""
     if args.batch_size < 1:
         raise ValueError(f"--batch-size {args.batch_size} must be at least 1")
-    import importlib
     from pathlib import Path
 
     from wdat import records
@@ -72,20 +75,11 @@ def _load(args: argparse.Namespace, split: str) -> tuple[Any, Any, str]:
 
     device = records.pick_device(args.device)
     print(records.device_line(args.device), flush=True)
-    source, name = args.model, Path(args.model).stem
-    module, colon, function = args.model.partition(":")
-    if colon:
-        sys.path.insert(0, os.getcwd())
-        wanted = "expected package.module:function that takes no argument and returns an nn.Module"
-        try:
-            source, name = getattr(importlib.import_module(module), function)(), function
-        except (ImportError, AttributeError, TypeError) as error:
-            raise ValueError(f"{args.model}: {error}; {wanted}") from error
-        if not hasattr(source, "state_dict"):
-            raise ValueError(f"{args.model} returned a {type(source).__name__}; {wanted}")
     dataset = args.dataset or (args.data if args.data in ("cifar100", "imagenet") else "cifar10")
-    model = load_model(source, root=args.weights, dataset=dataset, threat=args.threat, device=device)
-    return model, load_data(args.data, split, args.root, args.n), name
+    where = {"root": args.weights, "architecture": args.architecture, "dataset": dataset, "threat": args.threat}
+    model = load_model(args.model, **where, device=device)
+    name = args.model.rpartition(":")[2] if ":" in args.model else Path(args.model).stem
+    return model, load_data(args.data, split, args.root, args.n, args.size), name
 
 
 def _evaluate(sub: Any) -> None:
@@ -183,11 +177,6 @@ def _finetune(sub: Any) -> None:
         recipe = make_recipe(settings, args.seed)
         records.check_writable(out.parent)  # fails now rather than after hours
         model, data, name = _load(args, "train")
-        if "architecture" not in getattr(model, "card", {}):
-            raise ValueError(
-                f"{args.model} has no card, so its weights could not be read back; fine-tune it with wdat.finetune in "
-                "Python, or write a card (see wdat.zoo.models)"
-            )
         rest, held = data.split_off(args.validation, seed=0)
         done = finetune(model, rest, recipe, validation=held, checkpoint=out.with_suffix(".checkpoint"))
         card = {

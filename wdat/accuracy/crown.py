@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from wdat.accuracy.graph import Step, interval, network_steps
 from wdat.threats.ball import parse_norm
 from wdat.threats.checks import check_model, device_of, frozen
+from wdat.threats.inputs import as_model, as_tensor, taking
 
 # Numbers in the largest temporary of one substitution on a CPU: what fits a cache beats what fills memory.
 CHUNK = 2**18
@@ -238,6 +239,7 @@ def _fixed_point(first: Tensor, deficit: Tensor, radius: Tensor, power: Tensor) 
     return low
 
 
+@taking(model=as_model, x=as_tensor, y=as_tensor)
 def certified_radii(
     model: nn.Module,
     x: Tensor,

@@ -4,7 +4,6 @@ Interval arithmetic (Gowal et al. 2018, arXiv 1810.12715) through one of them li
 pass, by which the list is checked against the network.
 """
 
-import copy
 import math
 import operator
 from collections.abc import Callable
@@ -13,6 +12,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+
+from wdat.threats.inputs import copied
 
 SUPPORTED = (
     "Conv2d, Linear after flattening, ReLU, AvgPool2d, AdaptiveAvgPool2d to a divisor of the size, BatchNorm, "
@@ -116,7 +117,7 @@ def network_steps(model: nn.Module, image: Tensor) -> list[Step]:
 
     A layer that is not supported, or a forward pass that cannot be traced, is a ValueError naming it.
     """
-    network = copy.deepcopy(model).eval().double()
+    network = copied(model).eval().double()
     try:
         traced = fx.symbolic_trace(network)
     except Exception as error:

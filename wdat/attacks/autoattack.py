@@ -7,8 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from wdat.threats.checks import check_model, device_of, frozen
+from wdat.threats.inputs import as_model, as_tensor, taking
 
 
+@taking(model=as_model, x=as_tensor, y=as_tensor)
 def autoattack(
     model: nn.Module,
     x: Tensor,

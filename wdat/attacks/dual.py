@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from wdat.attacks.pgd import Adversarial, attack
-from wdat.threats.ball import Threat, power_mean
+from wdat.threats.ball import Threat, as_threat, power_mean
 from wdat.threats.images import Images
+from wdat.threats.inputs import as_model, as_tensor, taking
 from wdat.threats.losses import Loss
 
 LADDER = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.5)  # radii of the curves, in units of delta
@@ -82,6 +83,7 @@ def price(curves: Tensor, radii: Tensor, delta: float, p: float) -> tuple[Tensor
     return best, high / float(radii[-1]) ** p, value
 
 
+@taking(model=as_model, x=as_tensor, y=as_tensor, threat=as_threat)
 def dual_attack(
     model: nn.Module,
     x: Images,

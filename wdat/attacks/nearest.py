@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from wdat.threats.ball import parse_norm, pixel_norm
 from wdat.threats.checks import ALONE, check_function, check_labels, check_logits, device_of, frozen
 from wdat.threats.images import Images, Joined, check_set
+from wdat.threats.inputs import as_model, as_tensor, taking
 from wdat.threats.losses import margin
 from wdat.threats.seeds import derive_seed
 from wdat.threats.sensitivity import input_gradient
@@ -88,6 +89,7 @@ def box_step(x: Tensor, gradient: Tensor, amount: Tensor, r: float, rounds: int 
     return torch.minimum(step, room, out=move).mul_(sign)
 
 
+@taking(model=as_model, x=as_tensor, y=as_tensor)
 def minimal_distances(
     model: nn.Module,
     x: Images,

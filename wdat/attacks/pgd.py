@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from wdat.threats.ball import Threat, per_image, pixel_norm
+from wdat.threats.ball import Threat, as_threat, per_image, pixel_norm
 from wdat.threats.checks import (
     ALONE,
     check_function,
@@ -39,6 +39,7 @@ from wdat.threats.checks import (
     frozen,
 )  # fmt: skip
 from wdat.threats.images import Images, Joined, Pixels, check_set
+from wdat.threats.inputs import as_model, as_tensor, taking
 from wdat.threats.losses import Loss, get_loss, kl, margin, redlr
 from wdat.threats.sensitivity import dual_norms, input_gradient
 
@@ -375,6 +376,7 @@ class _Batches(Sequence):
         return self.x[part], self.targets[part]
 
 
+@taking(model=as_model, x=as_tensor, y=as_tensor, threat=as_threat, radii=as_tensor, start=as_tensor)
 def attack(
     model: nn.Module,
     x: Images,
@@ -488,6 +490,7 @@ def _check_start(start: Tensor, x: Images, threat: Threat, radii: Tensor | None,
         raise ValueError(f"start holds {out} image(s) outside their radii")
 
 
+@taking(model=as_model, x=as_tensor, y=as_tensor, threat=as_threat)
 def w_pgd_budget(model: nn.Module, x: Images, y: Tensor, threat: Threat, **settings) -> Adversarial:
     """W-PGD-Budget: fix eps_i = delta (||g_i||_s / upsilon)^(q-1) at the clean images, then PGD in each eps_i-ball.
 

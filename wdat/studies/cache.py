@@ -29,6 +29,8 @@ from wdat.attacks.nearest import Radii, minimal_distances
 from wdat.digest import text_digest, version
 from wdat.records import write_tensors
 from wdat.threats.images import Joined
+from wdat.threats.inputs import as_model, taking
+from wdat.zoo.adapt import as_data
 from wdat.zoo.data import Data
 from wdat.zoo.identity import answers, identify, same, value_digest
 
@@ -196,6 +198,7 @@ def certified_in_parts(kept: Cache, data: Data, r: float) -> Tensor:
     return kept.each(certify, data, 128, r=r)["radii"]
 
 
+@taking(model=as_model, data=as_data)
 def distances(
     model: nn.Module, data: Data, r: float, search: dict | None = None, *, batch_size: int = 128,
     state: str | Path | None = None, progress: bool = True,
@@ -209,6 +212,7 @@ def distances(
         return distances_in_parts(Cache(state, model, bar), data, r, search or {}, batch_size)
 
 
+@taking(model=as_model, data=as_data)
 def certificates(
     model: nn.Module, data: Data, r: float, *, state: str | Path | None = None, progress: bool = True
 ) -> Tensor:

@@ -40,10 +40,12 @@ from wdat.studies.cache import (
     nearest,
     part_size,
 )
-from wdat.threats.ball import Threat, plain_number
+from wdat.threats.ball import Threat, as_threat, as_threats, plain_number
 from wdat.threats.checks import check_logits, device_of, frozen
 from wdat.threats.images import Joined
+from wdat.threats.inputs import as_model, taking
 from wdat.threats.losses import get_loss, margin
+from wdat.zoo.adapt import DataLike, as_data
 from wdat.zoo.data import Data, check_fit, check_outputs, draw
 
 
@@ -92,10 +94,11 @@ def per_class(mass: Tensor, y: Tensor, classes: Sequence[str]) -> dict[str, floa
     return {name: float(mass[y == k].mean()) for k, name in enumerate(classes) if bool((y == k).any())}
 
 
+@taking(model=as_model, data=as_data, threats=as_threats)
 def evaluate(
     model: nn.Module,
-    data: Data,
-    threats: Sequence[Threat] = (Threat("8/255"),),
+    data: DataLike,
+    threats: Sequence[Threat | str] | Threat | str = "8/255",
     *,
     losses: Sequence[str] | None = None,
     steps: int = 50,
@@ -138,7 +141,6 @@ def evaluate(
         "certified", "autoattack", "dual". Accuracies are fractions.
     Raises: ValueError with number and remedy for unusable images, labels, logits, gradients or settings.
     """
-    threats = tuple(threats)
     classes = check_fit(model, data, threats)
     if not threats:
         raise ValueError("no threat given; pass for example [Threat('8/255', p=2)]")
@@ -348,6 +350,7 @@ def _curves(d: Tensor, data: Data, threats: Sequence[Threat], orders: Sequence[f
     return result
 
 
+@taking(model=as_model, data=as_data, threat=as_threat)
 def adversary(
     model: nn.Module, data: Data, threat: Threat, search: dict | None = None, *, path: str | Path | None = None,
     batch_size: int = 128, state: str | Path | None = None, progress: bool = True,

@@ -10,6 +10,8 @@ Source: Bai, He, Jiang, Obloj, arXiv 2306.09844 (sections 2-4) and 2502.09352.
 """
 
 import math
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -125,7 +127,17 @@ class Threat:
         return math.isinf(self.p)
 
     def __str__(self) -> str:
-        return f"W_{self.p:g} l{self.r:g} {self.written}"
+        short = f"{self.p:g}"
+        return f"W_{short if float(short) == self.p else repr(self.p)} l{self.r:g} {self.written.strip()}"
+
+    @classmethod
+    def read(cls, text: str) -> "Threat":
+        """What `str` prints, "W_2 linf 8/255"; without the order p = 2, without the norm linf. ValueError otherwise."""
+        found = re.fullmatch(r"\s*(?:W_?(\S+)\s+)?(?:l_?(2|inf)\s+)?(\S+)\s*", text, re.IGNORECASE)
+        if not found:
+            raise ValueError(f'{text!r} is no threat; write "W_2 linf 8/255", or "8/255" for p = 2 and linf')
+        order, norm, delta = found.groups()
+        return cls(delta, order or 2, norm or "inf")
 
     def describe(self) -> dict[str, float | str]:
         """p, r, delta and delta as written, as a record keeps them."""
@@ -191,6 +203,26 @@ class Threat:
         distance = self.distance(norms)
         contraction = torch.where(distance > self.delta, self.delta / distance, 1.0)
         return (norms.double() * contraction).to(norms.dtype)
+
+
+def as_threat(threat: Threat | str) -> Threat:
+    """A threat, or what `Threat.read` reads. ValueError for anything else: a bare number says neither p nor norm."""
+    if isinstance(threat, str):
+        return Threat.read(threat)
+    if not isinstance(threat, Threat):
+        raise ValueError(f'the threat is {threat!r}; write wdat.Threat("8/255", p=2, r="inf") or "W_2 linf 8/255"')
+    return threat
+
+
+def as_threat_or_none(threat: Threat | str | None) -> Threat | None:
+    """The same, where a threat may be left out."""
+    return None if threat is None else as_threat(threat)
+
+
+def as_threats(threats: "Threat | str | Iterable[Threat | str]") -> tuple[Threat, ...]:
+    """One threat or several, each as `as_threat` takes it."""
+    single = isinstance(threats, Threat | str) or not isinstance(threats, Iterable)
+    return tuple(as_threat(threat) for threat in ([threats] if single else threats))
 
 
 def wasserstein_distance(x: Tensor, y: Tensor, other: Tensor, other_y: Tensor, p: float, r: float) -> float:

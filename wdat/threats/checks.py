@@ -4,7 +4,7 @@ A check that holds reads its numbers at once: a GPU waits for each reading.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -16,9 +16,11 @@ from wdat.threats.ball import Threat
 def check_images(x: Tensor) -> None:
     """Raise ValueError unless x is float32 (N, C, H, W) with N >= 1, finite and in [0, 1]."""
     if not isinstance(x, Tensor):
-        raise ValueError(f"images are a {type(x).__name__}; pass a float32 tensor (N, C, H, W) with pixels in [0, 1]")
-    if x.dim() != 4 or x.numel() == 0:
-        raise ValueError(f"images have shape {tuple(x.shape)}; expected a non-empty (N, C, H, W)")
+        remedy = ": torch.from_numpy(x).float()" if hasattr(x, "__array__") else ""
+        raise ValueError(
+            f"images are a {type(x).__name__}; pass a float32 tensor (N, C, H, W) with pixels in [0, 1]{remedy}"
+        )
+    check_layout(x)
     if x.dtype != torch.float32:
         remedy = "; divide by 255" if x.dtype == torch.uint8 else "; call .float()"
         raise ValueError(f"images are {x.dtype}; expected float32 with pixels in [0, 1]{remedy}")
@@ -30,11 +32,28 @@ def check_images(x: Tensor) -> None:
         raise ValueError(f"pixels lie in [{low:.4g}, {high:.4g}]; expected [0, 1]: {remedy}")
 
 
+def check_layout(x: Tensor) -> None:
+    """Raise ValueError unless x has the shape of images (N, C, H, W), N >= 1, rather than (N, H, W, C)."""
+    shape = tuple(x.shape)
+    if x.dim() != 4 or x.numel() == 0:
+        remedy = "; x[None] makes a set of one image, x[:, None] adds the channel of grey ones" if x.dim() == 3 else ""
+        raise ValueError(f"images have shape {shape}; expected a non-empty (N, C, H, W){remedy}")
+    if shape[3] in (1, 3, 4) and shape[1] == shape[2] > 4:
+        raise ValueError(f"images have shape {shape}, channels last; call x.permute(0, 3, 1, 2) for (N, C, H, W)")
+    if x.is_meta:
+        raise ValueError("images are on the meta device, without numbers; pass those that hold pixels")
+
+
 def check_labels(y: Tensor, n: int, classes: int | None = None) -> None:
     """Raise ValueError unless y is int64 (n,), in 0..classes-1, and holds no negative label."""
     if not isinstance(y, Tensor) or y.dtype != torch.int64 or y.dim() != 1:
-        seen = f"{y.dtype} of shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
-        raise ValueError(f"labels are {seen}; expected an int64 tensor (N,) of class indices")
+        seen, remedy = type(y).__name__, "torch.as_tensor(y).long()"
+        if isinstance(y, Tensor):
+            seen = f"{y.dtype} of shape {tuple(y.shape)}"
+            remedy = (
+                "y.long()" if y.dim() == 1 else "y.argmax(1) for one row of scores an image, y.flatten() for one number"
+            )
+        raise ValueError(f"labels are {seen}; expected an int64 tensor (N,) of class indices: {remedy}")
     if len(y) != n:
         raise ValueError(f"{len(y)} labels for {n} images")
     low, high = torch.stack(torch.aminmax(y)).tolist()
@@ -61,8 +80,8 @@ def check_logits(logits: Tensor, n: int | None = None) -> None:
     Rows that are all in [0, 1] and sum to 1 are taken for probabilities: their losses and gradients would be wrong.
     """
     if not isinstance(logits, Tensor) or logits.dim() != 2 or (n is not None and len(logits) != n):
-        seen = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(f"the model returned {seen}; expected logits ({'N' if n is None else n}, classes)")
+        seen, remedy = _structure(logits)
+        raise ValueError(f"the model returned {seen}; expected logits ({'N' if n is None else n}, classes){remedy}")
     if logits.shape[1] < 2:
         raise ValueError("the model has one output; a classifier needs at least 2 (one logit per class)")
     z = logits.detach().float()
@@ -76,6 +95,22 @@ def check_logits(logits: Tensor, n: int | None = None) -> None:
         )
     if shares:
         raise ValueError("the model returns probabilities (rows sum to 1); remove its final softmax: pass logits")
+
+
+def _structure(answer: object) -> tuple[str, str]:
+    """What a model returned in place of logits, in words, and what to do."""
+    if isinstance(answer, Tensor):
+        return f"shape {tuple(answer.shape)}", ""
+    inside, seen = "", type(answer).__name__
+    if isinstance(answer, Mapping):
+        seen += f" with {', '.join(map(str, answer))}"
+        key = "logits" if "logits" in answer else next(iter(answer), "logits")
+        inside = f"[{key!r}]"
+    elif hasattr(answer, "logits"):
+        inside = ".logits"
+    elif isinstance(answer, Sequence) and not isinstance(answer, str):
+        seen, inside = f"{seen} of {len(answer)}", "[0]"
+    return seen, f": pass a module whose forward returns network(x){inside}" if inside else ""
 
 
 def checking(loss: Callable[[Tensor, Tensor], Tensor], labels: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
@@ -154,6 +189,11 @@ def under_autocast(device: torch.device) -> bool:
     return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """The state dictionary without what is no tensor (of get_extra_state)."""
+    return {key: value for key, value in model.state_dict().items() if isinstance(value, Tensor)}
+
+
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[nn.Module]:
     """Eval mode and no parameter gradients inside; every module's mode and every flag restored on the way out.
@@ -161,7 +201,7 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
     Eval mode makes per-image gradients independent of the batch and keeps batch-norm buffers untouched; without
     parameter gradients the backward pass of an attack costs only what the input gradient needs.
     """
-    modes = [(module, module.training) for module in model.modules()]
+    modes = [(module, module.training) for module in model.modules() if hasattr(module, "training")]  # torch.jit.freeze
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         model.eval()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from wdat.threats.checks import check_images, check_labels
+from wdat.threats.checks import check_images, check_labels, check_layout
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Pixels:
         if self.whole.dtype != torch.uint8 or self.whole.dim() != 4 or not self.whole.numel():
             seen = f"{self.whole.dtype} of shape {tuple(self.whole.shape)}"
             raise ValueError(f"pixels are {seen}; expected a non-empty uint8 (N, C, H, W)")
+        check_layout(self.whole)
         if int(self.whole.max()) > self.levels:
             raise ValueError(f"pixels go up to {int(self.whole.max())}, beyond levels={self.levels}")
 

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from wdat.threats.ball import Threat, per_image, power_mean
+from wdat.threats.ball import Threat, as_threat, per_image, power_mean
 from wdat.threats.checks import ALONE, check_function, checking, device_of, frozen, under_autocast
 from wdat.threats.images import Images, check_set
+from wdat.threats.inputs import as_model, as_tensor, taking
 from wdat.threats.losses import Loss, get_loss
 
 # glibc hands memory back to the system once twice the largest block freed so far lies idle, and every pass would ask
@@ -78,6 +79,7 @@ def feasible(gradient: Tensor, x: Tensor) -> Tensor:
     return torch.where(((x <= 0) & (gradient < 0)) | ((x >= 1) & (gradient > 0)), 0, gradient)
 
 
+@taking(model=as_model, x=as_tensor, y=as_tensor, threat=as_threat)
 def dual_norms(
     model: nn.Module,
     x: Images,
@@ -132,6 +134,7 @@ def estimate(norms: Tensor, q: float, total: int | None = None) -> Sensitivity:
     return Sensitivity(value, value * spread / q, n, total)
 
 
+@taking(model=as_model, x=as_tensor, y=as_tensor, threat=as_threat)
 def upsilon(
     model: nn.Module,
     x: Images,

@@ -5,10 +5,9 @@ any moment and resumed ends with the same weights, bit for bit on a CPU, as an u
 Source: arXiv 2502.09352; defaults of TRADES (arXiv 1901.08573).
 """
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -19,16 +18,18 @@ from tqdm.auto import tqdm
 from wdat.attacks.pgd import w_pgd
 from wdat.digest import version
 from wdat.records import write_tensors
-from wdat.threats.ball import Threat, per_image
-from wdat.threats.checks import device_of, frozen
+from wdat.threats.ball import Threat, as_threat_or_none, per_image
+from wdat.threats.checks import device_of, frozen, tensors_of
+from wdat.threats.inputs import as_model, aside, copied, plain_weights, taking, unwrapped
 from wdat.threats.losses import ce, margin
 from wdat.threats.seeds import derive_seed
 from wdat.threats.sensitivity import dual_norms, input_gradient
 from wdat.training.memory import check_memory, estimate, free_memory
 from wdat.training.objectives import Objective
-from wdat.training.recipes import Recipe, initialise, make_recipe
+from wdat.training.recipes import Recipe, check_single_images, initialise, make_recipe
 from wdat.training.schedules import get_schedule
 from wdat.training.trackers import Tracker
+from wdat.zoo.adapt import DataLike, as_data, as_data_or_none
 from wdat.zoo.data import Data, check_fit, check_outputs, check_same_classes
 from wdat.zoo.identity import identify, same
 
@@ -71,33 +72,37 @@ def interpolate(before: nn.Module, after: nn.Module, share: float) -> nn.Module:
     """A network between two: weights and batch-norm statistics before + share * (after - before), in eval mode.
 
     share = 0 answers as `before`, 1 as `after`, which was fine-tuned from it; between, robustness is traded for clean
-    accuracy without further training. With batch norm its statistics are those of neither set of activations.
+    accuracy without further training. With batch norm its statistics are those of neither set of activations. Weights
+    that are computed (weight norm, spectral norm, any parametrisation) are those computed, and plain in the result.
     Source: Wortsman et al. 2109.01903 (of zero-shot networks). ValueError if the two are not of one architecture.
     """
-    first, last = before.state_dict(), after.state_dict()
+    found, before = plain_weights(after), plain_weights(before)
+    first, last = before.state_dict(), found.state_dict()
+    first, last = ({k: v for k, v in state.items() if isinstance(v, Tensor)} for state in (first, last))
     if {k: v.shape for k, v in first.items()} != {k: v.shape for k, v in last.items()} or not math.isfinite(share):
         raise ValueError(f"share={share} must be a number, and both networks of one architecture")
-    found = copy.deepcopy(after).eval()
-    found.load_state_dict({
-        name: torch.lerp(first[name].to(end.device), end, share) if end.is_floating_point() else end
-        for name, end in last.items()
-    })  # fmt: skip
+    for name, end in last.items():  # the copy's own tensors
+        if end.is_floating_point():
+            end.copy_(torch.lerp(first[name].to(end.device), end, share))
     return found
 
 
+@taking(model=as_model, train=as_data, validation=as_data_or_none, validation_threat=as_threat_or_none)
 def finetune(
     model: nn.Module,
-    train: Data,
+    train: DataLike,
     recipe: Recipe,
     *,
-    validation: Data | None = None,
-    validation_threat: Threat | None = None,
+    validation: DataLike | None = None,
+    validation_threat: Threat | str | None = None,
     checkpoint: str | Path | None = None,
     checkpoint_every: int | None = None,
     progress: bool = True,
     on_step: Callable[[int, nn.Module, list[Tracker | None]], None] | None = None,
 ) -> Finetuned:
     """Fine-tune a copy of the network; the one passed, and torch's global seed, are left as found.
+
+    What torch.compile or DataParallel was put around is trained, and returned, without it.
 
     Args:
         model: logits of float32 images in [0, 1]; trained on the device it is on.
@@ -119,6 +124,9 @@ def finetune(
     if validation is not None:
         check_outputs(validation, classes)
         check_same_classes(train, validation)
+    if not list(model.parameters()):
+        raise ValueError("the model has no weights to train (a function, a frozen script); pass its nn.Module")
+    check_single_images(model, recipe, train)
     steps_per_epoch = -(-n // recipe.batch_size)
     objective, schedule = recipe.objective, get_schedule(recipe.schedule)
     path = Path(checkpoint) if checkpoint else None
@@ -128,9 +136,11 @@ def finetune(
         found = estimate(model, recipe, train.pixels.shape[1:], n)
         check_memory(found, free_memory(device) + found["bytes"]["parameters"] // 2)  # the network itself is there
 
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        teacher = copy.deepcopy(model).eval().requires_grad_(False) if objective.distil else None
-        network = copy.deepcopy(model)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), ExitStack() as stack:
+        teacher = as_model(copied(model)).eval().requires_grad_(False) if objective.distil else None
+        network = as_model(copied(model))
+        for own in (network, teacher) if teacher else (network,):
+            stack.enter_context(aside(own))
         torch.manual_seed(derive_seed(recipe.seed, -1))
         initialise(network, recipe.init, recipe.init_scale)
         recipe.select(network)
@@ -208,7 +218,7 @@ def finetune(
                     row = _summary(epoch, rate, sums, objective, trackers, n, history)
                     if not math.isfinite(row["loss"]):
                         raise diverged("the mean loss", f"{row['loss']}")
-                    if not all(torch.isfinite(t).all() for t in network.state_dict().values()):
+                    if not all(torch.isfinite(t).all() for t in tensors_of(network).values()):
                         raise diverged("a weight at the end", "no longer finite")
                     if validation is not None:
                         with watched():
@@ -225,7 +235,7 @@ def finetune(
     for own, found in zip(network.parameters(), model.parameters(), strict=True):
         own.requires_grad_(found.requires_grad)
         own.grad = None
-    return Finetuned(network.eval(), history)
+    return Finetuned(unwrapped(network.eval()), history)
 
 
 def _finite(network: nn.Module, x: Tensor, y: Tensor) -> bool:

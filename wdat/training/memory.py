@@ -1,6 +1,5 @@
 """What a fine-tuning run will take, before it starts: bytes and seconds, from steps of a few images."""
 
-import copy
 import math
 import time
 import warnings
@@ -12,7 +11,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from wdat.threats.checks import device_of, frozen
+from wdat.threats.checks import device_of, frozen, tensors_of
+from wdat.threats.inputs import as_model, copied
 from wdat.training.recipes import Recipe
 from wdat.training.trackers import Rule
 
@@ -26,7 +26,7 @@ def kept_for_backward(model: nn.Module) -> Iterator[dict]:
 
     Gives {"now": kept at this moment, "peak": the most kept at any moment, "sizes": of single tensors}.
     """
-    own = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict(keep_vars=True).values()}
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     counts, views = {"now": 0, "peak": 0, "sizes": set()}, Counter()
 
     class Kept:
@@ -55,7 +55,7 @@ def _trial(network: nn.Module, recipe: Recipe, shape: Sequence[int]) -> tuple[Ca
     terms = tuple(replace(term, steps=min(term.steps, 2)) for term in recipe.objective.terms)
     recipe = replace(recipe, objective=replace(recipe.objective, terms=terms), upsilon=Rule("batch"))
     objective = recipe.objective
-    teacher = copy.deepcopy(network).eval() if objective.distil else None
+    teacher = copied(network).eval() if objective.distil else None
     recipe.select(network)
 
     def run(n: int) -> None:
@@ -100,7 +100,7 @@ def estimate(
         sentence: all this in words.
     """
     device = device_of(model) if device is None else torch.device(device)
-    network = copy.deepcopy(model).to(device)
+    network = as_model(copied(model)).to(device)
     size = min(recipe.micro_batch, n_train)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         run, cost = _trial(network, recipe, images_shape)
@@ -121,7 +121,7 @@ def estimate(
             if images == size:
                 break
             images = min(4 * images, size)
-    whole = sum(t.numel() * t.element_size() for t in network.state_dict().values())
+    whole = sum(t.numel() * t.element_size() for t in tensors_of(network).values())
     trained = sum(p.numel() * p.element_size() for p in network.parameters() if p.requires_grad)
     found = {
         "parameters": 2 * whole,

@@ -4,15 +4,18 @@ Source: arXiv 2502.09352; defaults of TRADES (arXiv 1901.08573).
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import nn
 
 from wdat.settings import check_names, typed
+from wdat.threats.checks import device_of
+from wdat.threats.inputs import copied
 from wdat.training.objectives import PRECISIONS, Objective, make_objective
 from wdat.training.schedules import Schedule, get_schedule
 from wdat.training.trackers import Rule, Tracker
+from wdat.zoo.data import Data
 
 INITS = ("none", "perturb", "rerandomise")
 LAYERS = ("all", "last")
@@ -96,6 +99,11 @@ class Recipe:
         """Images that visit the network at a time."""
         return -(-self.batch_size // self.accumulate)
 
+    def micro_batches(self, n: int) -> set[int]:
+        """Sizes of the micro-batches that n images are trained in."""
+        steps = {min(self.batch_size, n), n % self.batch_size} - {0}
+        return {size for step in steps for size in (min(self.micro_batch, step), step % self.micro_batch) if size}
+
     def select(self, network: nn.Module) -> None:
         """Let autograd follow the weights that are trained, and no others."""
         network.requires_grad_(self.layers == "all")
@@ -124,6 +132,25 @@ def last_layer(model: nn.Module) -> nn.Linear:
     if not linear:
         raise ValueError('no nn.Linear in the model: layers="last" and init="rerandomise" need one')
     return linear[-1]
+
+
+@torch.no_grad()
+def check_single_images(model: nn.Module, recipe: Recipe, train: Data) -> None:
+    """Raise ValueError if a micro-batch holds an image alone and batch norm has nothing else to average over."""
+    n = len(train)
+    norms = (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+    if recipe.layers != "all" or 1 not in recipe.micro_batches(n) or not any(norms):
+        return
+    try:
+        copied(model).train()(train.batch(torch.arange(1))[0].to(device_of(model)))
+    except ValueError as error:
+        sizes = range(recipe.batch_size + 1, recipe.batch_size + n + 2)
+        fits = next((size for size in sizes if 1 not in replace(recipe, batch_size=size).micro_batches(n)), None)
+        remedy = f"set batch_size={fits}" if fits else "pass at least 2 images"
+        raise ValueError(
+            f"{n} images in batches of {recipe.batch_size}, micro-batches of {recipe.micro_batch}, leave one image "
+            f'alone, and batch norm needs two ({str(error)[:80]}); {remedy} or layers="last"'
+        ) from error
 
 
 @torch.no_grad()

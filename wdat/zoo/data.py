@@ -172,7 +172,7 @@ def from_tensors(x: Tensor, y: Tensor, name: str = "tensors", classes: Sequence[
     y = y.detach().cpu()
     names = _names(y, name) if classes is None else tuple(classes)
     levels = 255 if x.dtype == torch.uint8 else 1
-    return Data(name, "all", x.cpu(), y, names, levels, "tensors", named=classes is not None)
+    return Data(name, "all", x.cpu().contiguous(), y, names, levels, "tensors", named=classes is not None)
 
 
 def _names(y: Tensor, name: str) -> tuple[str, ...]:

@@ -2,7 +2,8 @@
 
 A card says what a network is and where it comes from:
 
-    name, architecture, arguments    what `wdat.zoo.networks.build` makes
+    name, architecture, arguments    what `wdat.zoo.networks.build` makes: one of its networks by name, or
+                                     package.module:function of your own, which is imported and called
     mean, std                        normalisation put in front, per channel; left out if the network needs none
     weights, sha256, bytes           file name (.pt or .safetensors), its digest and, optionally, its size
     source, licence, training        who trained it, how, on what terms
@@ -15,19 +16,21 @@ Nothing is downloaded, and no folder is made while looking.
 import hashlib
 import io
 import pickle
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from torch import Tensor, nn
+from torch import nn
 
 from wdat.records import write_file
 from wdat.settings import Written, check_names, read
+from wdat.threats.checks import tensors_of
+from wdat.threats.inputs import unwrapped
 from wdat.zoo import robustbench as rb
 from wdat.zoo.networks import Normalised, build
 from wdat.zoo.noise import Randomised
+from wdat.zoo.weights import WEIGHT_FILES, check_weights, fill, numpy_numbers, read_weights, refused, sha256
 
 CARD = {
     "name": str, "architecture": str, "arguments": dict | None, "mean": list[Written] | None,
@@ -41,6 +44,7 @@ def load_model(
     source: nn.Module | str | Path,
     *,
     root: str | Path | None = None,
+    architecture: str | None = None,
     dataset: str = "cifar10",
     threat: str = "Linf",
     device: torch.device | str | None = None,
@@ -49,9 +53,11 @@ def load_model(
 
     Args:
         source: an nn.Module (its parameters are checked to be finite; put into eval mode), the path of a card
-            (NAME.yaml; weights under `root` if given, else beside it), or a RobustBench name.
+            (NAME.yaml; weights under `root` if given, else beside it), "package.module:function" of your own (imported
+            and called), a weight file together with `architecture`, or a RobustBench name.
         root: folder of the weights; for RobustBench its model folder ("models" by default), in which the weights are
             root/dataset/threat/NAME.pt.
+        architecture: of a weight file: a name of `wdat.zoo.networks.build`, or "package.module:function".
         dataset, threat: RobustBench's, for example "cifar10", "Linf".
         device: where to put it; by default it stays where it is (loaded ones: the CPU).
 
@@ -59,17 +65,22 @@ def load_model(
     Raises FileNotFoundError for missing cards and weights with the path expected, ValueError for anything wrong with
     them: HTML page, git-lfs pointer, truncated, altered, other keys or shapes, NaN; unknown names with the nearest.
     """
+    file = not isinstance(source, nn.Module) and str(source).endswith(WEIGHT_FILES)
+    if architecture is not None and not file:
+        raise ValueError(f"architecture={architecture!r} is that of a weight file; {source} is none")
     if isinstance(source, nn.Module):
         model = source
     elif str(source).endswith((".yaml", ".yml")):
         model = _from_card(Path(source), root)
-    elif str(source).endswith((".pt", ".pth", ".safetensors")):
-        raise ValueError(
-            f"{source} is a weight file; write a card for it (architecture, sha256, ...) and pass the card"
-        )
+    elif file:
+        model = _from_weights(Path(source), architecture)
+    elif ":" in str(source):
+        model = build(str(source))
+        if not hasattr(model, "card"):
+            model.card = {"name": str(source).rpartition(":")[2], "architecture": str(source)}
     else:
         model = _from_robustbench(str(source), Path(root or "models"), dataset, threat)
-    for name, tensor in model.state_dict().items():
+    for name, tensor in tensors_of(model).items():
         if not torch.isfinite(tensor).all():
             raise ValueError(
                 f"{source if isinstance(source, (str, Path)) else 'the model'}: {name} holds NaN or infinity"
@@ -114,7 +125,8 @@ def _from_card(path: Path, root: str | Path | None) -> nn.Module:
     size = weights.stat().st_size
     if card.get("bytes") and size != card["bytes"]:
         raise ValueError(
-            f"{weights} has {size:,} bytes, its card says {card['bytes']:,}: a broken or another file; fetch it again"
+            f"{weights} has {size:,} bytes, its card says {card['bytes']:,}: a broken or another file; fetch it again, "
+            "or correct the card if it is the one you mean"
         )
     digest = sha256(weights)
     if digest != card["sha256"]:
@@ -122,8 +134,8 @@ def _from_card(path: Path, root: str | Path | None) -> nn.Module:
             f"{weights} has sha256 {digest}, its card {path.name} says {card['sha256']}; it was not loaded. Fetch it "
             "again, or correct the card if you changed the weights yourself"
         )
-    network = build(card["architecture"], **card.get("arguments") or {})
-    _fill(network, read_weights(weights), weights, card["architecture"])
+    network = build(card["architecture"], **card.get("arguments") or {}).float()
+    fill(network, read_weights(weights), weights, card["architecture"])
     model = network if card.get("mean") is None else Normalised(card["mean"], card["std"], network)
     model.card = card
     if card.get("sigma") is not None:
@@ -132,12 +144,17 @@ def _from_card(path: Path, root: str | Path | None) -> nn.Module:
     return model
 
 
-def _fill(network: nn.Module, state: dict[str, Tensor], path: Path, architecture: str) -> None:
-    try:
-        network.load_state_dict(state, strict=True)
-    except RuntimeError as error:
-        reason = " ".join(line.strip() for line in str(error).splitlines()[1:4])
-        raise ValueError(f"{path} does not fit {architecture}: {reason}") from error
+def _from_weights(path: Path, architecture: str | None) -> nn.Module:
+    if architecture is None:
+        raise ValueError(
+            f'{path} is a weight file; say whose weights these are: architecture="package.module:function" '
+            "(in the shell --architecture package.module:function), or write a card for it and pass the card"
+        )
+    check_weights(path, "pass the path of the weight file")
+    network = build(architecture).float()
+    fill(network, read_weights(path), path, architecture)
+    network.card = {"name": path.stem, "architecture": architecture, "weights": path.name, "sha256": sha256(path)}
+    return network
 
 
 def _from_robustbench(name: str, root: Path, dataset: str, threat: str) -> nn.Module:
@@ -149,12 +166,10 @@ def _from_robustbench(name: str, root: Path, dataset: str, threat: str) -> nn.Mo
             "folder that holds DATASET/THREAT/NAME.pt",
         )
     try:
-        model = rb.load(name, root, dataset, threat)
+        with numpy_numbers():
+            model = rb.load(name, root, dataset, threat)
     except (pickle.UnpicklingError, EOFError) as error:
-        raise ValueError(
-            f"{files[0]} holds more than tensors, or is damaged ({str(error).splitlines()[0]}); unpickling arbitrary "
-            "objects runs code. If you trust it, load it yourself and save its state dictionary with torch.save"
-        ) from error
+        raise ValueError(f"{files[0]} {refused(files[0], error)}") from error
     except (RuntimeError, KeyError) as error:
         raise ValueError(
             f"{files[0]} does not fit {name}: {' '.join(str(error).split())[:400]}; it is damaged or another model's"
@@ -173,70 +188,13 @@ def _from_robustbench(name: str, root: Path, dataset: str, threat: str) -> nn.Mo
     return model
 
 
-def sha256(path: str | Path) -> str:
-    """Hexadecimal sha256 of a file."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def check_weights(path: Path, remedy: str) -> None:
-    """Look at a weight file without unpickling it: is it there, and is it weights rather than what came instead?"""
-    path = path.absolute()
-    if not path.is_file():
-        raise FileNotFoundError(f"no weights at {path}; {remedy}. Nothing was downloaded and no folder was made")
-    with path.open("rb") as file:
-        head = file.read(512)
-    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    if not head:
-        problem = "is empty; delete it and fetch it again"
-    elif text.startswith((b"<!doctype", b"<html", b"<head", b"<?xml")):
-        problem = "is an HTML page, not weights (a quota or login page of the download site); fetch it in a browser"
-    elif head.startswith(b"version https://git-lfs"):
-        problem = "is a git-lfs pointer, not weights; run `git lfs pull` in its repository"
-    elif path.suffix == ".safetensors":
-        problem = _safetensors_problem(path)
-    elif head.startswith(b"PK\x03\x04"):  # torch.save since 1.6: its index is at the end
-        problem = "" if zipfile.is_zipfile(path) else "is truncated; delete it and fetch it again"
-    else:  # older torch.save: a pickle, whose end torch itself notices
-        problem = (
-            "" if head.startswith(b"\x80") else f"is no weight file (it begins with {head[:16]!r}); fetch it again"
-        )
-    if problem:
-        raise ValueError(f"{path} {problem}")
-
-
-def _safetensors_problem(path: Path) -> str:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "pt"):  # reads the header and compares it with the size of the file
-            return ""
-    except SafetensorError as error:
-        return f"is truncated or no safetensors file ({error}); fetch it again"
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The dictionary of tensors in a .safetensors or .pt file, on the CPU; nothing but tensors is unpickled."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        raise ValueError(f"{path} can not be read as weights ({str(error).splitlines()[0]}); fetch it again") from error
-    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]
-    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ValueError(f"{path} holds a {type(state).__name__}, not a dictionary of tensors (a state_dict)")
-    return state
-
-
 def save_model(model: nn.Module, card_path: str | Path, **fields: Any) -> Path:
     """Write the weights (CARD.safetensors, beside the card) and the card; `load_model(card_path)` reads them back.
 
-    fields: those of a card. `architecture` and `arguments` are needed unless the model was loaded from a card; mean
-    and std come from a `Normalised` model, sigma from a `Randomised` one. ValueError unless that architecture takes
-    exactly these weights. Both files appear whole or not at all, weights first.
+    fields: those of a card. `architecture` (a name, or "package.module:function" of yours that builds the network) and
+    `arguments` are needed unless the model was loaded by `load_model`; mean and std come from a `Normalised` model,
+    sigma from a `Randomised` one. ValueError unless that architecture takes exactly these weights. Both files appear
+    whole or not at all, weights first.
     """
     from safetensors.torch import save
 
@@ -244,19 +202,24 @@ def save_model(model: nn.Module, card_path: str | Path, **fields: Any) -> Path:
     if path.suffix not in (".yaml", ".yml"):
         raise ValueError(f"a card is a YAML file, {path.name} is not; write NAME.yaml")
     fields = _typed(fields, "save_model")
+    model = unwrapped(model)
     if isinstance(model, Randomised):
         fields["sigma"], model = model.sigma, model.network
     loaded = getattr(model, "card", {})
     fields = {key: loaded[key] for key in ("architecture", "arguments") if key in loaded} | fields
     if "architecture" not in fields:
         raise ValueError("save_model needs architecture=... (and arguments=...), so that the weights can be read back")
-    network = model
-    if isinstance(model, Normalised):
+    network, own = model, ":" in fields["architecture"] and "mean" not in loaded  # the function made the normalisation
+    if isinstance(model, Normalised) and not own:
         network = model.network
         fields |= {"mean": model.mean.flatten().tolist(), "std": model.std.flatten().tolist()}
-    state = {key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}
+    if other := sorted(set(network.state_dict()) - set(tensors_of(network))):
+        raise ValueError(f"{', '.join(other)} of the model (get_extra_state) is no tensor, and a weight file of a card "
+                         "holds tensors only; make it a buffer, or keep the state with torch.save")  # fmt: skip
+    # weights that share memory are written one by one
+    state = {key: value.detach().cpu().contiguous().clone() for key, value in network.state_dict().items()}
     with torch.random.fork_rng([]):
-        _fill(build(fields["architecture"], **fields.get("arguments") or {}), state, path, fields["architecture"])
+        fill(build(fields["architecture"], **fields.get("arguments") or {}), state, path, fields["architecture"])
     content = save(state)
     weights = path.with_suffix(".safetensors")
     fields = {"name": path.stem} | fields

@@ -4,7 +4,10 @@ Every network takes images (N, C, H, W) and returns logits (N, classes). The sma
 of cards in notebooks/zoo; their layer names match the published weights.
 """
 
+import importlib
 import inspect
+import os
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
@@ -28,8 +31,8 @@ class Normalised(nn.Module):
         mean, std = ([parse_number(value) for value in values] for values in (mean, std))
         if len(mean) != len(std) or not mean or min(std) <= 0:
             raise ValueError(f"mean {mean} and std {std} must have one number per channel each, and every std be > 0")
-        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
-        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1))
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(-1, 1, 1))
         self.network = network
 
     def forward(self, x: Tensor) -> Tensor:
@@ -121,9 +124,16 @@ ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
 
 
 def build(architecture: str, **arguments) -> nn.Module:
-    """A freshly initialised network by name, drawn from torch's global generator. ValueError lists names, arguments."""
+    """A freshly initialised network by name, drawn from torch's global generator. ValueError lists names, arguments.
+
+    "package.module:function" imports that module, from the working folder too, which runs its code, and calls the
+    function: name only your own.
+    """
+    if ":" in architecture:
+        return _own(architecture, arguments)
     if architecture not in ARCHITECTURES:
-        raise ValueError(f"unknown architecture {architecture!r}; known: {', '.join(ARCHITECTURES)}")
+        known = ", ".join(ARCHITECTURES)
+        raise ValueError(f"unknown architecture {architecture!r}; known: {known}, or package.module:function of yours")
     function = ARCHITECTURES[architecture]
     arguments = settings.arguments(function, arguments, architecture)
     try:
@@ -131,3 +141,17 @@ def build(architecture: str, **arguments) -> nn.Module:
     except TypeError as error:
         raise ValueError(f"{architecture}{inspect.signature(function)}: {error}, given {arguments}") from None
     return function(**arguments)
+
+
+def _own(architecture: str, arguments: dict) -> nn.Module:
+    module, _, function = architecture.partition(":")
+    wanted = "expected package.module:function that returns an nn.Module, and takes no argument unless a card gives it"
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # not there for the command `wdat`
+    try:
+        network = getattr(importlib.import_module(module), function)(**arguments)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{architecture}: {error}; {wanted}") from error
+    if not isinstance(network, nn.Module):
+        raise ValueError(f"{architecture} returned a {type(network).__name__}; {wanted}")
+    return network
