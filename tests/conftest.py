@@ -98,6 +98,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, str]]:
             (root / path).write_text(content)
         code = execution.load(source)
         records.write_file(executed, execution.tidy(code, root))
+        return 0.0
 
     monkeypatch.setattr(execution, "execute", execute)
     return writes

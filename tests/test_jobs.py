@@ -47,6 +47,7 @@ def noise(seed: int) -> torch.Tensor:
 
 def children() -> set[str]:
     """What a call could leave: processes, its semaphores and folders."""
+    jobs.close()
     gc.collect()
     below = psutil.Process().children(recursive=True)
     found = {f"process {p.pid}" for p in below if "resource_tracker" not in " ".join(p.cmdline())}

@@ -10,6 +10,7 @@ import tarfile
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from repository import notebook, said
 
@@ -43,6 +44,35 @@ while not (root / "go").exists():
     assert reproduce() == ["02_second"]
     log = said(capsys)
     assert "01_first: up to date" in log and "02_second … (not finished)" in log and "removed" not in log
+
+
+@pytest.mark.slow
+def test_an_interrupt_ends_every_worker_within_two_seconds(repo):
+    sleep = f"""from wdat.studies.jobs import Run, run_all
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_jobs import sleep_and_mark
+run_all([Run(str(k), sleep_and_mark, {{"seconds": 300, "mark": work / str(k)}}) for k in range(3)], 2)"""
+    notebook(repo, "01_first", sleep)
+    words = [sys.executable, "-m", "wdat.cli", "reproduce"]
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    marks = [repo / f".wdat/digits/made/{k}.pid" for k in range(2)]
+    deadline = time.monotonic() + 120
+    while not all(mark.exists() and mark.read_text() for mark in marks):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    below = psutil.Process(process.pid).children(recursive=True)
+    kernel = next(p for p in below if "ipykernel_launcher" in p.cmdline())
+    workers = [psutil.Process(int(mark.read_text())) for mark in marks]
+    assert set(workers) <= set(below)
+    os.kill(process.pid, signal.SIGINT)
+    start = time.monotonic()
+    while any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers):
+        assert time.monotonic() - start < 2, "seconds that a worker may stay"
+        time.sleep(0.02)
+    _, error = process.communicate(timeout=20)
+    assert process.returncode == 130 and error.startswith("wdat: interrupted; run the same command again to resume")
+    assert not psutil.wait_procs(below, timeout=20)[1]
+    assert not list(Path("/dev/shm").glob(f"*loky-{kernel.pid}-*"))
 
 
 def test_files_of_a_run_cut_short_stay_with_their_notebook(repo, pretend, monkeypatch):
@@ -79,11 +109,12 @@ def test_files_of_a_run_cut_short_stay_with_their_notebook(repo, pretend, monkey
         ({}, "common: {m: 1}", "'m' of the section common; known: n, out, work"),
         ({}, "02_second: {epochs: 1}", "'epochs' of the section 02_second; known: n, out, work"),
         ({"parameters": {"n": [1]}}, None, r"01_first: n is \[1\]; expected a whole number"),
-        ({}, "02_secnd: {n: 1}", "has '02_secnd'; its sections are: common, threads, 01_first, 02_second"),
+        ({}, "02_secnd: {n: 1}", "has '02_secnd'; its sections are: common, jobs, 01_first, 02_second"),
+        ({"jobs": -1}, None, "jobs=-1 must be 0"),
         ({}, "[1, 2]", "has no mapping; its sections are"),
         ({}, "a: b: c", "digits.yaml is not YAML"),
-        ({}, "threads: 1.5", r"digits.yaml: threads is 1.5; expected a whole number"),
-        ({}, "threads: true", r"digits.yaml: threads is True; expected a whole number"),
+        ({}, "jobs: 1.5", r"digits.yaml: jobs is 1.5; expected a whole number"),
+        ({}, "jobs: true", r"digits.yaml: jobs is True; expected a whole number"),
         ({}, "common: 3", r"digits.yaml: common is 3; expected a mapping"),
         ({}, "common: {n: 1.5}", "01_first: n is 1.5; expected a whole number"),
         ({"parameters": {"n": True}}, None, "01_first: n is True; expected a whole number"),

@@ -37,7 +37,7 @@ def test_every_rerun_says_why(repo, pretend, capsys, monkeypatch):
     reproduce()
     library = staleness.library
     monkeypatch.setattr(staleness, "library", lambda code: {k: "new" for k in library(code) if "records" in k})
-    again("01_first … (library changed: wdat/__init__.py, wdat/records.py)", ["01_first"])
+    again("01_first … (library changed: wdat/__init__.py, wdat/clock.py, wdat/records.py)", ["01_first"])
 
 
 def test_what_only_the_provenance_of_a_record_says_changes_nothing_downstream(repo, pretend, capsys):

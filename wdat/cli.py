@@ -16,7 +16,7 @@ def _reproduce(sub: Any) -> None:
     verb.add_argument("--profile", default="digits", help="a file in notebooks/profiles (default: digits)")
     verb.add_argument("--only", nargs="+", metavar="NN", help="these notebooks only, by number or name")
     verb.add_argument("--force", action="store_true", help="run them even if they are up to date")
-    verb.add_argument("--threads", type=_kind(int), help="threads of the kernel (default: the profile's, or 1)")
+    verb.add_argument("--jobs", type=_kind(int), help="runs at the same time (default: by cores and memory)")
     verb.add_argument("-P", dest="parameters", action="append", default=[], type=_pair, metavar="NAME=VALUE")
 
     def run(args: argparse.Namespace) -> None:
@@ -24,7 +24,7 @@ def _reproduce(sub: Any) -> None:
         from wdat.report import numbers
         from wdat.reproduce.runner import reproduce
 
-        reproduce(args.profile, args.only, args.force, parameters=dict(args.parameters), threads=args.threads)
+        reproduce(args.profile, args.only, args.force, parameters=dict(args.parameters), jobs=args.jobs)
         numbers.publish(records.root(), args.profile)
 
     verb.set_defaults(run=run)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 _seconds: Counter[str] = Counter()
+_most = [1]  # runs at the same time
 _inside = [0.0]  # of every open `spending`, outermost first: seconds that ones within it have counted
 
 
@@ -22,9 +23,15 @@ def spending(kind: str) -> Iterator[None]:
         _inside[-1] += whole
 
 
-def add(seconds: dict[str, float]) -> None:
-    """Count what was spent elsewhere."""
+def add(seconds: dict[str, float], jobs: int = 1) -> None:
+    """Count what was spent elsewhere, by so many workers at the same time."""
     _seconds.update(seconds)
+    _most[0] = max(_most[0], jobs)
+
+
+def jobs() -> int:
+    """The most runs that were computed at the same time."""
+    return _most[0]
 
 
 def spent() -> dict[str, float]:

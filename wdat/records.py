@@ -24,6 +24,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wdat import clock
+
 if TYPE_CHECKING:
     import torch
 
@@ -185,7 +187,9 @@ def read(path: str | Path, kind: str | None = None) -> dict[str, Any]:
 
 
 def provenance(device: "str | torch.device | None" = None) -> dict[str, Any]:
-    """What made a record: versions, git commit, device, threads, UTC date and the run's seconds (see `started`).
+    """What made a record: versions, git commit, device, UTC date and the run's seconds (see `started`).
+
+    `jobs` runs of so many `threads` were computed at once; what they `spent`, by kind of work, is added up.
 
     `git.dirty` says whether the sources (not the outputs) differ from the commit; both are None outside git.
     `command` is what the runner was asked for, None in a notebook opened by hand.
@@ -204,8 +208,10 @@ def provenance(device: "str | torch.device | None" = None) -> dict[str, Any]:
         "device": _device_name(device),
         "no_cuda": None if device.type == "cuda" else _why_cpu(),
         "threads": torch.get_num_threads(),
+        "jobs": clock.jobs(),
         "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "seconds": round(time.perf_counter() - _begun[0], 1),
+        "spent": clock.spent(),
         "command": os.environ.get("WDAT_COMMAND"),
     }
 

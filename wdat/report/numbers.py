@@ -25,7 +25,7 @@ def publish(root: str | Path, profile: str) -> None:
         best_proposed(folder / "04_five_networks.json")
     if profile == "digits" and (folder / "06_how_robust.json").is_file():
         five_lines(folder / "06_how_robust.json", "trades", "2/16")
-        where = f"{found['about.device']}, threads: {found['about.threads']}; less where they resumed"
+        where = f"{found['about.device']}, {found.get('about.jobs', '1')} runs at once; less where they resumed"
         took = f"The last runs of the notebooks took {found['about.minutes']} minutes on {where}.\n"
         records.write_file(folder / "06_how_robust-took.md", took)
     if (root / "README.md").is_file():
@@ -103,7 +103,11 @@ def numbers(folder: str | Path, keys: Collection[str] | None = None) -> dict[str
         record = records.read(path)
         origin = record.get("provenance", {})
         seconds[path.stem[:2]] = max(seconds.get(path.stem[:2], 0), origin.get("seconds") or 0)
-        found |= {f"about.{key}": str(origin[key]) for key in ("device", "threads", "torch", "python") if key in origin}
+        found |= {
+            f"about.{key}": str(origin[key])
+            for key in ("device", "threads", "jobs", "torch", "python")
+            if key in origin
+        }
         if maker := QUOTABLE.get(record["kind"]):
             made = maker(record["results"])
             found |= {f"{path.stem}.{key}": re.sub(r"^-(?=\d)", "−", text) for key, text in made.items()}

@@ -1,12 +1,14 @@
 """Run one notebook in a fresh kernel, and make its executed copy fit to commit."""
 
+import contextlib
+import json
 import os
 import re
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,8 +31,11 @@ def execute(
     scratch: Path,
     kernel: AbstractContextManager[type],
     root: Path,
-) -> None:
-    """Run one notebook in a fresh kernel, in the folder of its source as Jupyter would; put its copy in place."""
+) -> float:
+    """Run one notebook in a fresh kernel, in the folder of its source as Jupyter would; put its copy in place.
+
+    Returns the seconds that its cells with figures and tables took.
+    """
     import papermill
     from papermill.exceptions import PapermillExecutionError
 
@@ -59,12 +64,28 @@ def execute(
         except (RuntimeError, TimeoutError) as error:  # what nbclient raises for a kernel that died or never came up
             reason = f"{type(error).__name__}: {_first_line(str(error))}"
             raise CellFailed(f"{source.stem} stopped with its kernel ({reason}; out of memory?)\n{saved}") from None
+    drawing = sum(
+        cell.metadata["papermill"]["duration"] or 0
+        for cell in notebook.cells
+        if cell.cell_type == "code" and re.search(r"^(figures|tables)\.", cell.source, flags=re.M)
+    )
     records.write_file(executed, tidy(notebook, root))
     partial.unlink()
+    return drawing
+
+
+def spent(written: Iterable[Path]) -> dict[str, float]:
+    """Seconds by kind of work from the records that one notebook has written: each says what was spent so far."""
+    found: dict[str, float] = {}
+    for path in written:
+        with contextlib.suppress(ValueError, TypeError, KeyError):  # no record
+            for kind, seconds in json.loads(path.read_text())["provenance"]["spent"].items():
+                found[kind] = max(found.get(kind, 0), seconds)
+    return found
 
 
 @contextmanager
-def kernel(scratch: Path, threads: int, command: str) -> Iterator[type]:
+def kernel(scratch: Path, command: str) -> Iterator[type]:
     """A kernel manager class for this very interpreter that opens no port and writes nothing to the user's home."""
     from jupyter_client import AsyncKernelManager
     from jupyter_client.kernelspec import KernelSpec
@@ -74,9 +95,7 @@ def kernel(scratch: Path, threads: int, command: str) -> Iterator[type]:
         shutil.rmtree(folder)
         folder = tempfile.mkdtemp(prefix="wdat-", dir="/tmp")
     environment = {
-        "OMP_NUM_THREADS": str(threads),
-        "MKL_NUM_THREADS": str(threads),
-        "OPENBLAS_NUM_THREADS": str(threads),
+        **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1"),
         "IPYTHONDIR": f"{folder}/ipython",
         "JUPYTER_RUNTIME_DIR": folder,
         "JUPYTER_DATA_DIR": folder,
@@ -94,6 +113,7 @@ def kernel(scratch: Path, threads: int, command: str) -> Iterator[type]:
 
         def __init__(self, **arguments: Any) -> None:
             super().__init__(**arguments, transport="ipc", connection_file=f"{folder}/kernel.json")
+            self.shutdown_wait_time = 1.0  # half of it until SIGTERM, which ends its workers, too
 
     try:
         yield Manager
@@ -138,7 +158,8 @@ def tidy(notebook: "NotebookNode", root: Path) -> str:
         cell.metadata = nbformat.from_dict({k: v for k, v in cell.metadata.items() if k == "tags" and v})
         for output in cell.get("outputs", []):
             if output.output_type == "stream" and output.name == "stderr":
-                output.text = re.sub(r"[^\n]*\d+%\|[^\n]*\n?|[^\n]*\d+(\.\d+)?(it/s|s/it)\][^\n]*\n?", "", output.text)
+                bars = r"[^\n]*\d+%\|[^\n]*\n?|[^\n]*\d+(\.\d+)?(it/s|s/it)\][^\n]*\n?|[^\n]*\d+ of \d+ runs,[^\n]*\n?"
+                output.text = re.sub(bars, "", output.text)
         if "outputs" in cell:
             cell.outputs = [o for o in cell.outputs if o.output_type != "stream" or o.text.strip()]
     text = nbformat.writes(notebook, version=4)

@@ -1,7 +1,7 @@
 """Run the notebooks of a profile in order, headless, and resume where the last run stopped.
 
 `notebooks/NN_name.py` is the source, `notebooks/profiles/<profile>.yaml` its settings: `common: {...}` for every
-notebook that declares the parameter, one section per notebook name for its own, and `threads`. Figures go to
+notebook that declares the parameter, one section per notebook name for its own, and `jobs`. Figures go to
 `figures/<profile>/`, scratch files (networks, checkpoints) to `.wdat/<profile>/made/`, the executed copies to
 `notebooks/NN_name.ipynb` for the default profile and `.wdat/<profile>/notebooks/` for the others.
 
@@ -30,6 +30,7 @@ from wdat.reproduce.staleness import digests, stamps
 from wdat.settings import Written, check_names, parse_number, read
 
 DEFAULT = "digits"
+KINDS = ("training", "evaluation", "certificates", "drawing", "waiting")
 
 
 def reproduce(
@@ -39,7 +40,7 @@ def reproduce(
     root: str | Path | None = None,
     out: str | Path | None = None,
     parameters: dict[str, Any] | None = None,
-    threads: int | None = None,
+    jobs: int | None = None,
 ) -> list[str]:
     """Run what is not done yet; returns the names of the notebooks that ran.
 
@@ -50,7 +51,7 @@ def reproduce(
         root: the repository (default: found from the working folder upward).
         out: folder of figures, tables and records (default: figures/<profile>).
         parameters: override the profile in every notebook that declares them.
-        threads: of the kernel (default: the profile's, or 1: two busy threads can be far slower than one).
+        jobs: runs at the same time (default: the profile's, or as many as cores and memory allow); alters no number.
 
     Raises ValueError for an unknown profile, notebook or parameter, OSError for a folder that cannot be written, both
     before anything runs; `execution.CellFailed` when a notebook stops. Run again after either: finished notebooks are
@@ -61,8 +62,11 @@ def reproduce(
     settings = read_profile(root, profile, sources)
     chosen = _choose(sources, only)
     scratch = root / ".wdat" / profile
+    jobs = settings["jobs"] if jobs is None else jobs
+    if jobs < 0:
+        raise ValueError(f"jobs={jobs} must be 0 (as many as cores and memory allow) or at least 1")
     places = {"out": str(out or f"figures/{profile}"), "work": f".wdat/{profile}/made"}
-    passed = _parameters(sources, chosen, settings, places, parameters or {})
+    passed = _parameters(sources, chosen, settings, places | {"jobs": jobs}, parameters or {})
     executed = {name: _executed_copy(root, profile, name) for name in sources}
     folders = {name: [root / (places | passed[name])[key] for key in places] for name in chosen}
     for folder in {scratch, *(f for pair in folders.values() for f in pair), *(executed[n].parent for n in chosen)}:
@@ -83,7 +87,7 @@ def reproduce(
             if not reasons:
                 print(f"{label}: up to date", flush=True)
                 continue
-            print(f"{label} … ({'; '.join(reasons)})", flush=True)
+            print(f"{label} … ({'; '.join(reasons)}){_forecast(state, chosen, name)}", flush=True)
             if reasons == ["text changed"]:
                 copy = execution.with_new_text(sources[name], executed[name])
                 records.write_file(executed[name], execution.tidy(copy, root))
@@ -98,8 +102,8 @@ def reproduce(
             state[name] = {"key": key, "done": False, "outputs": old["outputs"], "before": present}
             _save_state(scratch, state)
             command = f"wdat reproduce --profile {profile} --only {name[:2]}"
-            kernel = execution.kernel(scratch, threads or settings["threads"], command)
-            execution.execute(sources[name], executed[name], passed[name], scratch, kernel, root)
+            kernel = execution.kernel(scratch, command)
+            drawing = execution.execute(sources[name], executed[name], passed[name], scratch, kernel, root)
             seconds = time.perf_counter() - begun
             written = [path for path, stamp in stamps(folders[name]).items() if before.get(path) != stamp]
             if fresh:
@@ -107,11 +111,31 @@ def reproduce(
             outputs = digests(root, [*(root / path for path in old["outputs"]), *written, executed[name]])
             for other in state.values():  # a file belongs to the notebook that wrote it last
                 other["outputs"] = {path: sha for path, sha in other["outputs"].items() if path not in outputs}
-            state[name] = {"key": key, "done": True, "outputs": outputs, "seconds": round(seconds, 1)}
+            made = {"drawing": drawing} | execution.spent(path for path in written if path.suffix == ".json")
+            state[name] = {"key": key, "done": True, "outputs": outputs, "seconds": round(seconds, 1), "spent": made}
             _save_state(scratch, state)
             ran.append(name)
             print(f"{label} done in {_clock(seconds)}, {_clock(time.perf_counter() - started)} in all", flush=True)
+        if ran:
+            print(_times({name: state[name] for name in chosen}), flush=True)
     return ran
+
+
+def _forecast(state: dict[str, Any], chosen: Sequence[str], name: str) -> str:
+    """How long this notebook and those after it took the last time, if that is known."""
+    last = [state.get(other, {}).get("seconds") for other in chosen[chosen.index(name) :]]
+    return "" if None in last else f"; the last time {_clock(last[0])}, with those after it {_clock(sum(last))}"
+
+
+def _times(entries: dict[str, dict[str, Any]]) -> str:
+    """A table: seconds of each notebook's last run, and what its processes, added up, spent on which kind of work."""
+    lines = [f"{'seconds':22}" + "".join(f"{kind:>14}" for kind in ("in all", *KINDS))]
+    for name, entry in entries.items():
+        spent = entry.get("spent", {})
+        lines.append(
+            f"{name:22}" + "".join(f"{s:14.1f}" for s in (entry["seconds"], *(spent.get(k, 0) for k in KINDS)))
+        )
+    return "\n".join(lines)
 
 
 def notebooks(root: Path) -> dict[str, Path]:
@@ -133,13 +157,13 @@ def read_profile(root: Path, profile: str, sources: dict[str, Path]) -> dict[str
         settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    known = ["common", "threads", *sources]
+    known = ["common", "jobs", *sources]
     if not isinstance(settings, dict) or (unknown := [key for key in settings if key not in known]):
         seen = repr(unknown[0]) if isinstance(settings, dict) else "no mapping"
         raise ValueError(f"{path} has {seen}; its sections are: {', '.join(known)}")
-    kinds = {key: int if key == "threads" else dict | None for key in settings}
+    kinds = {key: int if key == "jobs" else dict | None for key in settings}
     settings = {key: read(kinds[key], value, f"{path.name}: {key}") for key, value in settings.items()}
-    return {"common": {}, "threads": 1} | {key: value or {} for key, value in settings.items()}
+    return {"common": {}, "jobs": 0} | {key: {} if value is None else value for key, value in settings.items()}
 
 
 def declared(source: Path) -> dict[str, Any]:

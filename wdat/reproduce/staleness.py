@@ -24,7 +24,7 @@ def key(
     return {
         "code": text_digest("\0".join(code)),
         "text": text_digest("\0".join(cell.source for cell in cells if cell.cell_type != "code")),
-        "parameters": json.loads(json.dumps(passed)),
+        "parameters": json.loads(json.dumps({k: v for k, v in passed.items() if k != "jobs"})),  # alters no number
         "library": library("\n".join(code)),
         "lock": text_digest(lock.read_text(encoding="utf-8")) if lock.is_file() else None,
         "inputs": {

@@ -6,6 +6,7 @@ has a worker process of its own (loky's), so that a worker that is killed takes 
 by name. Inside `joblib.parallel_config(backend="dask")`, or "ray", a cluster's workers compute the same list.
 """
 
+import atexit
 import contextlib
 import os
 import queue
@@ -28,6 +29,7 @@ from tqdm.auto import tqdm
 from wdat import clock
 
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+IDLE = 60  # seconds that a worker waits for its next run: starting one takes some
 CGROUPS = (  # bytes allowed and used in a container, versions 2 and 1
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
@@ -85,7 +87,7 @@ def run_all(
             bar.set_postfix_str(_left(measured, len(runs), jobs), refresh=False)
             bar.update()
     if jobs > 1:
-        clock.add({"waiting": max(jobs * (time.perf_counter() - begun) - sum(measured), 0.0)})
+        clock.add({"waiting": max(jobs * (time.perf_counter() - begun) - sum(measured), 0.0)}, jobs)
     if killed:
         raise WorkerKilled(
             f"{len(killed)} of {len(runs)} runs lost their worker: {', '.join(killed)}; out of memory? The others are "
@@ -137,52 +139,60 @@ def resident() -> float:
 class _Workers:
     """Processes of this one, each for one run at a time; made when first needed, and anew after one was killed."""
 
-    open: "dict[tuple[int, int], _Workers]" = {}  # noqa: RUF012 -- by process, so that a forked one finds none
-
     def __init__(self) -> None:
         self.idle: queue.SimpleQueue[ProcessPoolExecutor] = queue.SimpleQueue()
         self.made: list[ProcessPoolExecutor] = []
-        self.open[os.getpid(), id(self)] = self
 
     def compute(self, number: int, one: Run) -> _Done:
         try:
             worker = self.idle.get_nowait()
         except queue.Empty:
             environment = dict.fromkeys(THREADS, "1")
-            worker = ProcessPoolExecutor(1, initializer=_begin, initargs=(os.getpid(),), env=environment)
+            worker = ProcessPoolExecutor(1, timeout=IDLE, initializer=_begin, initargs=(os.getpid(),), env=environment)
             self.made.append(worker)
         try:
             done = worker.submit(_computed, number, one).result()
         except TerminatedWorkerError as error:
+            self.made.remove(worker)
             worker.shutdown()
             name = re.search(r"SIG\w+", str(error))
             return _Done(number, killed=name[0] if name else "it ended by itself")
         self.idle.put(worker)
         return done
 
-    def close(self) -> None:
-        del self.open[os.getpid(), id(self)]
-        for worker in self.made:
+
+_workers: dict[int, _Workers] = {}  # by process, so that a forked one finds none
+
+
+def close() -> None:
+    """End the workers that wait for the next list; they also end by themselves after a while, or with this process."""
+    if workers := _workers.pop(os.getpid(), None):
+        for worker in workers.made:
             worker.shutdown(kill_workers=True)
+
+
+atexit.register(close)
 
 
 @contextmanager
 def _handed_out(runs: Sequence[Run], jobs: int) -> Iterator[Iterator[_Done]]:
-    """Outcomes, as runs end. However this is left, no worker stays."""
+    """Outcomes, as runs end. If this is left by an exception, no worker goes on."""
     if jobs == 1 and not _cluster():
         yield (_computed(number, one) for number, one in enumerate(runs))
         return
-    workers = _Workers()
+    if not _cluster():
+        _workers.setdefault(os.getpid(), _Workers())
     hands = joblib.Parallel(n_jobs=jobs, prefer="threads", batch_size=1, return_as="generator_unordered")
     try:
-        yield hands(joblib.delayed(_handed)(id(workers), number, one) for number, one in enumerate(runs))
-    finally:
-        workers.close()
+        yield hands(joblib.delayed(_handed)(number, one) for number, one in enumerate(runs))
+    except BaseException:
+        close()
+        raise
 
 
-def _handed(workers: int, number: int, one: Run) -> _Done:
-    """A run in the hands of a thread of the process that has these workers, or of a cluster's worker."""
-    own = _Workers.open.get((os.getpid(), workers))
+def _handed(number: int, one: Run) -> _Done:
+    """A run in the hands of a thread of the process that has the workers, or of a cluster's worker."""
+    own = _workers.get(os.getpid())
     return own.compute(number, one) if own else _computed(number, one)
 
 
