@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import GELU, Conv2d, Flatten, Linear, ReLU, Sequential
+from torch.nn.utils import parametrizations, weight_norm
 
 from wdat.studies import cache, evaluation
 from wdat.studies.cache import Cache, prune
@@ -100,6 +101,16 @@ def test_another_function_shares_nothing(change, data, tmp_path):
     assert evaluate(model, data, THREATS, state=tmp_path, **SETTINGS) == found
 
 
+def test_two_shifts_of_one_network_have_their_own_accuracy(data, tmp_path):
+    accuracy = []
+    for shift in (0.5, 0.0):
+        model = start()
+        model.mu = shift
+        found = evaluate(model, data, THREATS, state=tmp_path, **SETTINGS)
+        accuracy.append((found["clean"]["accuracy"], float((model(data.x).argmax(1) == data.y).double().mean())))
+    assert accuracy[0] == (pytest.approx(0.85), pytest.approx(0.85)) and accuracy[1] == (1, 1)
+
+
 def test_a_constant_of_the_module_and_the_code_of_a_method_belong_to_the_function(data, monkeypatch):
     before, _ = identity.identify(start(), data)
     assert identity.identify(start(), data)[0] == before
@@ -121,21 +132,24 @@ def test_the_same_function_is_not_computed_again(data, tmp_path):
     assert {file: file.read_bytes() for file in tmp_path.iterdir()} == files
 
 
+def kept_in_a_process(folder: Path) -> int:
+    """Passes that one clean pass takes there."""
+    model, seen = start(), []
+    model.names = {"a", "b", "c", Behind}
+    x = torch.rand(8, 1, 8, 8)
+    data = from_tensors(x, model(x).argmax(1), classes="abcd")
+    Cache(folder, counted(model, seen)).get(evaluation.clean_pass, data, losses=("ce",))
+    return len(seen)
+
+
 def test_another_process_finds_what_was_kept(tmp_path):
     """Nothing in a key is an address or an order of sets."""
-    code = "\n".join([
-        "import torch, test_cache as t", "from wdat.zoo.data import from_tensors", "from pathlib import Path",
-        "m = t.start()", "m.names = {'a', 'b', 'c', t.Behind}", "x = torch.rand(8, 1, 8, 8)", "y = m(x).argmax(1)",
-        "seen = []", f"kept = t.Cache(Path({str(tmp_path)!r}), t.counted(m, seen))",
-        "kept.get(t.evaluation.clean_pass, from_tensors(x, y, classes='abcd'), losses=('ce',))", "print(len(seen))",
-    ])  # fmt: skip
+    code = f"import pathlib, test_cache; print(test_cache.kept_in_a_process(pathlib.Path({str(tmp_path)!r})))"
     path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
-    said = [
-        subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": seed},
-                       check=True, capture_output=True, text=True).stdout.strip()
-        for seed in "12"
-    ]  # fmt: skip
-    assert said == ["3", "2"] and len(list(tmp_path.iterdir())) == 1
+    environment = {**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": "5"}
+    assert kept_in_a_process(tmp_path) == 3
+    said = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True)
+    assert said.stdout.strip() == "2" and len(list(tmp_path.iterdir())) == 1
 
 
 OTHERS = {
@@ -192,6 +206,40 @@ def test_numbers_of_another_version_of_the_library_are_not_used(data, tmp_path, 
             monkeypatch.setattr(cache, "version", lambda module: f"new {module}")
         kept.get(evaluation.clean_pass, data, losses=("ce",), batch_size=40)
         assert seen.count(40) == expected
+
+
+def test_images_changed_in_place_are_others(tmp_path):
+    x, model = torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(0)), start()
+    data, settings = from_tensors(x, torch.arange(8) % 4, classes="abcd"), {"losses": ("ce",)}
+    kept = Cache(tmp_path, model)
+    first = kept.get(evaluation.clean_pass, data, **settings)["logits"]
+    x.mul_(0.5)
+    again = kept.get(evaluation.clean_pass, data, **settings)["logits"]
+    assert torch.equal(again, evaluation.clean_pass(model, data, **settings)["logits"]) and not again.equal(first)
+
+
+KINDS = {
+    "plain": lambda m: m,
+    "weight norm": lambda m: parametrizations.weight_norm(m[3]) and m,
+    "spectral norm": lambda m: parametrizations.spectral_norm(m[3]) and m,
+    "old weight norm": lambda m: weight_norm(m[3]) and m,
+    "traced graph": torch.fx.symbolic_trace,
+    "scripted": torch.jit.script,
+    "compiled": lambda m: torch.compile(m, backend="eager"),
+    "bfloat16": lambda m: m.bfloat16(),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_a_network_of_any_kind_is_known_again(kind):
+    def known(shift: float = 0) -> str:
+        model = start().net
+        with torch.no_grad():
+            model[3].weight[0, 0] += shift
+        return identity.value_digest(KINDS[kind](model))
+
+    assert known() == known() != known(0.01)
 
 
 def test_rounding_is_not_another_function(data):

@@ -95,8 +95,10 @@ def test_the_library_of_a_notebook_is_what_its_imports_reach(tmp_path, monkeypat
     assert modules("from wdat.room import low") == modules("from wdat.room.low import x") == below
     assert modules("%matplotlib inline\nfrom wdat.lazy import f") == {"lazy", *below}
     assert modules("import wdat") == modules("from wdat import evaluate") == set(sources)
-    before = digest.library("from wdat import high")
+    before, version = digest.library("from wdat import high"), digest.version.__wrapped__  # not remembered
+    high, apart = version("wdat.high"), version("wdat.apart")
     (package / "room" / "low.py").write_text('"""Now with a docstring."""\n# and a comment\nx  =  1\n')
-    assert digest.library("from wdat import high") == before
+    assert digest.library("from wdat import high") == before and version("wdat.high") == high
     (package / "room" / "low.py").write_text("x = 2\n")
     assert {k for k, v in digest.library("from wdat import high").items() if v != before[k]} == {"wdat/room/low.py"}
+    assert version("wdat.high") != high and version("wdat.apart") == apart != high

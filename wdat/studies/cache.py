@@ -54,8 +54,9 @@ class Cache:
     """Results of one network, each in a file of `folder` (None: nothing is kept).
 
     A folder may be shared by networks, data sets and settings. A file holds the network's logits beside the result; it
-    is looked at only if they agree, see `wdat.zoo.identity`. Keeping a result of a few numbers takes about a
-    millisecond and a block of the disk, so that single images can be kept.
+    is looked at only if they agree, see `wdat.zoo.identity`. To keep a result of a few numbers takes 2 kB and some
+    milliseconds, most of them to have it on the disk for good; to find it again, one and a pass of the image. So
+    single images can be kept of what costs a hundred passes and more.
     """
 
     def __init__(self, folder: str | Path | None, model: nn.Module, bar: tqdm | None = None) -> None:
@@ -74,10 +75,11 @@ class Cache:
         expected = len(data) * function.passes(**settings) if hasattr(function, "passes") else 0
         if self.folder is None:
             return self._counted(function, data, settings, expected)
-        logits = self._answers(data)
+        images = data.sha256
+        logits = self._answers(data, images)
         what = f"{function.__module__}.{function.__qualname__} {version(function.__module__)}"
         given = value_digest(list(bound.arguments.items())[2:])
-        key = text_digest(f"{what} {self.made_of} {data.sha256} {data.classes} {given}")[:32]
+        key = text_digest(f"{what} {self.made_of} {images} {data.classes} {given}")[:32]
         for number in itertools.count():  # networks that are made of the same and answer otherwise
             file = self.folder / f"{key}.{number}.pt"
             if not file.is_file():
@@ -113,13 +115,13 @@ class Cache:
                     sums[k] = sums.get(k, 0) + len(index) * v
         return joined.all() | {k: total / len(data) for k, total in sums.items()}
 
-    def _answers(self, data: Data) -> Tensor:
+    def _answers(self, data: Data, images: str) -> Tensor:
         """The network's logits on a few of these images, computed once; with the first of them, what it is made of."""
         if not self.made_of:
-            self.made_of, self.answers[data.sha256] = identify(self.model, data)
-        if data.sha256 not in self.answers:
-            self.answers[data.sha256] = answers(self.model, data)
-        return self.answers[data.sha256]
+            self.made_of, self.answers[images] = identify(self.model, data)
+        if images not in self.answers:
+            self.answers[images] = answers(self.model, data)
+        return self.answers[images]
 
     def _counted(self, function: Callable[..., Part], data: Data, settings: dict, expected: float) -> Part:
         """Run it while a hook moves the bar by every pass of the model, up to what was expected; then by the rest."""

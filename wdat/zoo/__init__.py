@@ -1,4 +1,5 @@
-"""Networks and images: data sets, architectures, model cards with their weights, RobustBench.
+"""Networks and images: data sets, architectures, model cards with their weights, RobustBench, and which function a
+network is.
 
-Imports `threats` and the records' files.
+Imports `threats` and root files.
 """

@@ -8,7 +8,6 @@ import hashlib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from itertools import zip_longest
 from pathlib import Path
 
@@ -81,9 +80,12 @@ class Data:
     def _float(self, pixels: Tensor) -> Tensor:
         return pixels.float() / self.levels if self.levels != 1 else pixels
 
-    @cached_property
+    @property
     def sha256(self) -> str:
-        """Of shape, levels, pixels and labels: two sets agree iff a model sees the same numbers in the same order."""
+        """Of shape, levels, pixels and labels: two sets agree iff a model sees the same numbers in the same order.
+
+        Read anew every time, for tensors may be changed in place.
+        """
         digest = hashlib.sha256(f"{tuple(self.pixels.shape)} {self.pixels.dtype} {self.levels}".encode())
         for tensor in (self.pixels, self.y):
             for part in tensor.split(4096):

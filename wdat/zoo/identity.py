@@ -119,6 +119,8 @@ class _Facts:
             self.lines[path] += f" {getattr(value, '__module__', '')} {getattr(value, '__qualname__', value.__name__)}"
             if isinstance(value, type):
                 self._class(value, path)
+        elif type(value).__qualname__ == "OptimizedModule":  # of torch.compile, whose own attributes are addresses
+            self.add(value._orig_mod, f"{path}()")
         elif isinstance(value, torch.jit.ScriptModule):
             self._all({"()": getattr(value, "code", ""), ".state": dict(value.named_parameters())}, path)
             self._all({".buffers": dict(value.named_buffers())}, path)
