@@ -10,12 +10,17 @@ def certified(found: dict) -> tuple[list[dict], str]:
     """What is proved of one draw and of the vote, at every threat, in percent; the bracket on the images attacked."""
     rows = []
     for network in found["networks"]:
-        bracket = network.get("bracket")
+        bracket, before = network.get("bracket"), network.get("before")
         for number, row in enumerate(network["threats"]):
             threat = row["threat"]
+            name = network["network"] + (f" ({percent(before['clean'])})" if before else "")
             cells = {
-                "network": network["network"], "σ": f"{network['sigma']:g}", "norm": norm_symbol(threat["r"]),
+                "network": name, "σ": f"{network['sigma']:g}", "norm": norm_symbol(threat["r"]),
                 "p": "∞" if float(threat["p"]) == float("inf") else f"{threat['p']:g}", "δ": threat["written"],
+            }  # fmt: skip
+            if before:
+                cells["left by attack before"] = percent(before["threats"][number]["upper"])
+            cells |= {
                 "accuracy": percent(network["accuracy"]), "certified": percent(row["lower"]), "by": row["statement"],
                 "every image at once": percent(row["every_image"]), "vote": percent(row["vote"]),
             }  # fmt: skip
@@ -29,6 +34,7 @@ def certified(found: dict) -> tuple[list[dict], str]:
         f"draw a prediction), certified against every distribution in the ball with confidence {first['confidence']:g} "
         f"from {first['draws']:.0f} draws an image; which statement is the tighter. Vote: the majority of many draws. "
         "Bracket: on the images attacked, certified to what an attack through the noise leaves."
+        + (" In brackets the clean accuracy of the network before, without noise." if "before" in first else "")
     )
     return rows, caption
 
