@@ -133,7 +133,8 @@ def evaluate(
             those images, beside the exact allocation on the same ones. Needs layers the certifier knows.
         autoattacked: run AutoAttack on this many images (likewise) at every radius with p = inf among the threats.
         state: folder that keeps finished parts (`wdat.studies.cache`); a killed evaluation continues from it and ends
-            the same. Parts of another model, other data, settings or another version of the library are not used.
+            the same. Parts of another model, other data, settings or another version of the library are not used; they
+            stay until the folder is deleted, or bounded by `wdat.studies.cache.prune`.
         progress: a bar that counts passes through the network (a backward pass is one more), so that its estimate of
             the time left means something.
 
