@@ -42,6 +42,19 @@ class Residual(nn.Module):
         return self.linear(F.avg_pool2d(x, 3).view(x.size(0), -1))
 
 
+class Block(nn.Module):
+    """A residual block without batch norm."""
+
+    def __init__(self, channels: int, stride: int) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(channels, channels, 3, stride, 1), nn.Conv2d(channels, channels, 3, 1, 1)
+        self.short = nn.Conv2d(channels, channels, 1, stride)
+        self.inner, self.outer = nn.ReLU(), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.outer(self.two(self.inner(self.one(x))) + self.short(x))
+
+
 def residual() -> nn.Module:
     """With batch-norm statistics, scales and shifts away from their defaults."""
     with torch.random.fork_rng([]), torch.no_grad():
@@ -321,6 +334,63 @@ def test_chunks_do_not_change_bounds(monkeypatch):
     monkeypatch.setattr(crown, "CHUNK", 700)
     parts = hidden_bounds(steps, x, radius, math.inf)
     assert all(torch.allclose(a, b, atol=1e-12) for i in whole for a, b in zip(whole[i], parts[i], strict=True))
+
+
+def deep(blocks: int = 4) -> nn.Module:
+    """Residual blocks one after the other: seen from the last, windows would reach far beyond the image."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(5)
+        body = [Block(6, 1 + k % 2) for k in range(blocks)]
+        return nn.Sequential(nn.Conv2d(3, 6, 3, 2, 1), nn.ReLU(), *body, nn.Flatten(), nn.LazyLinear(5)).eval()
+
+
+def test_no_window_is_larger_than_its_layer_and_every_row_is_its_gradient(monkeypatch):
+    """At radius 0 nothing is relaxed: the rows of every hidden neuron on the pixels are the network's derivatives."""
+    model, x = deep(), images(1, (3, 16, 16)).double()
+    model(x.float())
+    sizes, real = [], crown._through_conv
+
+    def measured(rows, step, source):
+        found = real(rows, step, source)
+        sizes.append((found.a[0, 0].numel(), math.prod(source.shape[1:])))
+        return found
+
+    monkeypatch.setattr(crown, "_through_conv", measured)
+    steps = network_steps(model, x.float())
+    bounds = hidden_bounds(steps, x, x.new_zeros(1), math.inf)
+    lines = {i: crown.relu_lines(*bound) for i, bound in bounds.items()}
+    seen, inputs = [], x.clone().requires_grad_()
+    for module in model.double().modules():
+        if isinstance(module, nn.ReLU):
+            module.register_forward_pre_hook(lambda _, z: seen.append(z[0]))
+    model(inputs)
+    relus = [i for i, step in enumerate(steps) if step.kind == "relu"]
+    assert len(relus) == len(seen) == 9
+    for i, z in zip(relus, seen, strict=True):
+        where = torch.zeros_like(z).bernoulli(0.1, generator=generator(i)).nonzero(as_tuple=True)
+        rows = crown._unit_rows(steps[i], where, torch.ones_like(z).detach())
+        found, constant = crown.substitute(steps, steps[i].parents[0], rows, lines)
+        value = constant + crown._dot(found.a, crown._window(x, found))
+        assert torch.allclose(value, z[where].detach(), atol=1e-12)
+        for k, neuron in enumerate(z[where]):
+            (gradient,) = torch.autograd.grad(neuron, inputs, retain_graph=True)
+            row = crown.Rows(
+                found.a[k : k + 1], found.image[k : k + 1], found.site[k : k + 1], found.stride, found.padding
+            )
+            whole = row if row.stride == (0, 0) else crown._spread(row, steps[0].shape)
+            assert torch.allclose(whole.a, gradient, atol=1e-12)
+    assert max(size / layer for size, layer in sizes) <= 1
+
+
+def test_the_search_learns_how_steeply_bounds_fall(monkeypatch):
+    """A power law through the last two evaluations: few evaluations an image, and each within its bracket."""
+    model, x, calls, real = deep(2), images(24, (3, 16, 16)), [], crown.margin_radii
+    model(x)
+    y = labels(model, x, wrong=0)
+    monkeypatch.setattr(crown, "margin_radii", lambda steps, x, *a: calls.append(len(x)) or real(steps, x, *a))
+    radii = certificates(model, x, y, math.inf, tolerance=0.05, batch_size=1)
+    assert (radii > 0).all() and sum(calls) / len(x) < 5.5  # one of them at radius 0, without a hidden bound
+    assert (certificates(model, x, y, math.inf, tolerance=0.002) <= radii / 0.94).all()
 
 
 def test_a_third_party_network_is_certified_soundly(shared: Path, png_test):

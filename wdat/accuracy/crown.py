@@ -11,6 +11,7 @@ any adversary more than c_i, so the knapsack allocation of these radii lies belo
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -34,18 +35,21 @@ class Rows:
 
     a: coefficients (M, C, h, w). Row k belongs to image[k] and to the neuron at `site[k]` (M, 2) of the target layer;
     its window starts at site * stride - padding and may reach beyond the layer, where it counts for nothing. A
-    neuron of a convolution sees a small window: that locality is what makes the hidden bounds affordable.
+    neuron of a convolution sees a small window: that locality is what makes the hidden bounds affordable. Stride
+    (0, 0) stands for the whole layer.
     """
 
     a: Tensor
     image: Tensor
     site: Tensor
-    stride: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (0, 0)
     padding: tuple[int, int] = (0, 0)
 
 
 def _window(maps: Tensor, rows: Rows) -> Tensor:
-    """The part of every image's maps (B or 1, C, H, W) that each row sees, zero outside: (M, C, h, w)."""
+    """The part of every image's maps (B or 1, C, H, W) that each row sees, zero outside: (M or 1, C, h, w)."""
+    if rows.stride == (0, 0):
+        return maps[rows.image] if len(maps) > 1 else maps
     (top, left), (h, w) = rows.padding, rows.a.shape[2:]
     views = F.pad(maps, (left, left, top, top)).unfold(2, h, rows.stride[0]).unfold(3, w, rows.stride[1])
     image = rows.image if len(maps) > 1 else torch.zeros_like(rows.image)
@@ -53,29 +57,59 @@ def _window(maps: Tensor, rows: Rows) -> Tensor:
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Inner products of rows, (M, C, h, w) twice -> (M,)."""
-    return torch.bmm(a.flatten(1)[:, None], b.flatten(1)[:, :, None])[:, 0, 0]
+    """Inner products of rows, (M, C, h, w) with (M or 1, C, h, w) -> (M,)."""
+    a, b = a.flatten(1), b.flatten(1)
+    return a @ b[0] if len(b) == 1 else torch.bmm(a[:, None], b[:, :, None])[:, 0, 0]
 
 
-def _through_conv(rows: Rows, step: Step, source: Step, whole: bool) -> Rows:
-    """Rows on a convolution's output as rows on the output of `source`; `whole`: windows are entire layers."""
-    a = F.conv_transpose2d(rows.a, step.weight, None, step.stride, 0, 0, step.groups, step.dilation)
+def _spread(rows: Rows, shape: tuple[int, int, int]) -> Rows:
+    """Rows with windows as rows on the whole layer, of `shape`."""
+    a = rows.a
+    for axis in (2, 3):
+        start = rows.site[:, axis - 2] * rows.stride[axis - 2] - rows.padding[axis - 2]
+        at = torch.arange(shape[axis - 1], device=a.device) - start[:, None]
+        at = torch.where((at >= 0) & (at < a.shape[axis]), at, a.shape[axis])  # one zero behind the window
+        a = F.pad(a, (0, axis - 2, 0, 3 - axis))
+        at = at[:, None, :, None] if axis == 2 else at[:, None, None, :]
+        a = a.gather(axis, at.expand(*(n if i != axis else -1 for i, n in enumerate(a.shape))))
+    return Rows(a, rows.image, rows.site)
+
+
+def _through_conv(rows: Rows, step: Step, source: Step) -> Rows:
+    """Rows on a convolution's output as rows on the output of `source`.
+
+    A window that would be larger than the layer (it doubles with every stride and grows with every convolution on the
+    way back: 111 x 111 pixels of 32 x 32 after four residual blocks) gives way to the layer itself.
+    """
+    shape, geometry = source.shape, (step.groups, step.dilation)
+    if rows.stride == (0, 0):
+        rest = [
+            (n + 2 * p - d * (k - 1) - 1) % s
+            for n, p, d, k, s in zip(
+                shape[1:], step.padding, step.dilation, step.weight.shape[2:], step.stride, strict=True
+            )
+        ]
+        a = F.conv_transpose2d(rows.a, step.weight, None, step.stride, step.padding, rest, *geometry)
+        return Rows(a, rows.image, rows.site)
+    a = F.conv_transpose2d(rows.a, step.weight, None, step.stride, 0, 0, *geometry)
     padding = tuple(p * s + q for p, s, q in zip(rows.padding, step.stride, step.padding, strict=True))
-    if whole:
-        (top, left), (_, h, w) = padding, source.shape
-        return Rows(F.pad(a, (-left, w + left - a.shape[3], -top, h + top - a.shape[2])), rows.image, rows.site)
     stride = tuple(s * t for s, t in zip(rows.stride, step.stride, strict=True))
     moved = Rows(a, rows.image, rows.site, stride, padding)
+    if a.shape[2] * a.shape[3] >= shape[1] * shape[2]:
+        return _spread(moved, shape)
     if padding == (0, 0) or source.kind in ("relu", "scale"):  # these zero what lies outside the layer themselves
         return moved
-    inside = _window(a.new_ones(1, 1, *source.shape[1:]), moved)
+    inside = _window(a.new_ones(1, 1, *shape[1:]), moved)
     return Rows(a * inside, rows.image, rows.site, stride, padding)
 
 
-def _sum(one: Rows, other: Rows | None) -> Rows:
-    """Rows arriving at one layer along two branches, on the smallest common window."""
+def _sum(one: Rows, other: Rows | None, shape: tuple[int, int, int]) -> Rows:
+    """Rows arriving at one layer, of `shape`, along two branches, on the smallest common window."""
     if other is None:
         return one
+    if (0, 0) in (one.stride, other.stride):
+        one, other = (rows if rows.stride == (0, 0) else _spread(rows, shape) for rows in (one, other))
+        return Rows(one.a + other.a, one.image, one.site)
     (t, l), (u, k) = one.padding, other.padding
     top, left = max(t, u), max(l, k)
     below = max(one.a.shape[2] - t, other.a.shape[2] - u)
@@ -105,7 +139,6 @@ def relu_lines(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def substitute(steps: list[Step], target: int, rows: Rows, lines: Lines) -> tuple[Rows, Tensor]:
     """Lower bounds of rows on step `target` as linear functions of the pixels: (rows on the input, constants (M,))."""
-    whole = steps[target].shape[1:] == (1, 1)
     pending, constant = {target: rows}, torch.zeros_like(rows.a[:, 0, 0, 0])
     for i in range(target, 0, -1):
         rows = pending.pop(i, None)
@@ -115,7 +148,7 @@ def substitute(steps: list[Step], target: int, rows: Rows, lines: Lines) -> tupl
         if step.kind == "conv":
             if step.bias is not None:
                 constant = constant + a.sum((2, 3)) @ step.bias
-            rows = _through_conv(rows, step, steps[step.parents[0]], whole)
+            rows = _through_conv(rows, step, steps[step.parents[0]])
         elif step.kind == "scale":
             constant = constant + _dot(a, _window(step.bias[None], rows))
             rows = Rows(a * _window(step.weight[None], rows), rows.image, rows.site, rows.stride, rows.padding)
@@ -127,7 +160,7 @@ def substitute(steps: list[Step], target: int, rows: Rows, lines: Lines) -> tupl
             a = a * torch.where(a > 0, below, above)  # positive coefficients need the line below
             rows = Rows(a, rows.image, rows.site, rows.stride, rows.padding)
         for parent in step.parents:
-            pending[parent] = _sum(rows, pending.get(parent))
+            pending[parent] = _sum(rows, pending.get(parent), steps[parent].shape)
     return pending[0], constant
 
 
@@ -140,6 +173,25 @@ def _infimum(rows: Rows, constant: Tensor, x: Tensor, radius: Tensor, r: float) 
     low, high = (x - e).clamp_min(0), (x + e).clamp_max(1)
     centre, half = _window((low + high) / 2, rows), _window((high - low) / 2, rows)
     return constant + _dot(rows.a, centre) - _dot(rows.a.abs(), half)
+
+
+def _rows_at_once(steps: list[Step], cuda: bool) -> int:
+    return max(1, 2 * CHUNK * (64 if cuda else 1) // max(math.prod(step.shape) for step in steps))
+
+
+def _undecided(low: Tensor, high: Tensor, size: int) -> Iterator[tuple[Tensor, ...]]:
+    """Indices (image, channel, row, column) of the neurons with both signs, at most `size` at a time."""
+    where = ((low < 0) & (high > 0)).nonzero()
+    for part in where.split(size) if len(where) else ():
+        yield part.unbind(1)
+
+
+def _unit_rows(step: Step, where: tuple[Tensor, ...], sign: Tensor) -> Rows:
+    """The inputs of one ReLU step at `where` (image, channel, row, column), each times its sign."""
+    image, channel, *site = where
+    a = F.one_hot(channel, step.shape[0]).to(sign) * sign[where][:, None]
+    stride = (0, 0) if step.shape[1:] == (1, 1) else (1, 1)
+    return Rows(a[:, :, None, None], image, torch.stack(site, 1), stride)
 
 
 def hidden_bounds(
@@ -162,16 +214,14 @@ def hidden_bounds(
         if outer is not None:
             low, high = torch.maximum(low, outer[i][0]), torch.minimum(high, outer[i][1])
         if method == "crown":
-            target = step.parents[0]
-            image, channel, *site = ((low < 0) & (high > 0)).nonzero(as_tuple=True)
-            numbers = CHUNK * (64 if x.is_cuda else 1) // max(math.prod(s.shape) for s in steps[:i])
-            for part in torch.arange(len(image), device=x.device).split(max(1, numbers)):
-                where = (image[part], channel[part], site[0][part], site[1][part])
-                a = F.one_hot(channel[part], step.shape[0]).to(x)[:, :, None, None]
-                two = Rows(torch.cat([a, -a]), image[part].repeat(2), torch.stack(where[2:], 1).repeat(2, 1))
-                below, above = _infimum(*substitute(steps, target, two, lines), x, radius, r).chunk(2)
-                low[where] = torch.maximum(low[where], below)
-                high[where] = torch.minimum(high[where], -above)
+            # The side nearer to 0 first: it decides most neurons, and only the lines of the others need both sides.
+            sign = torch.where(low + high < 0, -1.0, 1.0).to(x)
+            for side in (sign, -sign):
+                for some in _undecided(low, high, _rows_at_once(steps[:i], x.is_cuda)):
+                    rows = _unit_rows(step, some, side)
+                    found = _infimum(*substitute(steps, step.parents[0], rows, lines), x, radius, r)
+                    low[some] = torch.where(side[some] > 0, torch.maximum(low[some], found), low[some])
+                    high[some] = torch.where(side[some] < 0, torch.minimum(high[some], -found), high[some])
         bounds[i], lines[i] = (low, high), relu_lines(low, high)
         intervals.append(interval(step, [((low + high) / 2, (high - low) / 2)]))
     return bounds
@@ -316,10 +366,10 @@ def _search(
     first, bounds = margin_radii(steps, x, y, nothing, r, slack, method, None)
     first = first.clamp_max(cap)
     outer = {i: (torch.full_like(low, -math.inf), torch.full_like(low, math.inf)) for i, (low, _) in bounds.items()}
-    reach, best, power = torch.full_like(first, math.inf), nothing.clone(), torch.full_like(first, 3.0)
-    active = (first > 0).nonzero()[:, 0]
-    radius = GUESS / (1 / first + 1 / scale) if math.isfinite(scale) else first * (0.5 if math.isinf(r) else 0.15)
-    last_radius, last_deficit = radius, first.new_full(first.shape, math.nan)
+    reach, best, power = torch.full_like(first, math.inf), nothing.clone(), torch.full_like(first, 5.0)
+    active, failed = (first > 0).nonzero()[:, 0], first.clone()
+    radius = GUESS / (1 / first + 1 / scale) if math.isfinite(scale) else first * (0.25 if math.isinf(r) else 0.15)
+    last_radius, last_deficit = radius.clone(), first.new_full(first.shape, math.nan)
     for _ in range(10):
         if len(active) == 0:
             break
@@ -334,11 +384,14 @@ def _search(
             outer[i][0][active], outer[i][1][active] = low, high
         reach[active] = e
         best[active] = torch.maximum(best[active], torch.minimum(e, t))
+        failed[active] = torch.where(t < e, torch.minimum(failed[active], e), failed[active])
         deficit = (first[active] - t).clamp_min(1e-12 * first[active])
         fitted = (deficit / last_deficit[active]).log() / (e / last_radius[active]).log()
-        power[active] = torch.where(fitted.isfinite(), fitted.clamp(1, 8), power[active])
+        power[active] = torch.where(fitted.isfinite(), fitted.clamp(1, 40), power[active])
         last_radius[active], last_deficit[active] = e, deficit
+        low, high = best[active], failed[active]
         root = _fixed_point(first[active], deficit, e, power[active])
+        root = torch.where((root > low) & (root <= high), root, ((low + 1e-3 * high) * high).sqrt())
         radius[active] = root * (1 - tolerance / 2 * (1 - root / first[active]))  # t falls steeply just beyond
         active = active[best[active] < (1 - tolerance) * root]
     return best, first
