@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from wdat.accuracy.allocation import accuracy_curve
 from wdat.attacks.nearest import minimal_distances
 from wdat.attacks.pgd import attack, pgd, w_pgd, w_pgd_budget
-from wdat.studies import cache, evaluation
+from wdat.studies import cache, certificates, evaluation
 from wdat.studies.evaluation import clean_pass, evaluate
 from wdat.threats.ball import Threat
 from wdat.threats.losses import ce, margin, redlr
@@ -136,7 +136,7 @@ def test_distances_and_certificates_of_an_evaluation_are_not_computed_again(tiny
         raise AssertionError("computed again")
 
     monkeypatch.setattr(cache, "minimal_distances", never)
-    monkeypatch.setattr(cache, "certified_radii", never)
+    monkeypatch.setattr(certificates, "certified_search", never)
     again = cache.distances(tiny_model, data, math.inf, batch_size=16, state=state, progress=False)
     assert (
         torch.equal(again.distance, own.distance)
@@ -144,7 +144,7 @@ def test_distances_and_certificates_of_an_evaluation_are_not_computed_again(tiny
         and again.gains == pytest.approx(own.gains)
     )
     assert again.passes == pytest.approx(own.passes) and found["exact"][0]["passes"] == again.passes
-    radii = cache.certificates(tiny_model, data.take(20, seed=0), math.inf, state=state, progress=False)
+    radii = certificates.certificates(tiny_model, data.take(20, seed=0), math.inf, state=state, progress=False)
     assert found["certified"][0]["mean_distance"] == pytest.approx(float(radii.mean()))
     with pytest.raises(AssertionError, match="computed again"):
         cache.distances(tiny_model, data, math.inf, {"steps": 3}, batch_size=16, state=state, progress=False)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from wdat.attacks.nearest import minimal_distances
-from wdat.studies import cache, experiments
+from wdat.studies import cache, certificates, experiments
 from wdat.studies.verification import probed, verify
 from wdat.threats.ball import Threat
 from wdat.zoo.data import from_tensors
@@ -25,8 +25,8 @@ def test_probes_find_no_violation_inside_certified_balls_and_many_beyond(tiny_mo
     for row in [probed(tiny_model, data, r, tmp_path, 40, restarts=3, steps=30) for r in norms]:
         assert row["images"] > 20 and row["violations"] == 0
         assert row["probes"] == row["images"] * 4 * 31
-    real = cache.certified_radii
-    monkeypatch.setattr(cache, "certified_radii", lambda *a, **k: 10 * real(*a, **k))
+    real = certificates.certified_search
+    monkeypatch.setattr(certificates, "certified_search", lambda *a, **k: tuple(10 * part for part in real(*a, **k)))
     wrong = [probed(tiny_model, data, r, tmp_path / "other", 40) for r in norms]
     assert all(row["violations"] > row["images"] for row in wrong)
 

@@ -93,6 +93,9 @@ def _evaluate(sub: Any) -> None:
     verb.add_argument(
         "--certified", type=_kind(int), default=0, metavar="N", help="certify N images too: a lower bound"
     )
+    verb.add_argument(
+        "--certified-minutes", type=_kind(float), default=0, metavar="M", help="certify for so long, images at random"
+    )
     verb.add_argument("--autoattack", type=_kind(int), default=0, metavar="N", help="AutoAttack on N images, p = inf")
     verb.add_argument("--dual", action="store_true", help="also the dual attack on the cross-entropy")
     verb.add_argument("--save-set", metavar="FILE", help="write the exact adversary's images at the first --delta")
@@ -119,7 +122,8 @@ def _evaluate(sub: Any) -> None:
         shared["state"] = out / f"{name}.parts"
         results = evaluate(
             model, data, [*threats, *balls], steps=args.steps, search=search, dual=args.dual,
-            orders=sorted({1.0, p, float("inf")}), curve=121, certified=args.certified, autoattacked=args.autoattack,
+            orders=sorted({1.0, p, float("inf")}), curve=121, certified=args.certified,
+            certified_minutes=args.certified_minutes, autoattacked=args.autoattack,
             **shared,
         )  # fmt: skip
         if args.save_set:

@@ -319,6 +319,28 @@ def certified_radii(
     bounds by interval arithmetic). Cost: one substitution for each undecided hidden neuron, for networks of some ten
     thousand neurons. Layers that are not supported raise ValueError. The model is copied and left as it was.
     """
+    return certified_search(
+        model, x, y, r, slack=slack, tolerance=tolerance, method=method, batch_size=batch_size, progress=progress
+    )[0]
+
+
+def certified_search(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    r: float,
+    *,
+    slack: float = 1e-4,
+    tolerance: float = 0.02,
+    method: str = "crown",
+    batch_size: int = 32,
+    scale: float = math.inf,
+    progress: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`certified_radii`, and beside them the first-order distances (N,) that bound the search (0: misclassified).
+
+    scale: `shrinkage` of other images of the network, for the first guesses: it saves evaluations.
+    """
     classes = check_model(model, x, y)
     r = parse_norm(r)
     if method not in ("crown", "interval"):
@@ -336,18 +358,23 @@ def certified_radii(
             .eq(y.cpu())
             .nonzero()[:, 0]
         )
-    radii, scale = torch.zeros(len(x), dtype=torch.float64), math.inf
+    radii, distances = (torch.zeros(len(x), dtype=torch.float64) for _ in range(2))
     cap = 1.0 if math.isinf(r) else math.sqrt(x[0].numel())  # no two images are further apart
     with torch.no_grad(), tqdm(total=len(index), disable=not progress, desc="certify", unit="image") as bar:
         for part in index.split(batch_size) if len(index) else ():
             images, labels = x[part].to(device, torch.float64), y[part].to(device)
             found, first = _search(steps, images, labels, r, slack, tolerance, method, scale, cap)
-            radii[part] = found.cpu()
+            radii[part], distances[part] = found.cpu(), first.cpu()
             bar.update(len(part))
-            some = (found > 0) & (found < first)
-            if some.any():  # distances shrink by about 1 / radius = 1 / first + 1 / scale: the next batch's first guess
-                scale = float((1 / found - 1 / first)[some].median().reciprocal())
-    return radii.to(x.device)
+            if math.isinf(scale):
+                scale = shrinkage(found, first)
+    return radii.to(x.device), distances.to(x.device)
+
+
+def shrinkage(radii: Tensor, first: Tensor) -> float:
+    """The s in radius = 1 / (1 / first + 1 / s), about the same for all images of a network; inf if none says."""
+    some = (radii > 0) & (radii < first)
+    return float((1 / radii - 1 / first)[some].median().reciprocal()) if some.any() else math.inf
 
 
 def _search(

@@ -24,7 +24,6 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from wdat.accuracy.crown import certified_radii
 from wdat.attacks.nearest import Radii, minimal_distances
 from wdat.digest import text_digest, version
 from wdat.records import write_tensors
@@ -36,7 +35,6 @@ from wdat.zoo.identity import answers, identify, same, value_digest
 
 Part = dict[str, Any]  # of tensors, numbers, text, and lists and dicts of them
 PART = 256  # images in a part, about
-CERTIFY = 3000  # what a certificate costs an image, in forward passes: rough, for the progress bar alone
 KEPT = 2**31  # bytes that `prune` leaves
 
 
@@ -181,23 +179,12 @@ def nearest(model: nn.Module, data: Data, r: float, **search: Any) -> Part:
     return tensors | {"passes": float(found.passes), **{str(k): gain for k, gain in enumerate(found.gains)}}
 
 
-@costs(lambda **_: CERTIFY)
-def certify(model: nn.Module, data: Data, r: float) -> Part:
-    """`certified_radii` of a part."""
-    return {"radii": certified_radii(model, data.x, data.y, r, tolerance=0.05, batch_size=16)}
-
-
 def distances_in_parts(kept: Cache, data: Data, r: float, search: dict, batch_size: int, points: bool = True) -> Radii:
     """`distances` among other work. points=False: none in memory, x is empty."""
     settings = SEARCH | search | {"batch_size": batch_size, "r": r}
     found = {"x": torch.empty(0)} | kept.each(nearest, data, part_size(batch_size), "" if points else "x", **settings)
     known = {name: found.pop(name) for name in ("distance", "x", "correct", "passes")}
     return Radii(**known, gains=tuple(found.values()))
-
-
-def certified_in_parts(kept: Cache, data: Data, r: float) -> Tensor:
-    """`certificates` among other work."""
-    return kept.each(certify, data, 128, r=r)["radii"]
 
 
 @taking(model=as_model, data=as_data)
@@ -212,12 +199,3 @@ def distances(
     total = len(data) * search_passes(**search or {})
     with tqdm(total=total, desc="distances", unit="pass", unit_scale=True, disable=not progress) as bar:
         return distances_in_parts(Cache(state, model, bar), data, r, search or {}, batch_size)
-
-
-@taking(model=as_model, data=as_data)
-def certificates(
-    model: nn.Module, data: Data, r: float, *, state: str | Path | None = None, progress: bool = True
-) -> Tensor:
-    """`certified_radii` of a data set, resumable; with the state of an evaluation, what that has found."""
-    with tqdm(total=len(data) * CERTIFY, desc="certify", disable=not progress) as bar:
-        return certified_in_parts(Cache(state, model, bar), data, r)

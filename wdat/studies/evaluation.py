@@ -32,14 +32,13 @@ from wdat.studies.cache import (
     SEARCH,
     Cache,
     Part,
-    certified_in_parts,
-    certify,
     costs,
     distances,
     distances_in_parts,
     nearest,
     part_size,
 )
+from wdat.studies.certificates import announce, certified_in_parts
 from wdat.threats.ball import Threat, as_threat, as_threats, plain_number
 from wdat.threats.checks import check_logits, device_of, frozen
 from wdat.threats.images import Joined
@@ -109,6 +108,7 @@ def evaluate(
     orders: Sequence[float] = (1.0, 2.0, float("inf")),
     curve: int = 0,
     certified: int = 0,
+    certified_minutes: float = 0,
     autoattacked: int = 0,
     autoattack_version: str = "standard",
     batch_size: int = 128,
@@ -130,7 +130,11 @@ def evaluate(
             threats' radii and, with curve > 0, at that many radii from 0 to 1.5 times the largest, for all `orders`.
         search: settings of `wdat.attacks.nearest.minimal_distances`.
         certified: certify this many images (drawn with seed 0; all if there are fewer): a lower bound on A_delta for
-            those images, beside the exact allocation on the same ones. Needs layers the certifier knows.
+            those images, beside the exact allocation on the same ones. Needs layers the certifier knows. What it will
+            take is said first, from one image.
+        certified_minutes: certify for so long for each pixel norm, all images unless `certified` says how many: the
+            numbers are those of the random part reached, whose "n" they say; "asked" is how many there were, and
+            "unreached_wrong" the lower bound for all of them that counts the others as misclassified.
         autoattacked: run AutoAttack on this many images (likewise) at every radius with p = inf among the threats.
         state: folder that keeps finished parts (`wdat.studies.cache`); a killed evaluation continues from it and ends
             the same. Parts of another model, other data, settings or another version of the library are not used; they
@@ -148,11 +152,12 @@ def evaluate(
     losses = (("redlr", "ce", "dlr") if classes > 2 else ("negative-margin", "ce")) if losses is None else losses
     if not losses:
         raise ValueError('no loss given; pass for example losses=("redlr", "ce")')
-    if batch_size < 1 or min(curve, certified, autoattacked) < 0:
+    if batch_size < 1 or not min(curve, certified, certified_minutes, autoattacked) >= 0:
         raise ValueError(
-            f"batch_size={batch_size} must be >= 1, curve={curve}, certified={certified} "
-            f"and autoattacked={autoattacked} >= 0"
+            f"batch_size={batch_size} must be >= 1, curve={curve}, certified={certified}, "
+            f"certified_minutes={certified_minutes} and autoattacked={autoattacked} >= 0"
         )
+    certified = certified or len(data) * (certified_minutes > 0)
     known = [name for name in SEARCH if name != "batch_size"]
     if unknown := set(search or {}) - set(known):
         raise ValueError(f"unknown setting {min(unknown)!r} of the search; known: {', '.join(known)}")
@@ -166,12 +171,13 @@ def evaluate(
         (attacked, len(threats) * len(losses) + budget_attack * len(joint), len(data), {"steps": steps}),
         (dual_attacked, dual * len(joint), len(data), {"steps": steps}),
         (nearest, exact * len(norms), len(data), search),
-        (certify, len(norms), len(some.get("c", ())), {}),
         (autoattack_accuracy, len(pointwise), len(some.get("a", ())), {}),
     ]
     total = sum(times * n * function.passes(**settings) for function, times, n, settings in planned)
     with tqdm(total=total, desc="evaluate", unit="pass", unit_scale=True, disable=not progress) as bar:
         kept = Cache(state, model, bar)
+        for r in norms if certified and progress else ():
+            announce(kept, data.take(len(some["c"]), seed=0), r, certified_minutes)
         clean = kept.get(clean_pass, data, losses=tuple(losses), batch_size=batch_size)
         correct = clean["correct"]
         accuracy = float(correct.double().mean())
@@ -214,9 +220,10 @@ def evaluate(
                 result.setdefault("exact", []).append(_curves(radii[r].distance, data, own, orders, curve))
                 result["exact"][-1] |= {"passes": radii[r].passes, "gain": radii[r].gain}
             if certified:
-                result.setdefault("certified", []).append(
-                    _certified(kept, data, some["c"], own, orders, curve, radii[r].distance if exact else None)
-                )
+                part = data.take(len(some["c"]), seed=0)
+                proved = certified_in_parts(kept, part, r, certified_minutes, progress)
+                known = radii[r].distance[some["c"]] if exact else None
+                result.setdefault("certified", []).append(_certified(proved, part, own, orders, curve, known))
         for threat in pointwise:
             known = radii[threat.r].distance if exact else None
             row = _autoattack(kept, data, some["a"], threat, autoattack_version, batch_size, known)
@@ -290,19 +297,23 @@ def dual_attacked(model: nn.Module, data: Data, threat: Threat, steps: int, batc
 
 
 def _certified(
-    kept: Cache, data: Data, index: Tensor, threats: Sequence[Threat], orders: Sequence[float], curve: int,
-    known: Tensor | None,
-) -> dict:  # fmt: skip
-    """The curves again, of certified radii in place of distances; beside them the exact ones on the same images."""
-    part = data.take(len(index), seed=0)
-    radii = certified_in_parts(kept, part, threats[0].r)
-    result = _curves(radii, part, threats, orders, curve)
+    radii: Tensor, data: Data, threats: Sequence[Threat], orders: Sequence[float], curve: int, known: Tensor | None
+) -> dict:
+    """The curves again, of certified radii in place of distances; beside them the exact ones on the same images.
+
+    radii: (N,), NaN for images that were not reached in time. The curves are those of the others.
+    """
+    done = radii.isfinite().nonzero()[:, 0]
+    result = _curves(radii[done], data.at(done), threats, orders, curve)
+    for row, threat in zip(result["threats"], threats, strict=True):
+        if len(done) < len(data):
+            row["unreached_wrong"] = float(accuracy_curve(radii.nan_to_num(0), threat.delta, threat.p))
+        if known is not None:
+            row["exact"] = float(accuracy_curve(known[done], threat.delta, threat.p))
     if known is not None:
-        for row, threat in zip(result["threats"], threats, strict=True):
-            row["exact"] = float(accuracy_curve(known[index], threat.delta, threat.p))
         # an image with a flipping point inside its certified ball would refute the certificate
-        result["violations"] = int((radii > known[index].double()).sum())
-    return result
+        result["violations"] = int((radii[done] > known[done].double()).sum())
+    return result | ({"asked": len(data)} if len(done) < len(data) else {})
 
 
 def _autoattack(

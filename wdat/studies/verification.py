@@ -9,7 +9,8 @@ from torch import nn
 from wdat.accuracy.allocation import accuracy_curve
 from wdat.attacks.pgd import attack
 from wdat.clock import spending
-from wdat.studies.cache import SEARCH, certificates, distances
+from wdat.studies.cache import SEARCH, distances
+from wdat.studies.certificates import certificates
 from wdat.studies.evaluation import adversary
 from wdat.studies.jobs import Run, resident, run_all
 from wdat.threats.ball import Threat, plain_number

@@ -1,0 +1,105 @@
+"""Certified radii of a data set: in a fixed random order, each part kept as it is found, within a time limit.
+
+What a certificate costs differs a thousandfold between networks and tenfold between images, and is no number of
+passes: so time is measured on the first image and said, the bar counts images, and a limit in minutes leaves radii of a
+random part of the images, whatever the network.
+"""
+
+import math
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from wdat.accuracy.crown import certified_search, shrinkage
+from wdat.accuracy.graph import network_steps
+from wdat.studies.cache import Cache, Part
+from wdat.threats.checks import device_of
+from wdat.threats.inputs import as_model, taking
+from wdat.zoo.adapt import as_data
+from wdat.zoo.data import Data
+
+EFFORT = 2**14  # ReLUs in a part: one image of a network of that many, which takes seconds
+LEARN = 8  # parts from which the first guess of all later ones is learned
+WORTH_SAYING = 60  # seconds
+
+
+def certify(model: nn.Module, data: Data, r: float, scale: float) -> Part:
+    """`certified_radii` of a part, its first-order distances, and the seconds it took."""
+    started = time.monotonic()
+    radii, first = certified_search(model, data.x, data.y, r, tolerance=0.05, batch_size=16, scale=scale)
+    return {"radii": radii, "first": first, "seconds": time.monotonic() - started}
+
+
+def _parts(kept: Cache, data: Data, r: float) -> Iterator[tuple[Tensor, Part]]:
+    """Indices and result of every part, in the order of a permutation that depends on the number of images alone."""
+    steps = network_steps(kept.model, data.x[:1].to(device_of(kept.model)))
+    neurons = sum(math.prod(step.shape) for step in steps if step.kind == "relu")
+    size = max(1, EFFORT * (64 if device_of(kept.model).type == "cuda" else 1) // max(1, neurons))
+    scale, radii, first = math.inf, [], []
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
+    for number, index in enumerate(order.split(size)):
+        part = kept.get(certify, data.at(index), r=r, scale=scale)
+        if number < LEARN:
+            radii, first = [*radii, part["radii"]], [*first, part["first"]]
+            scale = shrinkage(torch.cat(radii), torch.cat(first))
+        yield index, part
+
+
+def foretell(kept: Cache, data: Data, r: float, minutes: float = 0) -> str:
+    """What certificates will take, from the first image that is classified correctly: a sentence, "" below a minute."""
+    for _, part in _parts(kept, data, r):
+        if some := int((part["radii"] > 0).sum()):
+            seconds = part["seconds"] / some
+            if seconds * len(data) < WORTH_SAYING:
+                return ""
+            whole = seconds * len(data) / 60
+            said = f"certificates, l{r:g}: {seconds:.2g} s an image (the first), about "
+            said += f"{whole:.0f} minutes" if whole < 120 else f"{whole / 60:.1f} hours"
+            said += f" for {len(data)}, less where images are misclassified"
+            if minutes and minutes < whole:
+                return f"{said}; stopped after {minutes:g} minutes, at about {60 * minutes / seconds:.0f} images"
+            return f"{said}; certified_minutes=M (--certified-minutes M) stops in time, at a random part of them"
+    return ""
+
+
+def announce(kept: Cache, data: Data, r: float, minutes: float = 0) -> None:
+    """Write what `foretell` says, beside the progress bars."""
+    if said := foretell(kept, data, r, minutes):
+        tqdm.write(said, file=sys.stderr)
+
+
+def certified_in_parts(kept: Cache, data: Data, r: float, minutes: float = 0, progress: bool = True) -> Tensor:
+    """`certificates` among other work."""
+    radii, started = torch.full((len(data),), math.nan, dtype=torch.float64), time.monotonic()
+    now = started
+    with tqdm(total=len(data), desc=f"certify l{r:g}", unit="image", smoothing=0, disable=not progress) as bar:
+        for index, part in _parts(kept, data, r):
+            radii[index], before, now = part["radii"].cpu(), now, time.monotonic()
+            if now - before < part["seconds"] / 2:  # found in the cache: it must not make the rest look cheap
+                bar.initial += len(index)
+            bar.update(len(index))
+            if minutes and now - started >= 60 * minutes:
+                break
+    return radii
+
+
+@taking(model=as_model, data=as_data)
+def certificates(
+    model: nn.Module, data: Data, r: float, *, minutes: float = 0, state: str | Path | None = None,
+    progress: bool = True,
+) -> Tensor:  # fmt: skip
+    """`certified_radii` of a data set (N,), resumable; with the state of an evaluation, what that has found.
+
+    minutes: stop after so long (0: never), at the end of a part. Images are taken in a random order that depends on N
+    alone; those not reached are NaN, at least one is reached, and what is found in `state` takes no time. So the rest
+    is a random sample of the images, and with 0 for NaN the curve is a lower bound for all of them.
+    """
+    kept = Cache(state, model)
+    if progress:
+        announce(kept, data, r, minutes)
+    return certified_in_parts(kept, data, r, minutes, progress)
