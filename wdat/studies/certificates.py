@@ -81,8 +81,10 @@ def certified_in_parts(kept: Cache, data: Data, r: float, minutes: float = 0, pr
         for index, part in _parts(kept, data, r):
             radii[index], before, now = part["radii"].cpu(), now, time.monotonic()
             if now - before < part["seconds"] / 2:  # found in the cache: it must not make the rest look cheap
-                bar.initial += len(index)
-            bar.update(len(index))
+                bar.total -= len(index)
+                bar.refresh()
+            else:
+                bar.update(len(index))
             if minutes and now - started >= 60 * minutes:
                 break
     return radii
