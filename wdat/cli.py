@@ -117,6 +117,10 @@ def _evaluate(sub: Any) -> None:
         threats = [Threat(d, args.p, args.norm) for d in args.delta]
         p, r = threats[0].p, threats[0].r
         model, data, name = _load(args, "test")
+        if "sigma" in getattr(model, "card", {}):
+            raise ValueError(
+                f"{args.model} is randomised, sigma={model.card['sigma']:g}; use: wdat certify {args.model}"
+            )
         balls = [Threat(d, "inf", r) for d in args.delta] if args.autoattack and not threats[0].pointwise else []
         search, shared = {"tight": True} if args.tight else {}, {"batch_size": args.batch_size}
         shared["state"] = out / f"{name}.parts"
@@ -170,6 +174,7 @@ def _finetune(sub: Any) -> None:
         from wdat import records
         from wdat.training.loop import finetune, make_recipe
         from wdat.zoo.models import save_model
+        from wdat.zoo.noise import Randomised
 
         out = Path(args.out)
         if out.suffix not in (".yaml", ".yml"):
@@ -181,11 +186,12 @@ def _finetune(sub: Any) -> None:
         recipe = make_recipe(settings, args.seed)
         records.check_writable(out.parent)  # fails now rather than after hours
         model, data, name = _load(args, "train")
+        card = getattr(model, "card", {})
+        if isinstance(model, Randomised):  # what is trained is the network behind the noise; the card keeps its sigma
+            model = model.network
         rest, held = data.split_off(args.validation, seed=0)
         done = finetune(model, rest, recipe, validation=held, checkpoint=out.with_suffix(".checkpoint"))
-        card = {
-            key: value for key, value in getattr(model, "card", {}).items() if key not in ("sha256", "bytes", "weights")
-        }
+        card = {key: value for key, value in card.items() if key not in ("sha256", "bytes", "weights")}
         training = f"{recipe.objective.name}, {recipe.epochs} epochs, from {name}"
         save_model(done.model, out, **{**card, "name": out.stem, "training": training})
         records.write(

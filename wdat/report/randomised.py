@@ -4,6 +4,8 @@ from wdat.report.canvas import Drawing, canvas, drawn, legend_below, look, norm,
 from wdat.report.rows import norm_symbol, percent
 from wdat.report.table import tabled
 
+BY = {"every image at once": "every image", "the mean alone": "mean"}
+
 
 @tabled("randomised")
 def certified(found: dict) -> tuple[list[dict], str]:
@@ -19,10 +21,10 @@ def certified(found: dict) -> tuple[list[dict], str]:
                 "p": "∞" if float(threat["p"]) == float("inf") else f"{threat['p']:g}", "δ": threat["written"],
             }  # fmt: skip
             if before:
-                cells["left by attack before"] = percent(before["threats"][number]["upper"])
+                cells["before (upper)"] = percent(before["threats"][number]["upper"])
             cells |= {
-                "accuracy": percent(network["accuracy"]), "certified": percent(row["lower"]), "by": row["statement"],
-                "every image at once": percent(row["every_image"]), "vote": percent(row["vote"]),
+                "accuracy": percent(network["accuracy"]), "certified": percent(row["lower"]),
+                "by": BY[row["statement"]], "every image": percent(row["every_image"]), "vote": percent(row["vote"]),
             }  # fmt: skip
             if bracket:
                 both = bracket["threats"][number]
@@ -30,12 +32,16 @@ def certified(found: dict) -> tuple[list[dict], str]:
             rows.append(cells)
     first = found["networks"][0]
     caption = (
-        f"Percent correct on {first['n']} images of randomised networks (Gaussian noise of standard deviation σ, one "
-        f"draw a prediction), certified against every distribution in the ball with confidence {first['confidence']:g} "
-        f"from {first['draws']:.0f} draws an image; which statement is the tighter. Vote: the majority of many draws. "
-        "Bracket: on the images attacked, certified to what an attack through the noise leaves."
-        + (" In brackets the clean accuracy of the network before, without noise." if "before" in first else "")
+        f"Percent correct on {first['n']} images of networks behind Gaussian noise of standard deviation σ, one draw a "
+        f"prediction, certified against every distribution in the ball with confidence {first['confidence']:g} from "
+        f"{first['draws']:.0f} draws an image, by the tighter of two statements: on every image, or on the mean alone. "
+        "Vote: the majority of many draws. Bracket: on the images attacked, certified to what an attack leaves."
     )
+    if "before" in first:
+        caption += (
+            " Before: the network without noise, its clean accuracy in brackets, and what optimal allocation over the "
+            "nearest adversarial examples leaves, an upper bound."
+        )
     return rows, caption
 
 
