@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from nets import NORMS, ORDERS, exact, generator, images, linear, norms_of, quick, smooth
 
 from wdat.attacks.pgd import STEP_RATIO, attack, fgsm, pgd, projected_gradient, w_fgsm, w_pgd, w_pgd_budget
-from wdat.threats.ball import Threat, per_image, pixel_norm
+from wdat.threats.ball import Threat, inner_radius, per_image, pixel_norm
 from wdat.threats.checks import frozen
 from wdat.threats.losses import ce, get_loss, margin
 from wdat.threats.sensitivity import input_gradient, upsilon
@@ -107,8 +107,11 @@ def test_v_of_the_attack_leaves_v0_with_slope_upsilon():
 
 
 def standard_pgd(model, x, y, loss, eps: float, alpha: torch.Tensor, steps: int, r: float) -> torch.Tensor:
-    """PGD as everybody writes it: sign or normalised gradient, clip the displacement, clip to the box."""
-    adversarial = x.clone()
+    """PGD as everybody writes it: sign or normalised gradient, clip the displacement, clip to the box.
+
+    Clipped so that the sum, once rounded, is still within eps.
+    """
+    adversarial, eps = x.clone(), inner_radius(torch.tensor(eps), r, x[0].numel())
     model.eval()
     for _ in range(steps):
         adversarial = adversarial.detach().requires_grad_(True)

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from wdat.threats.ball import Threat, as_threat, per_image, pixel_norm
+from wdat.threats.ball import Threat, as_threat, inner_radius, per_image, pixel_norm, project
 from wdat.threats.checks import (
     ALONE,
     check_function,
@@ -149,6 +149,12 @@ def _direction(gradient: Tensor, norms: Tensor | None, threat: Threat, memory: T
     return torch.div(gradient, lengths, out=memory).nan_to_num_(0, 0, 0)
 
 
+def _inner(threat: Threat, radii: Tensor | None, pixels: int) -> tuple[Threat, Tensor | None]:
+    """The threat, or the radii, within which float32 images stay however they are rounded."""
+    delta = inner_radius(threat.delta, threat.r, pixels)
+    return replace(threat, delta=delta), radii if radii is None else inner_radius(radii, threat.r, pixels)
+
+
 def _some(x: Tensor, rows: Tensor | None) -> Tensor:
     return x if rows is None else x[rows]
 
@@ -203,7 +209,7 @@ def projected_gradient(
             what is returned is chosen among it and later ones, and judged, in float32. Losses, budgets and projections
             are float32 throughout; `history` is in part of the lower precision. When unjudged, every step is.
     """
-    device, aims = device_of(model), [t for _, t in batches]
+    device, aims, judged = device_of(model), [t for _, t in batches], keep != "unjudged"
     targets = torch.cat(aims)
     labels = (targets if labels is None else labels).to(device)
     sizes = [len(t) for _, t in batches]
@@ -217,9 +223,10 @@ def projected_gradient(
     else:
         for part, (x, _) in zip(parts, batches, strict=True):
             part.copy_(x)
-    joint = radii is None
+    joint, inner, bounds = radii is None, threat, radii
+    if judged:  # what is handed out lies inside, by the last rounding; training states no distance
+        inner, bounds = _inner(threat, radii, first[0].numel())
     directions = torch.empty_like(current, dtype=torch.int8 if threat.s == 1 else None).split(sizes)
-    judged = keep != "unjudged"
     whole = reference or (joint and not threat.pointwise)
     # The first steps from the clean images add up to less than delta (triangle inequality of L^p; clamping to the box
     # shortens): there is nothing to project. Under fixed radii all is projected, bit for bit the textbook's PGD.
@@ -339,7 +346,7 @@ def projected_gradient(
             moved = [rows if len(rows) < size else None for rows, size in zip(rest, sizes, strict=True)]
         if inside:
             continue
-        bounds = threat.joint_radii(torch.cat(norms)) if joint else radii.to(home)
+        bounds = inner.joint_radii(torch.cat(norms)) if joint else bounds.to(home)
         for number, (part, bound, (x0, _)) in enumerate(zip(parts, bounds.split(sizes), batches, strict=True)):
             if joint and reference and threat.pointwise and threat.r == 2:
                 part.mul_(per_image(threat.delta / norms[number].clamp_min(1e-12), part))
@@ -437,15 +444,15 @@ def attack(
         radii = torch.full((len(x),), threat.delta, device=x.device)
     first = None
     if begin == "random":
-        around = torch.full((len(x),), threat.delta, device=x.device) if radii is None else radii
         like = torch.empty(1, device=x.device).expand(x.whole.shape) if isinstance(x, Pixels) else x
+        inner, around = _inner(threat, radii, like[0].numel())
+        around = torch.full((len(x),), inner.delta, device=x.device) if radii is None else around
         generator = torch.Generator(x.device).manual_seed(seed) if generator is None else generator
         first = random_start(like, around, threat.r, generator)
         for part, images in zip(first.split(batch_size), x.split(batch_size), strict=True):
             part.add_(images).clamp_(0, 1)
     elif begin == "given":
-        first = start.to(x.device)
-        _check_start(first, x, threat, radii, batch_size)
+        first = _inside(start.to(x.device), x, threat, radii, batch_size)
 
     with frozen(model), torch.no_grad(), tqdm(
         total=len(x) * (steps + 1), desc=str(threat), unit="img", disable=not progress
@@ -476,8 +483,11 @@ def attack(
     return replace(result, passes=result.passes + (function is kl))
 
 
-def _check_start(start: Tensor, x: Images, threat: Threat, radii: Tensor | None, batch_size: int) -> None:
-    """Raise ValueError unless these are images, as many and of the shape of x, in the ball but for rounding."""
+def _inside(start: Tensor, x: Images, threat: Threat, radii: Tensor | None, batch_size: int) -> Tensor:
+    """Images to start at, those that rounding has put outside the ball brought back inside.
+
+    ValueError unless they are images, as many and of the shape of x, in the ball but for rounding.
+    """
     check_images(start)
     shape = x.whole.shape if isinstance(x, Pixels) else x.shape
     if start.shape != shape:
@@ -488,6 +498,18 @@ def _check_start(start: Tensor, x: Images, threat: Threat, radii: Tensor | None,
         raise ValueError(f"start is {far:.4g} from the images, beyond delta={threat.delta:.4g}")
     if radii is not None and (out := int((norms > radii * (1 + 1e-5) + 1e-6).sum())):
         raise ValueError(f"start holds {out} image(s) outside their radii")
+    inner, bounds = _inner(threat, radii, start[0].numel())
+    bounds = inner.joint_radii(norms) if radii is None else bounds
+    if radii is None and not threat.pointwise:
+        outside = (threat.distance(norms) > threat.delta) & (norms > 0)
+    else:
+        outside = norms > (threat.delta if radii is None else radii) * (1 - 2.0**-23)
+    if not outside.any():
+        return start
+    rows, start = outside.nonzero()[:, 0], start.clone()
+    clean = x[rows]
+    start[rows] = project(start[rows] - clean, bounds[rows], threat.r).add_(clean).clamp_(0, 1)
+    return start
 
 
 @taking(model=as_model, x=as_tensor, y=as_tensor, threat=as_threat)

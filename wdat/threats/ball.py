@@ -70,6 +70,18 @@ def project(displacement: Tensor, radii: Tensor, r: float) -> Tensor:
     return displacement * torch.where(norms > bound, bound / norms, 1)
 
 
+def inner_radius(radius: float | Tensor, r: float, pixels: int) -> float | Tensor:
+    """A radius for displacements such that float32 images, clean + displacement clamped to [0, 1], are within `radius`.
+
+    Rounding a sum in [0, 1] moves a pixel by at most 2^-25, so an image of n pixels by at most 2^-25 n^(1/r): that much
+    less, and 2^-20 for the rounding of norms and scalings (2^-22 for r = inf, where nothing is summed). By Minkowski's
+    inequality the same holds of the p-mean of a set's norms. Never below 0: an image of radius 0 does not move.
+    """
+    relative, moved = (2.0**-22, 2.0**-25) if math.isinf(r) else (2.0**-20, 2.0**-25 * math.sqrt(pixels))
+    inner = radius * (1 - relative) - moved
+    return inner.clamp_min(0) if isinstance(inner, Tensor) else max(inner, 0.0)
+
+
 def parse_norm(r: float | str) -> float:
     """A pixel norm, 2 or inf, from a number or from text such as "l2", "linf". ValueError for any other."""
     norm = read(Order, str(r).lower().removeprefix("l"), "threat: r")
