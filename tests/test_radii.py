@@ -14,8 +14,9 @@ from torch import nn
 
 from wdat.accuracy.allocation import accuracy_curve, adversarial_set
 from wdat.accuracy.crown import certified_radii
-from wdat.attacks.nearest import box_step, minimal_distances
+from wdat.attacks.nearest import minimal_distances, search_distances
 from wdat.attacks.pgd import w_pgd
+from wdat.attacks.search import box_step
 from wdat.threats.ball import Threat, pixel_norm
 from wdat.threats.losses import margin
 from wdat.zoo.models import load_model
@@ -185,18 +186,19 @@ def test_every_point_flips_and_lies_in_the_box(tiny_model, tiny_data, r, setting
 
 @pytest.mark.parametrize("r", NORMS)
 def test_longer_and_tighter_searches_are_nearer_and_report_it(tiny_model, tiny_data, r):
+    """Of the search by gradients; those that find nothing are searched without, in no order of strength."""
     x, y = tiny_data
-    one = minimal_distances(tiny_model, x, y, r, steps=2)
-    more = minimal_distances(tiny_model, x, y, r, steps=2, restarts=3)
-    most = minimal_distances(tiny_model, x, y, r, steps=2, restarts=3, tight=True)
+    one = search_distances(tiny_model, x, y, r, steps=2)
+    more = search_distances(tiny_model, x, y, r, steps=2, restarts=3)
+    most = search_distances(tiny_model, x, y, r, steps=2, restarts=3, tight=True)
     assert (more.distance <= one.distance).all() and (most.distance <= more.distance).all()
     assert most.distance.sum() < one.distance.sum()
     finite = one.distance.isfinite() & (one.distance > 0)  # gains are measured, not estimated
-    first = minimal_distances(tiny_model, x, y, r, steps=2, restarts=1)
+    first = search_distances(tiny_model, x, y, r, steps=2, restarts=1)
     lowered = 1 - first.distance[finite].double() / one.distance[finite]
     if finite.sum() == (first.distance.isfinite() & first.correct).sum():
         assert first.gain == pytest.approx(float(lowered.mean()), abs=1e-6)
-    again = minimal_distances(tiny_model, x, y, r, steps=10, restarts=5)
+    again = search_distances(tiny_model, x, y, r, steps=10, restarts=5)
     assert again.gain < 0.01 and one.gain > again.gain and len(again.gains) == 5
 
 
@@ -216,7 +218,7 @@ def test_passes_are_what_a_hook_counts(tiny_model, tiny_data, r, monkeypatch):
     n, correct = len(x), int(found.correct.sum())
     least = n * (1 + 3) + correct * (2 * 4 + 1) + correct * (2 * 5 + 1)
     assert least <= found.passes * n < least + correct * 2 * 4  # less than one other class in question an image
-    monkeypatch.setattr("wdat.attacks.nearest.RIVALRY", math.inf)
+    monkeypatch.setattr("wdat.attacks.search.RIVALRY", math.inf)
     all_ = minimal_distances(tiny_model, x, y, r, steps=5, rivals=3, restarts=1, batch_size=48, tolerance=0)
     handle.remove()
     assert all_.passes * n == least + correct * 2 * 2 * 4

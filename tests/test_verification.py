@@ -49,10 +49,11 @@ def test_a_longer_search_shares_the_short_one_and_gains_what_is_said(tiny_model,
     assert calls == [0, 0, 5, 5]  # and one longer search for each
     for row in rows:
         (found,) = row["threats"]
-        assert row["longer_passes"] > 4 * row["passes"] and found["longer"] <= found["accuracy"]
+        assert row["longer_passes"] > 2 * row["passes"] and found["longer"] <= found["accuracy"]
         assert len(row["gains"]) == 5 and all(0 <= gain < 1 for gain in row["gains"])
     assert sets["measured"] == pytest.approx(sets["claimed"]) and sets["measured_cost"] <= threats[0].delta * (1 + 1e-6)
-    assert [sets["claimed"]] == [row["threats"][0]["accuracy"] for row in rows if row["r"] == "inf"]
+    (alone,) = [row["threats"][0]["accuracy"] for row in rows if row["r"] == "inf"]
+    assert 0.98 * alone < sets["claimed"] <= alone  # with what the attacks at this threat found nearer than the search
 
 
 @pytest.mark.parametrize("name, r", [("cifar_conv_small_pgd", "inf"), ("cifar_cnn_a_adv4", "2")])

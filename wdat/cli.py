@@ -107,7 +107,7 @@ def _evaluate(sub: Any) -> None:
         from wdat import records
         from wdat.report import figures, tables
         from wdat.studies.cache import prune
-        from wdat.studies.evaluation import adversary, evaluate
+        from wdat.studies.evaluation import evaluate
         from wdat.threats.ball import Threat
 
         out = Path(args.out)
@@ -128,10 +128,11 @@ def _evaluate(sub: Any) -> None:
             model, data, [*threats, *balls], steps=args.steps, search=search, dual=args.dual,
             orders=sorted({1.0, p, float("inf")}), curve=121, certified=args.certified,
             certified_minutes=args.certified_minutes, autoattacked=args.autoattack,
-            **shared,
+            sets=[(threats[0], args.save_set)] if args.save_set else (), **shared,
         )  # fmt: skip
         if args.save_set:
-            results["set"] = made = adversary(model, data, threats[0], search, path=args.save_set, **shared)
+            (made,) = results.pop("sets")
+            results["set"] = made
             ball = f"W_{p:g} {made['measured_cost']:.6g} of {threats[0].delta:.6g}"
             print(
                 f"{args.save_set}: claims {100 * made['claimed']:.2f} % correct; its images, read back and measured: "

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from wdat.attacks.pgd import bring_inside
+from wdat.threats.ball import Threat
 from wdat.threats.checks import check_model, device_of, frozen
 from wdat.threats.inputs import as_model, as_tensor, taking
 
@@ -55,6 +57,7 @@ def autoattack(
         targets = min(9, classes - 1)
         adversary.apgd_targeted.n_target_classes = adversary.fab.n_target_classes = targets
         try:
-            return adversary.run_standard_evaluation(x, y, batch_size=batch_size)[0]
+            found = adversary.run_standard_evaluation(x, y, batch_size=batch_size)[0].to(x.device)
         finally:
             sys.settrace(trace)  # its check for dynamic defences removes the trace function of a debugger
+    return bring_inside(found, x, Threat(delta, float("inf"), r), None, batch_size)  # rounding leads out of the ball

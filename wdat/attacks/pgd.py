@@ -452,7 +452,7 @@ def attack(
         for part, images in zip(first.split(batch_size), x.split(batch_size), strict=True):
             part.add_(images).clamp_(0, 1)
     elif begin == "given":
-        first = _inside(start.to(x.device), x, threat, radii, batch_size)
+        first = bring_inside(start.to(x.device), x, threat, radii, batch_size)
 
     with frozen(model), torch.no_grad(), tqdm(
         total=len(x) * (steps + 1), desc=str(threat), unit="img", disable=not progress
@@ -483,7 +483,7 @@ def attack(
     return replace(result, passes=result.passes + (function is kl))
 
 
-def _inside(start: Tensor, x: Images, threat: Threat, radii: Tensor | None, batch_size: int) -> Tensor:
+def bring_inside(start: Tensor, x: Images, threat: Threat, radii: Tensor | None, batch_size: int) -> Tensor:
     """Images to start at, those that rounding has put outside the ball brought back inside.
 
     ValueError unless they are images, as many and of the shape of x, in the ball but for rounding.

@@ -158,7 +158,7 @@ def evaluation(found: dict) -> tuple[list[dict], str]:
                     continue
                 low, high = row["band"]
                 cells = {
-                    "network": network["network"], "norm": norm_symbol(key[1]),
+                    "network": network["network"] + "*" * bool(network.get("findings")), "norm": norm_symbol(key[1]),
                     "p": "∞" if key[2] == float("inf") else f"{key[2]:g}", "δ": key[0],
                     "clean": percent(network["clean"]["accuracy"]), "W-PGD": percent(attacks[key]["accuracy"]),
                     "optimal (upper bound)": percent(row["accuracy"]), "95 %": f"{100 * low:.1f}–{100 * high:.1f}",
@@ -179,6 +179,9 @@ def evaluation(found: dict) -> tuple[list[dict], str]:
         "(upper bound) with its 95 % band, and the bracket, certified (lower bound) to optimal allocation on the n "
         "images certified. AutoAttack: on n images, in brackets what the nearest adversarial examples leave of these."
     )
+    for network in found["networks"]:
+        if network.get("findings"):
+            caption += f" * {network['network']}: {'; '.join(network['findings'])}."
     return rows, caption
 
 

@@ -101,17 +101,24 @@ class Cache:
     def each(self, function: Callable[..., Part], data: Data, size: int, /, drop: str = "", **settings: Any) -> Part:
         """Numbers per image (tensors, joined) and per part (averaged over images) of every `size` images.
 
-        A tensor among the settings has a number for every image. drop: a name that is kept in files only.
+        A tensor among the settings has a number for every image. drop: a name that is kept in files only. "nearer",
+        rows of a part and points, comes as rows of the whole.
         """
-        joined, sums = Joined(len(data)), {}
+        joined, sums, nearer = Joined(len(data)), {}, []
         for index in torch.arange(len(data)).split(size):
             own = {name: given[index] if isinstance(given, Tensor) else given for name, given in settings.items()}
             part = self.get(function, data.at(index), **own)
             joined.add(**{k: v for k, v in part.items() if isinstance(v, Tensor) and k != drop})
             for k, v in part.items():
-                if not isinstance(v, Tensor):
+                if k == "nearer":
+                    nearer.append((index[v["rows"]], v["x"]))
+                elif not isinstance(v, Tensor):
                     sums[k] = sums.get(k, 0) + len(index) * v
-        return joined.all() | {k: total / len(data) for k, total in sums.items()}
+        found = joined.all() | {k: total / len(data) for k, total in sums.items()}
+        if nearer:
+            rows, points = (torch.cat(tensors) for tensors in zip(*nearer, strict=True))
+            found["nearer"] = {"rows": rows, "x": points}
+        return found
 
     def _answers(self, data: Data, images: str) -> Tensor:
         """The network's logits on a few of these images, computed once; with the first of them, what it is made of."""
@@ -175,7 +182,7 @@ def search_passes(**search: Any) -> int:
 def nearest(model: nn.Module, data: Data, r: float, **search: Any) -> Part:
     """`minimal_distances` with everything found: its attributes, and the gain of each restart by its number."""
     found = minimal_distances(model, *data.stored(), r, **search)
-    tensors = {key: getattr(found, key).cpu() for key in ("distance", "x", "correct")}
+    tensors = {key: getattr(found, key).cpu() for key in ("distance", "x", "correct", "silent")}
     return tensors | {"passes": float(found.passes), **{str(k): gain for k, gain in enumerate(found.gains)}}
 
 
@@ -183,7 +190,7 @@ def distances_in_parts(kept: Cache, data: Data, r: float, search: dict, batch_si
     """`distances` among other work. points=False: none in memory, x is empty."""
     settings = SEARCH | search | {"batch_size": batch_size, "r": r}
     found = {"x": torch.empty(0)} | kept.each(nearest, data, part_size(batch_size), "" if points else "x", **settings)
-    known = {name: found.pop(name) for name in ("distance", "x", "correct", "passes")}
+    known = {name: found.pop(name) for name in ("distance", "x", "correct", "silent", "passes")}
     return Radii(**known, gains=tuple(found.values()))
 
 

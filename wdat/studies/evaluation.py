@@ -7,6 +7,7 @@ the sensitivity of all images sets each one's move.
 """
 
 import inspect
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,12 +34,12 @@ from wdat.studies.cache import (
     Cache,
     Part,
     costs,
-    distances,
     distances_in_parts,
     nearest,
     part_size,
 )
 from wdat.studies.certificates import announce, certified_in_parts
+from wdat.studies.points import NearestPoints, findings, nearer_points
 from wdat.threats.ball import Threat, as_threat, as_threats, plain_number
 from wdat.threats.checks import check_logits, device_of, frozen
 from wdat.threats.images import Joined
@@ -112,6 +113,7 @@ def evaluate(
     autoattacked: int = 0,
     autoattack_version: str = "standard",
     batch_size: int = 128,
+    sets: Sequence[tuple[Threat, str | Path | None]] = (),
     state: str | Path | None = None,
     progress: bool = True,
 ) -> dict:
@@ -136,6 +138,8 @@ def evaluate(
             numbers are those of the random part reached, whose "n" they say; "asked" is how many there were, and
             "unreached_wrong" the lower bound for all of them that counts the others as misclassified.
         autoattacked: run AutoAttack on this many images (likewise) at every radius with p = inf among the threats.
+        sets: threats at which the optimal adversary's distribution is handed out, each with a path or None: "sets", see
+            `adversary`.
         state: folder that keeps finished parts (`wdat.studies.cache`); a killed evaluation continues from it and ends
             the same. Parts of another model, other data, settings or another version of the library are not used; they
             stay until the folder is deleted, or bounded by `wdat.studies.cache.prune`.
@@ -143,7 +147,9 @@ def evaluate(
             the time left means something.
 
     Returns: a dict of plain numbers, ready for `wdat.records.write`: "clean", "sensitivity", "attacks", "exact",
-        "certified", "autoattack", "dual". Accuracies are fractions.
+        "certified", "autoattack", "dual". Accuracies are fractions. The distances behind "exact" hold every attack's
+        flips (`wdat.studies.points`), so no attack is below the curve. "findings": sentences about gradients that say
+        nothing and searches that lost to an attack, which are also warned of.
     Raises: ValueError with number and remedy for unusable images, labels, logits, gradients or settings.
     """
     classes = check_fit(model, data, threats)
@@ -200,35 +206,66 @@ def evaluate(
             ],
             "attacks": [],
         }
+        near = _nearest(kept, data, clean["correct"], norms, search, batch_size, {t.r for t, _ in sets}, exact)
         for threat in threats:
+            points = near.get(threat.r)
             for name in losses:
-                row = _attack(kept, data, threat, name, steps, batch_size)
+                row = _attack(kept, data, threat, name, steps, batch_size, points)
                 upsilon = float(threat.upsilon(clean[f"norms.{name}.{threat.s:g}"]))
                 row["bounds"] = _bounds(accuracy, result["clean"]["losses"][name], row, upsilon, threat.delta)
                 result["attacks"].append(row)
             if budget_attack and not threat.pointwise:
                 budgets = threat.budgets(clean[f"norms.{losses[0]}.{threat.s:g}"])
-                row = _attack(kept, data, threat, losses[0], steps, batch_size, budgets)
+                row = _attack(kept, data, threat, losses[0], steps, batch_size, points, budgets)
                 result["attacks"].append(row)
             if dual and not threat.pointwise:
-                found = kept.get(dual_attacked, data, threat=threat, steps=steps, batch_size=batch_size)
+                found = kept.get(dual_attacked, data, threat=threat, steps=steps, batch_size=batch_size,
+                                 known=points.searched if points else None)  # fmt: skip
+                if points:
+                    points.join(found)
+                found = {key: value for key, value in found.items() if key not in ("norms", "correct", "nearer")}
                 result.setdefault("dual", []).append({"threat": threat.describe(), **found})
-        radii = {r: distances_in_parts(kept, data, r, search, batch_size, points=False) for r in norms} if exact else {}
+        for threat in pointwise:
+            row = _autoattack(kept, data, some["a"], threat, autoattack_version, batch_size, near.get(threat.r))
+            result.setdefault("autoattack", []).append(row)
+        for row, threat in zip(result.get("autoattack", []), pointwise, strict=True):
+            if exact:  # once everything is joined, the other radii too
+                row["exact"] = float(accuracy_curve(near[threat.r].distance[some["a"]], threat.delta, threat.p))
         for r in norms:
-            own = [t for t in threats if t.r == r]
-            if exact:
-                result.setdefault("exact", []).append(_curves(radii[r].distance, data, own, orders, curve))
-                result["exact"][-1] |= {"passes": radii[r].passes, "gain": radii[r].gain}
+            own, points = [t for t in threats if t.r == r], near.get(r)
+            if points:
+                row = _curves(points.distance, data, own, orders, curve)
+                result.setdefault("exact", []).append(row | points.describe())
             if certified:
                 part = data.take(len(some["c"]), seed=0)
                 proved = certified_in_parts(kept, part, r, certified_minutes, progress)
-                known = radii[r].distance[some["c"]] if exact else None
+                known = points.distance[some["c"]] if points else None
                 result.setdefault("certified", []).append(_certified(proved, part, own, orders, curve, known))
-        for threat in pointwise:
-            known = radii[threat.r].distance if exact else None
-            row = _autoattack(kept, data, some["a"], threat, autoattack_version, batch_size, known)
-            result.setdefault("autoattack", []).append(row)
+        made = [_set(model, data, near[t.r], t, path, batch_size) for t, path in sets]
+        result |= {"sets": made} if made else {}
+    zero = correct & torch.stack([clean[f"norms.{name}.1"] == 0 for name in losses]).all(0)
+    result["clean"]["zero_gradients"] = int(zero.sum())
+    result["findings"] = findings(result, int(correct.sum()))
+    if result["findings"]:
+        warnings.warn("; ".join(result["findings"]), stacklevel=2)
     return result
+
+
+def _nearest(
+    kept: Cache, data: Data, correct: Tensor, norms: Sequence[float], search: dict, batch_size: int, wanted: set[float],
+    exact: bool,
+) -> dict[float, NearestPoints]:  # fmt: skip
+    """What the search finds in each pixel norm, with points where they are wanted; 0 where the clean pass is wrong."""
+    if wanted and not exact:
+        raise ValueError("sets are made of minimal distances; exact=False leaves them out")
+    found = {}
+    for r in norms if exact else ():
+        points = NearestPoints.of(distances_in_parts(kept, data, r, search, batch_size, points=r in wanted))
+        rows = (~correct).nonzero()[:, 0]
+        nearer = {"rows": rows, "x": data.batch(rows)[0] if r in wanted else None}
+        points.join({"norms": torch.zeros(len(data)), "nearer": nearer})
+        found[r] = points
+    return found
 
 
 def _levels(values: Tensor, correct: Tensor) -> dict[str, float | None]:
@@ -250,23 +287,32 @@ def _bounds(accuracy: float, level: dict, row: dict, upsilon: float, delta: floa
 
 @costs(lambda steps, **_: 2 * steps + 1)
 def attacked(
-    model: nn.Module, data: Data, threat: Threat, loss: str, steps: int, batch_size: int, radii: Tensor | None = None
-) -> Part:
-    """`attack` without its images: "values", "correct" and "norms" (N,), the highest mean loss on the way, "passes"."""
+    model: nn.Module, data: Data, threat: Threat, loss: str, steps: int, batch_size: int, radii: Tensor | None = None,
+    known: Tensor | None = None,
+) -> Part:  # fmt: skip
+    """`attack`: "values" (N,), `nearer_points` than the distances known, the highest mean loss on the way, "passes"."""
     inside = {} if radii is None else {"radii": radii}
     found = attack(model, *data.stored(), threat, **inside, loss=loss, steps=steps, batch_size=batch_size)
-    tensors = {key: getattr(found, key).cpu() for key in ("values", "correct", "norms")}
-    return {**tensors, "highest": float(found.history[:, 1].max()), "passes": found.passes}
+    flipped = nearer_points(found.x, found.norms, found.correct, known)
+    return {
+        **flipped,
+        "values": found.values.cpu(),
+        "highest": float(found.history[:, 1].max()),
+        "passes": found.passes,
+    }
 
 
 def _attack(
-    kept: Cache, data: Data, threat: Threat, loss: str, steps: int, batch_size: int, budgets: Tensor | None = None
-) -> dict:
+    kept: Cache, data: Data, threat: Threat, loss: str, steps: int, batch_size: int, points: NearestPoints | None,
+    budgets: Tensor | None = None,
+) -> dict:  # fmt: skip
     """W-PGD on the whole set at once; inside fixed radii (PGD, or the budgets given: W-PGD-Budget), part by part."""
     name = "w-pgd-budget" if budgets is not None else "pgd" if threat.pointwise else "w-pgd"
     size = len(data) if name == "w-pgd" else part_size(batch_size)
     settings = {"threat": threat, "loss": loss, "steps": steps, "batch_size": batch_size, "radii": budgets}
-    found = kept.each(attacked, data, size, **settings)
+    found = kept.each(attacked, data, size, **settings, known=points.searched if points else None)
+    if points:
+        points.join(found)
     row = {
         "attack": name,
         "loss": loss,
@@ -287,12 +333,15 @@ def _dual_passes(steps: int, **_: object) -> int:
 
 
 @costs(_dual_passes)
-def dual_attacked(model: nn.Module, data: Data, threat: Threat, steps: int, batch_size: int) -> dict:
+def dual_attacked(
+    model: nn.Module, data: Data, threat: Threat, steps: int, batch_size: int, known: Tensor | None = None
+) -> dict:
     """The dual attack on the cross-entropy, a lower bound on V(delta); of a whole set, for prices couple the images."""
     found = dual_attack(model, *data.stored(), threat, loss="ce", steps=steps, batch_size=batch_size)
     return {
         "loss": "ce", "steps": steps, "loss_value": found.value, "estimate": found.estimate,
         "accuracy": found.adversarial.accuracy, "distance": found.adversarial.distance,
+        **nearer_points(found.adversarial.x, found.adversarial.norms, found.adversarial.correct, known),
     }  # fmt: skip
 
 
@@ -317,14 +366,13 @@ def _certified(
 
 
 def _autoattack(
-    kept: Cache, data: Data, index: Tensor, threat: Threat, version: str, batch_size: int,
-    known: Tensor | None,
-) -> dict:  # fmt: skip
-    part = data.take(len(index), seed=0)
-    row = kept.get(autoattack_accuracy, part, threat=threat, version=version, batch_size=batch_size)
-    if known is not None:
-        row = {**row, "exact": float(accuracy_curve(known[index], threat.delta, threat.p))}
-    return {"n": len(part), **row}
+    kept: Cache, data: Data, index: Tensor, threat: Threat, version: str, batch_size: int, points: NearestPoints | None
+) -> dict:
+    part, settings = data.at(index), {"threat": threat, "version": version, "batch_size": batch_size}
+    row = kept.get(autoattack_accuracy, part, **settings, known=points.searched[index] if points else None)
+    if points:
+        points.join(row, index)
+    return {"n": len(part), **{k: v for k, v in row.items() if k not in ("norms", "correct", "nearer")}}
 
 
 def _curves(d: Tensor, data: Data, threats: Sequence[Threat], orders: Sequence[float], curve: int) -> dict:
@@ -372,9 +420,17 @@ def adversary(
     Accuracy and W_p cost are measured again by a fresh forward pass and from displacements. With a path they are those
     of the file written there, for `torch.load(weights_only=True)`: "points" float32 (M, C, H, W), "index" int64 (M,) of
     the image that each comes from (M is N, or N + 1 where one image's mass is split), "mass" float64 (M,), which sums
-    to 1, "y" (M,), and the "threat". search, state: as for `evaluate`, whose distances it shares.
+    to 1, "y" (M,), and the "threat". It is `evaluate` at this one threat with its `sets`, whose state it shares.
     """
-    found = distances(model, data, threat.r, search, batch_size=batch_size, state=state, progress=progress)
+    found = evaluate(model, data, [threat], search=search, sets=[(threat, path)], batch_size=batch_size, state=state,
+                     progress=progress)  # fmt: skip
+    return found["sets"][0]
+
+
+def _set(
+    model: nn.Module, data: Data, found: NearestPoints, threat: Threat, path: str | Path | None, batch_size: int
+) -> dict:
+    """The optimal adversary's set at a threat, written and measured again; see `adversary`."""
     exact = adversarial_set(data.x, found.x, found.distance, threat.delta, threat.p)
     points, index, mass = exact.measure()
     if path is not None:
@@ -401,8 +457,13 @@ def _cost(displacement: Tensor, mass: Tensor, threat: Threat) -> float:
 
 
 @costs(lambda **_: 3000)
-def autoattack_accuracy(model: nn.Module, data: Data, threat: Threat, version: str, batch_size: int) -> dict:
-    """Robust accuracy by AutoAttack (p = inf only), overall and per class, re-checked on the images it returns."""
+def autoattack_accuracy(
+    model: nn.Module, data: Data, threat: Threat, version: str, batch_size: int, known: Tensor | None = None
+) -> dict:
+    """Robust accuracy by AutoAttack (p = inf only), overall and per class, re-checked on the images it returns.
+
+    With `nearer_points` than the distances known.
+    """
     x = autoattack(model, data.x, data.y, threat.delta, threat.r, version=version, batch_size=batch_size)
     device = device_of(model)
     with frozen(model), torch.no_grad():
@@ -413,4 +474,5 @@ def autoattack_accuracy(model: nn.Module, data: Data, threat: Threat, version: s
         "version": version,
         "accuracy": float(correct.double().mean()),
         "per_class": per_class(correct, data.y, data.classes),
+        **nearer_points(x, threat.norm(x - data.x), correct, known),
     }
