@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from wdat.accuracy.allocation import accuracy_curve
-from wdat.attacks.nearest import minimal_distances
+from wdat.attacks.nearest import search_distances
 from wdat.attacks.pgd import attack
 from wdat.threats.ball import Threat
 from wdat.threats.checks import frozen
@@ -49,7 +49,7 @@ def works(model: nn.Module, x: Pixels, y: Tensor) -> dict[str, Callable[[], obje
         "W-PGD": lambda: attack(model, x, y, THREAT, **settings),
         "W-PGD, last iterate": lambda: attack(model, x, y, THREAT, keep="last", **settings),
         "PGD": lambda: attack(model, x, y, Threat("8/255", "inf"), **settings),
-        "minimal distances": lambda: minimal_distances(model, x, y, THREAT.r, steps=STEPS, rivals=1, batch_size=BATCH),
+        "minimal distances": lambda: search_distances(model, x, y, THREAT.r, steps=STEPS, rivals=1, batch_size=BATCH),
         "curve of 50 δ": lambda: accuracy_curve(distances, torch.linspace(0, 0.1, 50), 2),
     }
 
