@@ -170,6 +170,8 @@ def test_a_cluster_computes_the_same_list():
         distributed.Client(cluster),
         joblib.parallel_config(backend="dask"),
     ):
-        found = jobs.run_all([*runs, *(Run(str(x), where, {"x": x}) for x in range(4))], progress=False)
+        found = jobs.run_all([*runs, *(Run(str(x), where, {"x": x}) for x in range(40))], progress=False)
     assert all(torch.equal(a, b) for a, b in zip(found, jobs.run_all(runs, 1, progress=False), strict=False))
-    assert os.getpid() not in {pid for _, pid, _ in found[4:]} and len({pid for _, pid, _ in found[4:]}) == 2
+    assert [x for x, _, _ in found[4:]] == list(range(40))
+    workers = {pid for _, pid, _ in found[4:]}
+    assert len(workers) == 2 and os.getpid() not in workers

@@ -199,7 +199,7 @@ def _handed(number: int, one: Run) -> _Done:
 def _cluster() -> "joblib.parallel.ParallelBackendBase | None":
     """What `joblib.parallel_config` has set around this call."""
     backend = joblib.parallel.get_active_backend(prefer="threads")[0]
-    return None if backend.supports_sharedmem else backend
+    return None if getattr(backend, "supports_sharedmem", False) else backend
 
 
 def _computed(number: int, one: Run) -> _Done:
