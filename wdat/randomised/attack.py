@@ -66,7 +66,7 @@ def _surprise(logits: Tensor, labels: Tensor) -> Tensor:
 
 def ladder(
     model: Randomised, data: Data, radii: Sequence[float], r: float, *, m: int = AVERAGED, steps: int = STEPS,
-    draws: int = 200, seed: int = 0, batch_size: int = 16, progress: bool = True,
+    draws: int = 500, seed: int = 0, batch_size: int = 16, progress: bool = True,
 ) -> tuple[Tensor, list[Counts]]:  # fmt: skip
     """Attack every image at every radius, each from the one before: moves (R + 1, N), fresh counts of each rung.
 

@@ -38,7 +38,7 @@ def certify(
     confidence: float = 0.999,
     orders: Sequence[float] = (1.0, 2.0, math.inf),
     curve: int = 0,
-    spread: bool = True,
+    spread: bool = False,
     attacked: int = 0,
     batch_size: int = 256,
     seed: int = 0,
@@ -50,7 +50,7 @@ def certify(
     Args:
         model, sigma: a network and the noise's standard deviation, or a `Randomised` network.
         threats: W_p balls, any p in (1, inf] and pixel norm: all from the same counts.
-        draws: an image in the mean; spread: more where they move the curve (`means.adaptive`), else the same.
+        draws: an image in the mean; the same for each unless spread: more where they move the curve (`means.adaptive`).
         confidence: of all that is said here together; half of what is missing to 1 goes to a statement on every image
             at once (Clopper-Pearson at level a / 2N; it covers all curves, the vote and all threats), half, divided by
             the number of threats, to statements on the mean alone.
