@@ -14,6 +14,7 @@ _HOME = {
     "load_model": "zoo.models",
     "save_model": "zoo.models",
     "export_robustbench": "zoo.models",
+    "fold_normalisation": "zoo.networks",
     "attack": "attacks.pgd",
     "fgsm": "attacks.pgd",
     "pgd": "attacks.pgd",

@@ -11,6 +11,33 @@ from wdat.threats.ball import Threat
 from wdat.threats.checks import check_model, device_of, frozen
 from wdat.threats.inputs import as_model, as_tensor, taking
 
+SUITES = {"standard": ("apgd-ce", "apgd-t", "fab-t", "square"), "rand": ("apgd-ce", "apgd-dlr")}
+LEAST = {"apgd-t": 4, "apgd-dlr": 3}  # classes, for the difference-of-logits ratio
+
+
+def suite(version: str, attacks: Sequence[str] | None, classes: int) -> tuple[str, tuple[str, ...]]:
+    """The version and its attacks, before any pass: of "standard" those that this many classes allow.
+
+    With 2 and 3 classes apgd-t is left out, with 3 apgd-dlr comes in its place, and the version is "custom" then.
+    ValueError for an unknown version, and for attacks that need more classes.
+    """
+    if version not in (*SUITES, "custom") or (version == "custom") != bool(attacks):
+        raise ValueError(
+            f"AutoAttack has no version {version!r} with attacks={attacks}; pass version='standard' or 'rand', or, to "
+            "wdat.attacks.autoattack.autoattack, version='custom' with attacks=['apgd-ce', 'fab', 'square']"
+        )
+    chosen = tuple(attacks or SUITES[version])
+    least = max(LEAST.get(name, 2) for name in chosen)
+    if classes >= least:
+        return version, chosen
+    if version != "standard":  # "rand" averages over draws, which "custom" does not
+        raise ValueError(
+            f"{', '.join(chosen)} (version {version!r}) need at least {least} classes, the model has {classes}; pass "
+            "version='standard', which leaves out what needs more, or other attacks"
+        )
+    instead = ("apgd-dlr" if name == "apgd-t" else name for name in chosen)
+    return "custom", tuple(name for name in instead if LEAST.get(name, 2) <= classes)
+
 
 @taking(model=as_model, x=as_tensor, y=as_tensor)
 def autoattack(
@@ -27,33 +54,25 @@ def autoattack(
     """Adversarial images of AutoAttack (Croce and Hein, arXiv 2003.01690), p = inf: (N, C, H, W) on x's device.
 
     version: "standard", "rand" (randomised defences), or "custom" with `attacks` among apgd-ce, apgd-dlr, apgd-t,
-    fab, fab-t, square. The standard set needs at least 4 classes (its targeted DLR loss does); with fewer than 10
-    classes all wrong classes are targeted. An image that resists is returned unchanged. The model's modes and flags,
-    and torch's random state, are left as found.
+    fab, fab-t, square; see `suite` for fewer than 4 classes. With fewer than 10 all wrong classes are targeted. An
+    image that resists is returned unchanged. The model's modes and flags, and torch's random state, are left as found.
     """
     import pyautoattack
 
     classes = check_model(model, x, y)
+    version, attacks = suite(version, attacks, classes)
     device = device_of(model)
     trace, cuda = sys.gettrace(), [device] if device.type == "cuda" else []
     with frozen(model), torch.random.fork_rng(cuda):
         adversary = pyautoattack.AutoAttack(
             model,
-            attacks=list(attacks) if attacks else None,
+            attacks=list(attacks) if version == "custom" else None,
             device=device,
             eps=delta,
             norm="Linf" if r == float("inf") else f"L{r:g}",
             seed=seed,
             version=version,
         )
-        if version == "custom" and not adversary.attacks_to_run:
-            raise ValueError("version='custom' needs attacks, for example attacks=['apgd-ce', 'fab']")
-        least = 4 if "apgd-t" in adversary.attacks_to_run else 3 if "apgd-dlr" in adversary.attacks_to_run else 2
-        if classes < least:
-            raise ValueError(
-                f"{', '.join(adversary.attacks_to_run)} need at least {least} classes, the model has {classes}; "
-                "use version='custom', attacks=['apgd-ce', 'fab', 'square']"
-            )
         targets = min(9, classes - 1)
         adversary.apgd_targeted.n_target_classes = adversary.fab.n_target_classes = targets
         try:

@@ -25,7 +25,7 @@ from wdat.accuracy.allocation import (
     water_level,
 )
 from wdat.accuracy.bounds import ratio_bounds
-from wdat.attacks.autoattack import autoattack
+from wdat.attacks.autoattack import autoattack, suite
 from wdat.attacks.dual import LADDER, dual_attack
 from wdat.attacks.pgd import attack
 from wdat.records import write_tensors
@@ -170,6 +170,8 @@ def evaluate(
     norms = sorted({t.r for t in threats})
     joint = [t for t in threats if not t.pointwise]
     pointwise = [t for t in threats if t.pointwise] if autoattacked else []
+    if pointwise:
+        suite(autoattack_version, None, classes)
     some = {name: draw(len(data), min(n, len(data)), 0) for name, n in (("c", certified), ("a", autoattacked)) if n}
     search = search or {}
     planned = [
@@ -469,9 +471,10 @@ def autoattack_accuracy(
     with frozen(model), torch.no_grad():
         logits = torch.cat([model(b.to(device)).cpu() for b in x.split(batch_size)])
     correct = margin(logits, data.y) > 0
+    used, attacks = suite(version, None, logits.shape[1])
     return {
         "threat": threat.describe(),
-        "version": version,
+        "version": version if used == version else ", ".join(attacks),
         "accuracy": float(correct.double().mean()),
         "per_class": per_class(correct, data.y, data.classes),
         **nearer_points(x, threat.norm(x - data.x), correct, known),

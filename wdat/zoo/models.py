@@ -16,6 +16,7 @@ Nothing is downloaded, and no folder is made while looking.
 import hashlib
 import io
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -92,9 +93,10 @@ def read_card(path: str | Path) -> dict[str, Any]:
     """The card as a dictionary. ValueError lists missing and unknown fields."""
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(
-            f"no model card at {path.absolute()}; a card is a YAML file such as notebooks/zoo/*.yaml"
-        )
+        remedy = "a card is a YAML file such as notebooks/zoo/*.yaml"
+        if (made := re.search(r"\.wdat/([^/]+)/made/", path.as_posix())) is not None:
+            remedy = f"notebook 00 trains that network: wdat reproduce --profile {made[1]} --only 00"
+        raise FileNotFoundError(f"no model card at {path.absolute()}; {remedy}")
     try:
         card = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -234,7 +236,8 @@ def export_robustbench(model: nn.Module, path: str | Path) -> Path:
     """Write a .pt that RobustBench's own loader reads as root/dataset/threat/NAME.pt.
 
     The network must be the one RobustBench builds for NAME, as `load_model(NAME)` or `build("robustbench", ...)`
-    gives: its normalisation, if any, inside. A `Normalised` model is refused, for its loader would drop mean and std.
+    gives: its normalisation, if any, inside. A `Normalised` model is refused, for its loader would drop mean and std;
+    for other tools, save `wdat.fold_normalisation(model)`.
     """
     path = Path(path)
     if path.suffix != ".pt":
@@ -242,7 +245,8 @@ def export_robustbench(model: nn.Module, path: str | Path) -> Path:
     if isinstance(model, Randomised):
         raise ValueError("RobustBench's loader would drop the noise; export the network inside, model.network")
     if isinstance(model, Normalised):
-        raise ValueError("RobustBench's networks hold their own normalisation; export the network without `Normalised`")
+        raise ValueError("RobustBench's networks hold their own normalisation, and its loader would drop that of "
+                         "`Normalised`; wdat.fold_normalisation puts it into layers that other tools read")  # fmt: skip
     buffer = io.BytesIO()
     torch.save({"state_dict": {key: value.detach().cpu() for key, value in model.state_dict().items()}}, buffer)
     return write_file(path, buffer.getbuffer())

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from wdat import settings
 from wdat.settings import parse_number
+from wdat.threats.inputs import copied, unwrapped
 from wdat.zoo import robustbench as rb
 
 
@@ -37,6 +38,41 @@ class Normalised(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.network((x - self.mean) / self.std)
+
+
+@torch.no_grad()
+def fold_normalisation(model: nn.Module) -> nn.Module:
+    """A `Normalised` network as layers that other tools read, equal to it up to rounding; a copy, in eval mode.
+
+    W ((x - mean) / std) + b = (W / std) x + (b - (W / std) mean): a first Linear (after Flatten) or unpadded Conv2d of
+    an nn.Sequential takes the normalisation whole. A first convolution that pads does so with zeros after it, which no
+    weights and bias on the pixels repeat at the border; there, and in front of anything else, it becomes a 1 x 1
+    convolution of its own, one channel each. ValueError for a model that is not `Normalised`.
+    """
+    model = unwrapped(model)
+    if not isinstance(model, Normalised):
+        raise ValueError(f"the model is a {type(model).__name__}, not wdat.zoo.networks.Normalised: nothing to fold")
+    network, channels = copied(model.network).eval(), model.mean.numel()
+    first = _first_layer(network)
+    whole = isinstance(first, nn.Conv2d) and first.padding in ((0, 0), "valid") and first.groups == 1
+    if not whole and not isinstance(first, nn.Linear):
+        first = nn.utils.skip_init(nn.Conv2d, channels, channels, 1, groups=channels).to(model.mean)
+        first.weight.copy_((1 / model.std).view(-1, 1, 1, 1))
+        first.bias.copy_(-(model.mean / model.std).flatten())
+        return nn.Sequential(first, network)
+    weight = first.weight.double().view(len(first.weight), channels, -1)
+    weight = weight / model.std.double().view(1, -1, 1)
+    shift = -(weight * model.mean.double().view(1, -1, 1)).sum((1, 2))
+    first.weight.copy_(weight.view(first.weight.shape))
+    first.bias = nn.Parameter((shift if first.bias is None else first.bias.double() + shift).to(first.weight.dtype))
+    return network
+
+
+def _first_layer(network: nn.Module) -> nn.Module:
+    """The layer that sees the images: the first of nested nn.Sequential, past flattening and identities."""
+    while isinstance(network, nn.Sequential) and len(network):
+        network = next((m for m in network if not isinstance(m, nn.Flatten | nn.Identity)), network[0])
+    return network
 
 
 class Residual(nn.Module):

@@ -90,6 +90,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     path = Path(path)
+    if zipfile.is_zipfile(path) and any(name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()):
+        raise ValueError(
+            f"{path} can not be read as weights: it is a TorchScript archive, code with its weights; keep these: "
+            f'torch.save(torch.jit.load("{path}").state_dict(), "weights.pt")'
+        )
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -98,11 +103,6 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path} {refused(path, error)}") from error
     except (SafetensorError, EOFError, RuntimeError) as error:
-        if "TorchScript" in str(error):
-            raise ValueError(
-                f"{path} can not be read as weights: it is a TorchScript archive, code with its weights; keep these: "
-                f'torch.save(torch.jit.load("{path}").state_dict(), "weights.pt")'
-            ) from error
         raise ValueError(f"{path} can not be read as weights ({str(error).splitlines()[0]}); fetch it again") from error
     found = dict(_states(held, ""))
     if len(found) > 1:
