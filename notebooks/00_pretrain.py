@@ -10,6 +10,7 @@
 # *Time: digits 1 min, others none.*
 
 # %% tags=["parameters"]
+from_records = False  # True: show the committed results, compute nothing
 data = "digits"  # see wdat.zoo.data.load_data
 train_root = ""  # folder of the training images; not used by digits
 n_train = 0  # images; 0 means all
@@ -22,17 +23,37 @@ out = "figures/digits"  # below the repository
 work = ".wdat/digits/made"
 
 # %%
-from wdat import records
+import torch
+from torch import nn
+
 from wdat.report import tables
 from wdat.studies import experiments
+from wdat.studies.notebook import Study
+from wdat.zoo.networks import Normalised
 
-root, device = records.root(), records.pick_device()
-print(records.device_line())
+study = Study(out, work, from_records, data=data, train_root=train_root, n_train=n_train)
+
+# %% [markdown]
+# **By hand.** A network here takes pixels in [0, 1] and normalises them itself, so that a radius δ is always in pixel
+# units: attacks never see normalised images. Five lines of plain torch, then the library's layer.
 
 # %%
-train = experiments.load_images(data, "train", root, train_root, n_train)
-results = experiments.pretrain(train, root / work / "zoo", recipes, architecture, arguments, device, seed, jobs)
-record = records.write(root / out / "00_pretrain.json", "pretraining", results, recipes, seeds=[seed])
+torch.manual_seed(0)
+x, mean, std = torch.rand(5, 1, 8, 8), 0.3, 0.4
+inner = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+logits = inner((x - mean) / std)
+assert torch.allclose(logits, Normalised([mean], [std], inner)(x), atol=1e-6)
+
+# %%
+record = study.record(
+    "00_pretrain", "pretraining", experiments.pretrain, study.train, study.work / "zoo", recipes, architecture,
+    arguments, study.device, seed, jobs, config=recipes, seeds=[seed],
+)  # fmt: skip
+
+# %% [markdown]
+# **The networks.** Columns: how each was trained (objective with its radius, epochs, learning-rate schedule), and the
+# percentage of training images right in the last epoch, clean or attacked as the objective sees them. That is no
+# measure of robustness: the later notebooks measure it on test images.
 
 # %%
 tables.pretraining(record)

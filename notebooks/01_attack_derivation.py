@@ -10,6 +10,7 @@
 # *Time: digits 1 min, zoo 5 min on a CPU, cifar10 10 min on a GPU.*
 
 # %% tags=["parameters"]
+from_records = False  # True: show the committed results, compute nothing
 data = "digits"
 test_root = ""  # folder of the test images; not used by digits
 n_test = 0  # images; 0 means all
@@ -27,22 +28,50 @@ out = "figures/digits"
 work = ".wdat/digits/made"
 
 # %%
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
 from wdat import records
 from wdat.report import figures
 from wdat.studies import experiments
-from wdat.threats.ball import parse_number
+from wdat.studies.notebook import Study
+from wdat.threats.ball import Threat, parse_number
+from wdat.threats.sensitivity import dual_norms
+from wdat.zoo.data import load_data
 
-root, device = records.root(), records.pick_device()
-print(records.device_line())
+study = Study(
+    out, work, from_records, data=data, networks=networks[:1], test_root=test_root, n_test=n_test, weights=weights,
+    dataset=dataset, threat=threat,
+)  # fmt: skip
+
+# %% [markdown]
+# **By hand.** Eight digits, an untrained linear network, cross-entropy, p = 2 and pixels measured by ℓ∞, whose dual
+# norm is ℓ₁. Five lines give Υ and the budgets; the library gives the same for any network, loss, p and r. The
+# budgets' p-mean is δ: what one image gets more, the others get less.
 
 # %%
-test = experiments.load_images(data, "test", root, test_root, n_test)
-models = experiments.load_networks(networks[:1], root, weights, device, dataset=dataset, threat=threat)
-results = experiments.attack_theory(
-    *models.values(), test, r=parse_number(r), orders=[parse_number(p) for p in orders], losses=losses, deltas=deltas,
-    steps=steps, jobs=jobs,
+few = load_data("digits", "test").take(8)
+torch.manual_seed(0)
+net, x, delta = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), few.x.requires_grad_(), 0.1
+
+(gradient,) = torch.autograd.grad(cross_entropy(net(x), few.y, reduction="sum"), x)
+norms = gradient.flatten(1).abs().sum(1)
+upsilon = norms.square().mean().sqrt()
+budgets = delta * norms / upsilon
+assert torch.allclose(budgets.square().mean().sqrt(), torch.tensor(delta))
+
+ball = Threat(delta, p=2, r="inf")
+assert torch.allclose(dual_norms(net, few.x, few.y, ball, "ce"), norms)
+assert torch.allclose(ball.budgets(norms), budgets)
+print(budgets)
+
+# %%
+record = study.record(
+    "01_attack_derivation", "attack-theory", experiments.attack_theory, study.first, study.test, r=parse_number(r),
+    orders=[parse_number(p) for p in orders], losses=losses, deltas=deltas, steps=steps,
+    jobs=jobs,
 )  # fmt: skip
-record = records.write(root / out / "01_attack_derivation.json", "attack-theory", results, {"networks": networks[:1]})
 
 # %% [markdown]
 # **Slope.** Left: the mean loss under W-FGSM, W-PGD and, for CE, the dual attack (budgets from the price at which the
@@ -72,4 +101,4 @@ figures.losses(record)
 # **p = ∞ is the usual threat.** The largest pixel difference between W-FGSM and FGSM, and between W-PGD and PGD:
 
 # %%
-results["pointwise"]
+records.read(record)["results"]["pointwise"]

@@ -9,6 +9,7 @@
 # *Time: digits 1 min, zoo 5 min on a CPU, cifar10 30 min on a GPU.*
 
 # %% tags=["parameters"]
+from_records = False  # True: show the committed results, compute nothing
 data = "digits"
 train_root = ""
 test_root = ""
@@ -33,23 +34,46 @@ out = "figures/digits"
 work = ".wdat/digits/made"
 
 # %%
-from wdat import records
+import torch
+
 from wdat.report import figures
 from wdat.studies import experiments
+from wdat.studies.notebook import Study
 from wdat.threats.ball import parse_number
+from wdat.threats.sensitivity import MovingAverage, estimate
 
-root, device = records.root(), records.pick_device()
-print(records.device_line())
+study = Study(
+    out, work, from_records, data=data, networks=networks, train_root=train_root, test_root=test_root, n_train=n_train,
+    n_test=n_test, weights=weights, dataset=dataset, threat=threat,
+)  # fmt: skip
+
+# %% [markdown]
+# **By hand.** Dual norms of eight images drawn from 100, q = 2: Υ is a root of a mean, so its standard error is that of
+# the mean of squares, carried through the root, times √(1 − 8/100) for drawing without replacement. The moving average
+# is taken over the q-th powers, not over Υ: only they are means over images.
 
 # %%
-train = experiments.load_images(data, "train", root, train_root, n_train)
-test = experiments.load_images(data, "test", root, test_root, n_test)
-models = experiments.load_networks(networks, root, weights, device, dataset=dataset, threat=threat)
-results = experiments.sensitivity(
-    models, test, r=parse_number(r), orders=[parse_number(p) for p in orders], losses=losses, sizes=sizes,
-    repeats=repeats, seed=seed, batch_size=batch_size,
+norms, later = torch.tensor(
+    [[3.0, 0.5, 1.0, 2.0, 0.0, 4.0, 1.5, 1.0], [2.0, 1.0, 1.0, 1.0, 0.0, 3.0, 1.0, 1.0]]
+).double()
+square = norms.square()
+upsilon = square.mean().sqrt()
+error = square.std() / (2 * upsilon) * ((1 - 8 / 100) / 8) ** 0.5
+found = estimate(norms, q=2, total=100)
+assert abs(found.value - upsilon) < 1e-12 and abs(found.error - error) < 1e-12
+
+average = MovingAverage(q=2, weight=0.1)
+average.update(norms)
+average.update(later)
+by_hand = ((0.9 * square.mean() + later.square().mean()) / 1.9).sqrt()  # weights sum to one
+assert abs(average.value - by_hand) < 1e-12
+
+# %%
+record = study.record(
+    "02_sensitivity", "sensitivity", experiments.sensitivity, study.networks, study.test, r=parse_number(r),
+    orders=[parse_number(p) for p in orders], losses=losses, sizes=sizes, repeats=repeats, seed=seed,
+    batch_size=batch_size, seeds=[seed],
 )  # fmt: skip
-record = records.write(root / out / "02_sensitivity.json", "sensitivity", results, {"networks": networks}, seeds=[seed])
 
 # %% [markdown]
 # Υ falls with p, since q falls. In the right panel points are the root mean square error of random subsets and
@@ -59,14 +83,13 @@ record = records.write(root / out / "02_sensitivity.json", "sensitivity", result
 figures.sensitivity(record)
 
 # %%
-drift = experiments.upsilon_rules(
-    list(models.values())[-1], train, recipe=recipe, rules=rules, every=every, seed=seed, batch_size=batch_size,
-    jobs=jobs,
+record = study.record(
+    "02_upsilon_rules", "upsilon-rules", experiments.upsilon_rules, study.last, study.train, config=recipe,
+    recipe=recipe, rules=rules, every=every, seed=seed, batch_size=batch_size, jobs=jobs, seeds=[seed],
 )  # fmt: skip
-record = records.write(root / out / "02_upsilon_rules.json", "upsilon-rules", drift, recipe, seeds=[seed])
 
 # %% [markdown]
-# The grey line is the full pass over the training set, measured while training; the thin line is what the rule
+# The thick line is the full pass over the training set, measured while training; the thin line is what the rule
 # believed. Titles give the relative root mean square error and what the rule adds to the arithmetic of training. The
 # last network of the list is fine-tuned.
 

@@ -12,6 +12,7 @@
 # *Time: digits 5 min, zoo 40 min on a CPU.*
 
 # %% tags=["parameters"]
+from_records = False  # True: show the committed results, compute nothing
 data = "digits"
 train_root = ""
 test_root = ""
@@ -37,15 +38,16 @@ work = ".wdat/digits/made"
 # %%
 import torch
 
-from wdat import records
 from wdat.randomised.certificate import lower_curve
 from wdat.report import randomised as report
-from wdat.studies import experiments
+from wdat.studies.notebook import Study
 from wdat.studies.randomisation import randomised
 from wdat.threats.ball import Threat
 
-root, device = records.root(), records.pick_device()
-print(records.device_line())
+study = Study(
+    out, work, from_records, data=data, networks=networks, train_root=train_root, test_root=test_root, n_train=n_train,
+    n_test=n_test, weights=weights, dataset=dataset, threat=threat,
+)  # fmt: skip
 
 # %% [markdown]
 # **By hand.** A linear classifier of two classes, right where ⟨w, x⟩ > 0. Behind noise it is right with probability
@@ -67,15 +69,12 @@ print(f"g {float(torch.special.ndtr(z)):.4f}, after the move {float(moved):.4f},
 # bounds; some images are attacked through the noise, which is the bracket's upper end.
 
 # %%
-train = experiments.load_images(data, "train", root, train_root, n_train)
-test = experiments.load_images(data, "test", root, test_root, n_test)
-models = experiments.load_networks(networks, root, weights, device, dataset=dataset, threat=threat)
-results = randomised(
-    models, train, test, [Threat(d, 2, norm) for norm in deltas for d in deltas[norm]], root / work / "07",
-    sigmas=sigmas, recipe=recipe, search=search, draws=draws, confidence=confidence, attacked=attacked, curve=61,
+record = study.record(
+    "07_randomised", "randomised", randomised, study.networks, study.train, study.test,
+    [Threat(d, 2, norm) for norm in deltas for d in deltas[norm]], study.work / "07", sigmas=sigmas,
+    recipe=recipe, search=search, draws=draws, confidence=confidence, attacked=attacked, curve=61,
     batch_size=batch_size, seed=seed, jobs=jobs,
 )  # fmt: skip
-record = records.write(root / out / "07_randomised.json", "randomised", results, {"networks": networks})
 
 # %% [markdown]
 # **Before and after.** Left by attack: the network as it was, optimal allocation over the nearest adversarial examples

@@ -106,3 +106,19 @@ def test_the_sandwich_shows_everything_the_record_has_and_its_legend_fits(tmp_pa
     box, whole = legend.get_window_extent(), figure.bbox
     assert whole.x0 <= box.x0 and box.x1 <= whole.x1 and whole.y0 <= box.y0
     assert all(axis.get_window_extent().y0 > box.y1 and axis.get_window_extent().height > 90 for axis in figure.axes)
+
+
+def test_a_figure_shows_itself_whatever_the_backend_and_leaves_matplotlib_as_it_was(tmp_path):
+    """No pyplot figure to close, no style left behind, and the same bytes for the same record."""
+    import matplotlib
+    import matplotlib.pyplot as plt
+
+    before, opened = dict(matplotlib.rcParams), plt.get_fignums()
+    path = written(tmp_path, network("net", [0.6, 0.4], [0.6, 0.4], [0, 0]))
+    figure = figures.curves(path)
+    assert figure._repr_png_().startswith(b"\x89PNG") and plt.get_fignums() == opened
+    assert dict(matplotlib.rcParams) == before
+    files = [path.with_name(f"06_x-curves-linf.{form}") for form in ("pdf", "png")]
+    first = [file.read_bytes() for file in files]
+    figures.curves(path)
+    assert [file.read_bytes() for file in files] == first

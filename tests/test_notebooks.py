@@ -5,10 +5,12 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from outputs import FIGURES, TABLES, check_outputs
 
 from wdat import records
 from wdat.report import numbers
 from wdat.reproduce.runner import reproduce
+from wdat.reproduce.show import show
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow
@@ -76,6 +78,31 @@ def test_executed_copies_show_outputs_and_no_errors(smoke):
         cells = [c for c in nbformat.read(path, 4).cells if c.cell_type == "code"]
         outputs = [o for c in cells for o in c.outputs]
         assert outputs and not [o for o in outputs if o.output_type == "error"], path.name
+        check_outputs(nbformat.read(path, 4))
+
+
+def test_shown_from_records_a_notebook_computes_nothing_and_looks_the_same(smoke):
+    """Records and scratch files untouched, not even there; outputs equal."""
+    folder, made = smoke / ".wdat/smoke/notebooks", smoke / ".wdat/smoke/made"
+
+    def outputs() -> list:
+        cells = [c for path in sorted(folder.glob("*.ipynb")) for c in nbformat.read(path, 4).cells]
+        cells = [c for c in cells if c.cell_type == "code" and c.source.startswith(FIGURES + TABLES)]
+        return [output["data"] for c in cells for output in c.outputs if "data" in output]
+
+    def kept() -> dict:
+        return {path: path.read_bytes() for path in (smoke / "figures").rglob("*.*")}
+
+    before = outputs(), kept()
+    made.rename(made.with_name("elsewhere"))
+    shown = show("smoke", root=smoke)
+    assert not made.exists()
+    made.with_name("elsewhere").rename(made)
+    assert (
+        len(shown) == len(list((ROOT / "notebooks").glob("[0-9]*.py")))
+        and outputs() == before[0]
+        and kept() == before[1]
+    )
 
 
 def test_a_second_run_redoes_nothing_and_numbers_can_be_written(smoke):

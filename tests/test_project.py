@@ -11,6 +11,7 @@ import jupytext
 import nbformat
 import pytest
 import yaml
+from outputs import check_outputs
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
@@ -169,6 +170,15 @@ def test_the_executed_copy_is_of_this_source(source):
     assert not [output for cell in cells for output in cell.outputs if output.output_type == "error"]
     prose = [[c.source for c in nb.cells if c.cell_type == "markdown"] for nb in (executed, jupytext.read(source))]
     assert prose[0] == prose[1]
+
+
+@pytest.mark.parametrize("source", NOTEBOOKS, ids=lambda path: path.stem)
+def test_every_cell_that_draws_shows_a_picture_and_every_table_a_table(source):
+    """In the committed copy, as a reader on the web sees it: images a page can bear, no progress bars."""
+    if not source.with_suffix(".ipynb").is_file():
+        pytest.skip("it has not been made yet")
+    seen = check_outputs(nbformat.read(source.with_suffix(".ipynb"), as_version=4))
+    assert seen == len(re.findall(r"^(?:figures|tables|report)\.", source.read_text(encoding="utf-8"), re.M)) > 0
 
 
 @pytest.mark.parametrize(

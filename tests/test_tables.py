@@ -268,6 +268,7 @@ def test_gaps_failed_bounds_and_ranks(tmp_path):
     assert found["linf.above-w-pgd"] == "1 of 6"
     assert found["linf.open.mean"] == "13.3" and found["linf.band"] == "2.0"
     assert found["linf.small.exact.mean"] == "55.0" and found["linf.large.w-pgd.mean"] == "25.0"
+    assert found["linf.small.same.mean"] == "55.0" and found["certified-n"] == ""  # of all images: nothing to say
     assert found["linf.middle.certified.low"] == "10.0" and found["linf.middle.delta"] == "2/16"
     # R~^l = 0.5 lies above A/clean at 2/16 and 3/16 for the first network, 0.1 nowhere for the second
     assert found["linf.redlr.r_tilde_l.failed"] == "2 of 6" and found["linf.redlr.r_l.failed"] == "0 of 6"
@@ -376,7 +377,7 @@ def test_a_name_latex_can_not_hold_is_refused(tmp_path, name):
 
 def test_a_table_is_the_same_in_markdown_and_latex(tmp_path):
     table = Table(pd.DataFrame([{"δ": "1/16", "A_δ %": "50.0 ± 1.0"}, {"δ": "2/16", "A_δ %": "8.0–9.0"}]), "c")
-    assert table.markdown() == "| δ | A_δ % |\n| --- | ---: |\n| 1/16 | 50.0 ± 1.0 |\n| 2/16 | 8.0–9.0 |\n"
+    assert table.markdown() == "| δ | A_δ % |\n| ---: | ---: |\n| 1/16 | 50.0 ± 1.0 |\n| 2/16 | 8.0–9.0 |\n"
     page = table._repr_html_()
     assert page.count("<tr>") == 3 and page.count("<td") == 4 and "<p>c</p>" in page and ">50.0 ± 1.0<" in page
     latex = table.latex()

@@ -16,6 +16,7 @@ def _reproduce(sub: Any) -> None:
     verb.add_argument("--profile", default="digits", help="a file in notebooks/profiles (default: digits)")
     verb.add_argument("--only", nargs="+", metavar="NN", help="these notebooks only, by number or name")
     verb.add_argument("--force", action="store_true", help="run them even if they are up to date")
+    verb.add_argument("--from-records", action="store_true", help="show what is recorded, compute nothing: seconds")
     verb.add_argument("--jobs", type=_kind(int), help="runs at the same time (default: by cores and memory)")
     verb.add_argument("-P", dest="parameters", action="append", default=[], type=_pair, metavar="NAME=VALUE")
 
@@ -23,8 +24,12 @@ def _reproduce(sub: Any) -> None:
         from wdat import records
         from wdat.report import numbers
         from wdat.reproduce.runner import reproduce
+        from wdat.reproduce.show import show
 
-        reproduce(args.profile, args.only, args.force, parameters=dict(args.parameters), jobs=args.jobs)
+        if args.from_records:
+            show(args.profile, args.only, parameters=dict(args.parameters))
+        else:
+            reproduce(args.profile, args.only, args.force, parameters=dict(args.parameters), jobs=args.jobs)
         numbers.publish(records.root(), args.profile)
 
     verb.set_defaults(run=run)
@@ -83,7 +88,7 @@ def _load(args: argparse.Namespace, split: str) -> tuple[Any, Any, str]:
 
 
 def _evaluate(sub: Any) -> None:
-    verb = sub.add_parser("evaluate", help="how robust a network is: W-PGD, exact allocation, curve; record and figure")
+    verb = sub.add_parser("evaluate", help="how robust a network is: W-PGD, optimal allocation; record and figure")
     _source(verb)
     verb.add_argument("--delta", nargs="+", default=["8/255"], help="radii of the ball, such as 2/255 8/255")
     verb.add_argument("--p", default="2", help="Wasserstein order in (1, inf] (default: 2)")
@@ -98,7 +103,7 @@ def _evaluate(sub: Any) -> None:
     )
     verb.add_argument("--autoattack", type=_kind(int), default=0, metavar="N", help="AutoAttack on N images, p = inf")
     verb.add_argument("--dual", action="store_true", help="also the dual attack on the cross-entropy")
-    verb.add_argument("--save-set", metavar="FILE", help="write the exact adversary's images at the first --delta")
+    verb.add_argument("--save-set", metavar="FILE", help="write the adversary's images at the first --delta")
     verb.add_argument("--out", default="results", help="folder of the record and figures (default: results)")
 
     def run(args: argparse.Namespace) -> None:

@@ -25,7 +25,7 @@ def publish(root: str | Path, profile: str) -> None:
         best_proposed(folder / "04_five_networks.json")
     if profile == "digits" and (folder / "06_how_robust.json").is_file():
         five_lines(folder / "06_how_robust.json", "trades", "2/16")
-        where = f"{found['about.device']}, {found.get('about.jobs', '1')} runs at once; less where they resumed"
+        where = f"{found['about.device']}, runs at once: {found.get('about.jobs', '1')}; less where they resumed"
         took = f"The last runs of the notebooks took {found['about.minutes']} minutes on {where}.\n"
         records.write_file(folder / "06_how_robust-took.md", took)
     if (root / "README.md").is_file():

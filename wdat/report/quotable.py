@@ -187,14 +187,16 @@ def _comparison_numbers(results: dict) -> dict[str, str]:
 def _evaluation_numbers(results: dict) -> dict[str, str]:
     """Optimal allocation, attacks and certificates over networks by norm and radius (p = 2), gaps, bounds that fail.
 
-    NORM.RADIUS.{exact,w-pgd,certified} and NORM.gap.{...} over networks; NORM.LOSS.BOUND.failed counts pairs of
-    network and radius whose first-order lower bound lies above the optimal allocation, "above-w-pgd" those where that
-    lies above the attack; NORM.RADIUS.reversed pairs of networks that p = 2 and p = inf order in opposite
-    ways, of how many.
+    NORM.RADIUS.{exact,w-pgd,certified,same} (same: optimal allocation on the images certified, certified-n of them) and
+    NORM.gap.{...} over networks; NORM.LOSS.BOUND.failed counts pairs of network and radius whose first-order lower
+    bound lies above the optimal allocation, "above-w-pgd" those where that lies above the attack; NORM.RADIUS.reversed
+    pairs of networks that p = 2 and p = inf order in opposite ways, of how many.
     """
     steps = sorted({a["steps"] for n in results["networks"] for a in n["attacks"] if a["attack"] == "w-pgd"})
     found = {"n": str(results["n"]), "networks": str(len(results["networks"])), "steps": ", ".join(map(str, steps))}
     found |= _spread("clean", {n["network"]: n["clean"]["accuracy"] for n in results["networks"]})
+    certified = sorted({c["n"] for n in results["networks"] for c in n.get("certified", []) if "n" in c})
+    found["certified-n"] = ", ".join(map(str, certified))
     for r in dict.fromkeys(float(e["r"]) for network in results["networks"] for e in network["exact"]):
         rows = evaluation_rows(results, r)
         own = _norm_numbers(rows) if rows else {}
@@ -216,7 +218,7 @@ def _norm_numbers(rows: list[dict]) -> dict[str, str]:
         own = [row for row in rows if row["written"] == written]
         for place in names:
             found[f"{place}.delta"] = written
-            for key in ("exact", "w-pgd", "certified"):
+            for key in ("exact", "w-pgd", "certified", "same"):
                 values = {row["network"]: row[key] for row in own if row[key] is not None}
                 found |= _spread(f"{place}.{key}", values) if values else {}
     found |= _spread("gap", {f"{r['network']} at {r['written']}": r["w-pgd"] - r["exact"] for r in rows})

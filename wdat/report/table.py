@@ -30,12 +30,13 @@ class Table:
 
     def _numeric(self) -> list[bool]:
         """Which columns hold numbers, to be set flush right."""
-        return [all(re.match(r"[\d.−+-]", v) for v in column) for column in zip(*self._rows(), strict=True)]
+        columns = zip(*self._rows(), strict=True) if len(self.frame) else [[]] * self.frame.shape[1]
+        return [all(re.match(r"[\d.−+-]|–$", v) for v in column) for column in columns]
 
     def markdown(self) -> str:
         """A Markdown table."""
         head = [str(c) for c in self.frame.columns]
-        rule = ["---"] + ["---:"] * (len(head) - 1)
+        rule = ["---:" if numeric else "---" for numeric in self._numeric()]
         return "\n".join("| " + " | ".join(row) + " |" for row in [head, rule, *self._rows()]) + "\n"
 
     def latex(self) -> str:
@@ -52,11 +53,12 @@ class Table:
         return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
 
     def _repr_html_(self) -> str:
-        sides = ["right" if numeric else "left" for numeric in self._numeric()] or ["left"] * self.frame.shape[1]
+        sides = ["right" if numeric else "left" for numeric in self._numeric()]
+        width = {"th": "", "td": "; white-space: nowrap"}
         lines = [[(c, "th") for c in map(str, self.frame.columns)], *([(v, "td") for v in row] for row in self._rows())]
         rows = [
             "".join(
-                f'<{tag} style="text-align: {side}">{html.escape(text)}</{tag}>'
+                f'<{tag} style="text-align: {side}{width[tag]}">{html.escape(text)}</{tag}>'
                 for (text, tag), side in zip(line, sides, strict=True)
             )
             for line in lines

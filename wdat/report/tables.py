@@ -55,10 +55,12 @@ def finetuning(found: dict) -> tuple[list[dict], str]:
         columns[f"A_δ {threat['written']}"] = lambda r, d=threat["written"]: r["after"]["exact"][d]
     columns["worst class"] = lambda r: r["after"]["worst_class"]
     seeds = len({run["seed"] for run in found["runs"] if not run["before"]})
+    spread = f", mean ± std over {seeds} seeds" if seeds > 1 else ""
+    pointwise = "; W_∞: pointwise, by the nearest adversarial examples found" * any("W_∞" in c for c in columns)
     caption = (
-        f"Percent correct on {found['n_test']} test images, mean ± std over {seeds} seeds. A_δ: under W₂ at radius δ, "
-        "by optimal allocation (upper bound); W_∞: pointwise, by the nearest adversarial examples found; worst class: "
-        f"its A_δ at δ = {found['threats'][0]['written']}. † no setting keeps clean and pointwise accuracy."
+        f"Percent correct on {found['n_test']} test images{spread}. A_δ: under W₂ at radius δ, by optimal allocation "
+        f"(upper bound){pointwise}; worst class: its A_δ at δ = {found['threats'][0]['written']}. † no setting keeps "
+        "clean and pointwise accuracy."
     )
     return _of_runs(found, columns, lambda own: {}), caption
 
@@ -92,9 +94,11 @@ def attacked(found: dict) -> tuple[list[dict], str]:
     rows = _of_runs(found, columns, extra)
     names = [name for name in dict.fromkeys(k for row in rows for k in row) if any(row.get(name) for row in rows)]
     rows = [{name: row.get(name) or "–" for name in names} for row in rows]
+    part = "; AutoAttack on part of them, in brackets what the nearest adversarial examples leave of those"
+    part *= any(name.startswith("AutoAttack") for name in names)
     caption = (
-        f"Percent correct on {found['n_test']} test images by attack; AutoAttack on part of them, in brackets what the "
-        "nearest adversarial examples leave of those; Υ of ReDLR; passes: gradient passes per training image."
+        f"Percent correct on {found['n_test']} test images by attack{part}; Υ of ReDLR; passes: gradient passes per "
+        "training image."
     )
     return rows, caption
 
@@ -114,7 +118,7 @@ def _differences(rows: list[dict]) -> list[dict]:
 def _equal_caption(found: dict, offset: float) -> str:
     return (
         f"Accuracy by optimal allocation (upper bound) above the best of {', '.join(found['controls'])}, in points, "
-        f"where both keep clean accuracy {signed(offset)} points from the pre-trained; 95 % over the draw of test "
+        f"where both give up at most {abs(100 * offset):g} points of clean accuracy; 95 % over the draw of test "
         "images, mean of the seeds."
     )
 

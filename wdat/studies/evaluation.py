@@ -141,8 +141,7 @@ def evaluate(
         sets: threats at which the optimal adversary's distribution is handed out, each with a path or None: "sets", see
             `adversary`.
         state: folder that keeps finished parts (`wdat.studies.cache`); a killed evaluation continues from it and ends
-            the same. Parts of another model, other data, settings or another version of the library are not used; they
-            stay until the folder is deleted, or bounded by `wdat.studies.cache.prune`.
+            the same. Parts of another model, other data, settings or another version of the library are not used.
         progress: a bar that counts passes through the network (a backward pass is one more), so that its estimate of
             the time left means something.
 

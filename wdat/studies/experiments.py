@@ -22,31 +22,9 @@ from wdat.training.loop import finetune
 from wdat.training.memory import estimate as cost_estimate
 from wdat.training.memory import forward_equivalents
 from wdat.training.recipes import make_recipe
-from wdat.zoo.data import Data, load_data
-from wdat.zoo.models import load_model, save_model
+from wdat.zoo.data import Data
+from wdat.zoo.models import save_model
 from wdat.zoo.networks import Normalised, build
-
-
-def load_networks(
-    sources: Sequence[str], folder: Path, weights: str | None, device: torch.device, **where
-) -> dict[str, nn.Module]:
-    """Networks by name, from cards (`PATH/NAME.yaml` below `folder`) or RobustBench names.
-
-    `weights`: folder of the weight files, or nothing where they lie beside their cards; `where`: dataset and threat of
-    RobustBench names.
-    """
-    found = {}
-    for source in sources:
-        card = source.endswith(".yaml")
-        found[Path(source).stem if card else source] = load_model(
-            folder / source if card else source, root=folder / weights if weights else None, device=device, **where
-        )
-    return found
-
-
-def load_images(name: str, split: str, folder: Path, root: str = "", n: int = 0) -> Data:
-    """`wdat.zoo.data.load_data` with paths below `folder` (absolute ones stay) and 0 or "" for what is not given."""
-    return load_data(folder / name if "/" in name else name, split, folder / root if root else None, n or None)
 
 
 def pretrain(

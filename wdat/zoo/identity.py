@@ -37,16 +37,13 @@ OWN = set(vars(nn.Module())) - {"_parameters", "_buffers", "_modules"}  # torch'
 def identify(model: nn.Module, data: Data) -> tuple[str, Tensor]:
     """What a network is made of, as a digest, and its `answers` on a set.
 
-    What a pass itself changes (a counter, a list that grows, what is kept of the last images) is not part of the
-    function, with all that is in it. Hooks are not either, but for what they do to the logits.
+    What a pass itself changes (a counter, what is kept of the last images) is not part of the function. Hooks are not
+    either, but for what they do to the logits.
     """
     logits, first = answers(model, data), _Facts().of(model)
     answers(model, data, lambda x: 1 - x)
     second = _Facts().of(model)
-    state = {path for path, line in first.items() if second.get(path) != line}
-    inside = tuple(path + mark for path in state for mark in ".[(=*:")
-    lasting = {path: line for path, line in first.items() if path not in state and not path.startswith(inside)}
-    return text_digest(repr(sorted(lasting.items()))), logits
+    return text_digest(repr(sorted(first.items() & second.items()))), logits
 
 
 @torch.no_grad()
@@ -95,8 +92,6 @@ class _Facts:
             self.lines[path] = f"as {self.seen[id(value)][1]}"
         else:
             self.seen[id(value)], self.lines[path] = (value, path), name
-            if isinstance(value, (list, dict)):
-                self.lines[path] += f" of {len(value)}"
             self._inside(value, path)
 
     def _inside(self, value: Any, path: str) -> None:
