@@ -137,8 +137,13 @@ def relu_lines(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.where(mixed, (high > -low).to(low), active), chord, torch.where(mixed, -chord * low, 0)
 
 
-def substitute(steps: list[Step], target: int, rows: Rows, lines: Lines) -> tuple[Rows, Tensor]:
-    """Lower bounds of rows on step `target` as linear functions of the pixels: (rows on the input, constants (M,))."""
+def substitute(
+    steps: list[Step], target: int, rows: Rows, lines: Lines, pull: dict[int, Tensor] | None = None
+) -> tuple[Rows, Tensor]:
+    """Lower bounds of rows on step `target` as linear functions of the pixels: (rows on the input, constants (M,)).
+
+    pull: for ReLU steps, maps that are added to the coefficients of their inputs, see `wdat.accuracy.branch`.
+    """
     pending, constant = {target: rows}, torch.zeros_like(rows.a[:, 0, 0, 0])
     for i in range(target, 0, -1):
         rows = pending.pop(i, None)
@@ -158,6 +163,8 @@ def substitute(steps: list[Step], target: int, rows: Rows, lines: Lines) -> tupl
             below, above, intercept = (_window(line, rows) for line in lines[i])
             constant = constant + _dot(a.clamp_max(0), intercept)
             a = a * torch.where(a > 0, below, above)  # positive coefficients need the line below
+            if pull is not None:
+                a = a + _window(pull[i], rows)
             rows = Rows(a, rows.image, rows.site, rows.stride, rows.padding)
         for parent in step.parents:
             pending[parent] = _sum(rows, pending.get(parent), steps[parent].shape)
