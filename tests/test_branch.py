@@ -100,3 +100,20 @@ def test_a_limit_in_time_is_kept():
     assert time.monotonic() - begun < 5
     nothing = raise_radii(model, x, y, math.inf, torch.tensor([0.01]), torch.tensor([0.5]), [0.1], seconds=0.0)
     assert nothing.tolist() == pytest.approx([0.01])
+
+
+def test_what_fails_is_not_tried_again_before_everything_else_was(monkeypatch):
+    """Within one limit every image has its turn, at falling radii."""
+    model, x, tried = MODELS["convolutional"](), images(5, SHAPE), {}
+
+    def fails(steps, one, label, radius, r, *, slack, seconds):
+        tried.setdefault(seconds, []).append((float(one.sum()), radius))
+        return False
+
+    monkeypatch.setattr("wdat.accuracy.branch.prove", fails)
+    radii, found = torch.full((5,), 0.02).double(), torch.tensor([0.05, 0.06, 0.07, 0.2, 0.3])
+    raised = raise_radii(model, x, labels(model, x), math.inf, radii, found, [0.04, 0.06], seconds=20, first=2)
+    assert torch.equal(raised, radii)
+    for calls in (tried[2], tried[8]):
+        aims = {image: [radius for other, radius in calls if other == image] for image, _ in calls}
+        assert len(aims) == 5 and all(one == sorted(set(one), reverse=True) for one in aims.values())

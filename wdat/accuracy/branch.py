@@ -225,5 +225,5 @@ def raise_radii(
         if prove(steps, *one, float(aim[i]), r, slack=slack, seconds=left):
             best[i] = aim[i]
         else:
-            ceiling[i] = aim[i]
+            ceiling[i] = 0.999 * aim[i]  # below it: the same aim would fail again
     return best
