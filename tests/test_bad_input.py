@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 import wdat
 from wdat import cli, records
+from wdat.attacks.autoattack import autoattack
 from wdat.report import tables
-from wdat.studies.evaluation import clean_pass
+from wdat.studies.evaluation import adversary, clean_pass
 from wdat.studies.study import Sweep
 from wdat.studies.sweeps import finetuning
 from wdat.training.objectives import plain
@@ -74,6 +75,8 @@ def test_an_unusable_model_is_refused(name, tiny_model, data):
         ({"batch_size": 0}, "batch_size=0 must be >= 1"), ({"curve": -1}, "curve=-1"),
         ({"certified": -1}, "certified=-1"),
         ({"search": {"colour": 1}}, "unknown setting 'colour' of the search; known: steps, rivals"),
+        ({"search": {"restart": 1}}, r"'restart' of the search; did you mean restarts\?"),
+        ({"search": {"rivals": 1.5}}, "the search: rivals is 1.5; expected a whole number"),
         ({"steps": 0}, "steps=0"), ({"orders": (0.5,), "curve": 3}, r"p=0.5 must be in \[1, inf\]"),
     ],
 )  # fmt: skip
@@ -108,7 +111,7 @@ def test_upsilon_of_tiny_gradients_is_the_same_in_both_places(tiny_model, data):
     assert own > 0 and row["value"] == pytest.approx(own, rel=1e-5)
 
 
-@pytest.mark.parametrize("verb", ["evaluate", "clean_pass", "finetune", "validation", "finetuning"])
+@pytest.mark.parametrize("verb", ["evaluate", "clean_pass", "adversary", "finetune", "validation", "finetuning"])
 def test_named_classes_that_are_not_the_outputs_are_refused(verb, tiny_model, tiny_data, tmp_path):
     x, y = tiny_data
     four = wdat.from_tensors(x, y % 4, classes=("ant", "bee", "cat", "dog"))
@@ -116,6 +119,7 @@ def test_named_classes_that_are_not_the_outputs_are_refused(verb, tiny_model, ti
     run = {
         "evaluate": lambda data: wdat.evaluate(tiny_model, data, BALL, **QUICK),
         "clean_pass": lambda data: clean_pass(tiny_model, data),
+        "adversary": lambda data: adversary(tiny_model, data, BALL[0], progress=False),
         "finetune": lambda data: wdat.finetune(tiny_model, data, recipe, progress=False),
         "validation": lambda data: wdat.finetune(
             tiny_model, wdat.from_tensors(x, y), recipe, validation=data, progress=False
@@ -151,6 +155,10 @@ def test_a_radius_in_grey_levels_is_asked_back(tiny_model, data):
         runs = [
             lambda t=threat: wdat.evaluate(tiny_model, data, [t], **QUICK),
             lambda t=threat: wdat.attack(tiny_model, x, y, t),
+            lambda t=threat: wdat.w_pgd_budget(tiny_model, x, y, t),
+            lambda t=threat: wdat.dual_attack(tiny_model, x, y, t),
+            lambda t=threat: adversary(tiny_model, data, t, progress=False),
+            lambda t=threat: autoattack(tiny_model, x, y, t.delta, t.r),
             lambda t=threat: wdat.finetune(tiny_model, data, wdat.Recipe(wdat.w_trades(t)), progress=False),
         ]
         for run in runs:

@@ -13,6 +13,7 @@ import wdat
 from wdat import cli
 from wdat.reproduce import runner
 from wdat.settings import Order, Written, arguments, read, reads, typed
+from wdat.studies.study import Sweep
 from wdat.training.recipes import Recipe, make_recipe
 from wdat.training.trackers import Rule
 
@@ -118,6 +119,25 @@ def test_a_parameter_is_of_the_kind_of_its_default(default, kind):
     assert runner.kind(default) == kind
 
 
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"steps": 1.5}, "sweep: steps is 1.5; expected a whole number"),
+        ({"autoattack_all": "yes"}, "sweep: autoattack_all is 'yes'; expected true or false"),
+        ({"shares": 0.5}, "sweep: shares is 0.5; expected a list, each a number"),
+        ({"search": {"rivals": "few"}}, "the search: rivals is 'few'; expected a whole number"),
+    ],
+)
+def test_a_sweep_is_read_as_recipes_are(settings, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        Sweep({}, [], [0], [wdat.Threat("1/16")], **settings)
+
+
+def test_a_sweep_from_text():
+    found = Sweep({}, [], ["1"], [wdat.Threat("1/16")], validation="1/10", shares=["1/2"], search={"steps": "4"})
+    assert (found.seeds, found.validation, found.shares, found.search) == ([1], 0.1, [0.5], {"steps": 4})
+
+
 # Recipes, objectives and rules, from Python and from YAML
 
 WRONG = [
@@ -191,7 +211,7 @@ def test_a_recipe_says_what_its_text_means():
         (["evaluate", "net.yaml", "--steps", "1.5"], "--steps: the value is '1.5'; expected a whole number"),
         (["evaluate", "net.yaml", "--n", "true"], "--n: the value is 'true'; expected a whole number"),
         (["finetune", "a", "b", "c", "--validation", "half"], "--validation: the value is 'half'; expected a number"),
-        (["reproduce", "--threads", "2/16"], "--threads: the value is '2/16'; expected a whole number"),
+        (["reproduce", "--jobs", "2/16"], "--jobs: the value is '2/16'; expected a whole number"),
         (["reproduce", "-P", "n"], "'n' is not of the form name=value"),
     ],
 )

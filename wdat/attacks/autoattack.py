@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from wdat.attacks.pgd import bring_inside
 from wdat.threats.ball import Threat
-from wdat.threats.checks import check_model, device_of, frozen
+from wdat.threats.checks import check_model, check_radius, device_of, frozen
 from wdat.threats.inputs import as_model, as_tensor, taking
 
 SUITES = {"standard": ("apgd-ce", "apgd-t", "fab-t", "square"), "rand": ("apgd-ce", "apgd-dlr")}
@@ -61,6 +61,7 @@ def autoattack(
 
     classes = check_model(model, x, y)
     version, attacks = suite(version, attacks, classes)
+    check_radius(Threat(delta, r=r), x.shape[1:])
     device = device_of(model)
     trace, cuda = sys.gettrace(), [device] if device.type == "cuda" else []
     with frozen(model), torch.random.fork_rng(cuda):

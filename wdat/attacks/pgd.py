@@ -425,8 +425,7 @@ def attack(
     Raises: ValueError with the number and the remedy for images, labels, logits or settings that make no sense.
     """
     check_set(x, y)
-    if radii is None:
-        check_radius(threat, x[:1].shape[1:])
+    check_radius(threat, x[:1].shape[1:])
     if steps < 1 or step_ratio <= 0 or batch_size < 1:
         raise ValueError(f"steps={steps}, step_ratio={step_ratio}, batch_size={batch_size} must all be positive")
     begin = "given" if isinstance(start, Tensor) else start

@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from wdat.attacks.nearest import Radii, minimal_distances
 from wdat.digest import text_digest, version
 from wdat.records import write_tensors
+from wdat.settings import arguments, check_names
 from wdat.threats.images import Joined
 from wdat.threats.inputs import as_model, taking
 from wdat.zoo.adapt import as_data
@@ -172,6 +173,12 @@ SEARCH = {
 }  # all settings of a search of minimal distances at their defaults
 
 
+def search_settings(search: dict | None, of: Callable = minimal_distances) -> dict:
+    """Settings of a search, each read as its kind; ValueError for one unknown or of another kind."""
+    check_names(search or {}, [name for name in SEARCH if name != "batch_size"], "the search")
+    return arguments(of, search or {}, "the search")
+
+
 def search_passes(**search: Any) -> int:
     """Passes an image expected of a search of minimal distances, before anything has left it."""
     known = SEARCH | search
@@ -203,6 +210,7 @@ def distances(
 
     search: its settings. `passes` and `gains` are averaged over images; tensors are on the CPU.
     """
-    total = len(data) * search_passes(**search or {})
+    search = search_settings(search)
+    total = len(data) * search_passes(**search)
     with tqdm(total=total, desc="distances", unit="pass", unit_scale=True, disable=not progress) as bar:
-        return distances_in_parts(Cache(state, model, bar), data, r, search or {}, batch_size)
+        return distances_in_parts(Cache(state, model, bar), data, r, search, batch_size)

@@ -30,13 +30,13 @@ from wdat.attacks.dual import LADDER, dual_attack
 from wdat.attacks.pgd import attack
 from wdat.records import write_tensors
 from wdat.studies.cache import (
-    SEARCH,
     Cache,
     Part,
     costs,
     distances_in_parts,
     nearest,
     part_size,
+    search_settings,
 )
 from wdat.studies.certificates import announce, certified_in_parts
 from wdat.studies.points import NearestPoints, findings, nearer_points
@@ -163,16 +163,13 @@ def evaluate(
             f"certified_minutes={certified_minutes} and autoattacked={autoattacked} >= 0"
         )
     certified = certified or len(data) * (certified_minutes > 0)
-    known = [name for name in SEARCH if name != "batch_size"]
-    if unknown := set(search or {}) - set(known):
-        raise ValueError(f"unknown setting {min(unknown)!r} of the search; known: {', '.join(known)}")
+    search = search_settings(search)
     norms = sorted({t.r for t in threats})
     joint = [t for t in threats if not t.pointwise]
     pointwise = [t for t in threats if t.pointwise] if autoattacked else []
     if pointwise:
         suite(autoattack_version, None, classes)
     some = {name: draw(len(data), min(n, len(data)), 0) for name, n in (("c", certified), ("a", autoattacked)) if n}
-    search = search or {}
     planned = [
         (clean_pass, 1, len(data), {"losses": losses}),
         (attacked, len(threats) * len(losses) + budget_attack * len(joint), len(data), {"steps": steps}),

@@ -12,7 +12,7 @@ from wdat.accuracy.allocation import accuracy_curve, class_accuracy, water_level
 from wdat.attacks.nearest import minimal_distances
 from wdat.clock import spending
 from wdat.settings import typed
-from wdat.studies.cache import Cache, Part
+from wdat.studies.cache import Cache, Part, search_settings
 from wdat.studies.evaluation import attacked, autoattack_accuracy, clean_pass
 from wdat.threats.ball import Threat
 from wdat.training.loop import Diverged, Finetuned, finetune, interpolate
@@ -74,6 +74,7 @@ class Sweep:
 
     def __post_init__(self) -> None:
         typed(self, "sweep")
+        object.__setattr__(self, "search", search_settings(self.search))
 
     @property
     def middle(self) -> Threat:

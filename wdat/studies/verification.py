@@ -9,7 +9,7 @@ from torch import nn
 from wdat.accuracy.allocation import accuracy_curve
 from wdat.attacks.pgd import attack
 from wdat.clock import spending
-from wdat.studies.cache import SEARCH, distances
+from wdat.studies.cache import SEARCH, distances, search_settings
 from wdat.studies.certificates import certificates
 from wdat.studies.evaluation import adversary
 from wdat.studies.jobs import Run, resident, run_all
@@ -27,13 +27,13 @@ def verify(
     "convergence": what a search of about `longer` times the passes still lowers the exact allocation by, at all
     `threats`. "probes": attempts to refute the certificates, if there are any.
     """
-    norms, calls = sorted({t.r for t in threats}), []
+    norms, calls, search = sorted({t.r for t in threats}), [], search_settings(search)
     shared = {"data": data, "batch_size": batch_size}
     for name, model in models.items():
         own = {**shared, "model": model, "state": work / f"{name}.parts"}
         calls += [
             Run(f"{name}, l_{r:g}, longer", converged,
-                {**own, "threats": [t for t in threats if t.r == r], "search": search or {}, "longer": longer})
+                {**own, "threats": [t for t in threats if t.r == r], "search": search, "longer": longer})
             for r in norms
         ]  # fmt: skip
         calls += [Run(f"{name}, set", _set, {**own, "threat": middle, "search": search})]
