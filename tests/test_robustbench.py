@@ -165,7 +165,7 @@ def test_autoattack_stays_in_the_ball_and_leaves_nothing_behind(tiny_model, tiny
 
 
 def test_autoattack_standard_is_the_reference_class(tiny_model, tiny_data):
-    """The stand-in that RobustBench sees, with the reference signature, gives the same images."""
+    """The stand-in that RobustBench sees, with the reference signature, gives the same images, which ours keeps inside."""
     rb.zoo()
     from autoattack import AutoAttack
 
@@ -174,7 +174,7 @@ def test_autoattack_standard_is_the_reference_class(tiny_model, tiny_data):
     theirs = AutoAttack(tiny_model.eval(), norm="Linf", eps=0.2, seed=0, verbose=False, device="cpu")
     theirs.apgd_targeted.n_target_classes = theirs.fab.n_target_classes = 4
     reference = theirs.run_standard_evaluation(x, y, bs=6)
-    assert torch.equal(ours, reference)
+    assert torch.allclose(ours, reference, rtol=0, atol=1e-6) and (ours.double() - x).abs().max() <= 0.2
     images, labels = theirs.run_standard_evaluation(x, y, bs=6, return_labels=True)
     assert torch.equal(images, reference) and torch.equal(labels, tiny_model(images).argmax(1))
 
