@@ -40,7 +40,7 @@ from wdat.report import figures
 from wdat.studies import experiments
 from wdat.studies.notebook import Study
 from wdat.threats.ball import parse_number
-from wdat.threats.sensitivity import MovingAverage, estimate
+from wdat.threats.sensitivity import MovingAverage, upsilon_of_norms
 
 study = Study(
     out, work, from_records, data=data, networks=networks, train_root=train_root, test_root=test_root, n_train=n_train,
@@ -59,7 +59,7 @@ norms, later = torch.tensor(
 square = norms.square()
 upsilon = square.mean().sqrt()
 error = square.std() / (2 * upsilon) * ((1 - 8 / 100) / 8) ** 0.5
-found = estimate(norms, q=2, total=100)
+found = upsilon_of_norms(norms, q=2, total=100)
 assert abs(found.value - upsilon) < 1e-12 and abs(found.error - error) < 1e-12
 
 average = MovingAverage(q=2, weight=0.1)

@@ -18,7 +18,7 @@ from wdat.accuracy.allocation import (
     flipped_mass,
     mixture_bound,
     pointwise_curve,
-    water_level,
+    threshold_distance,
 )
 from wdat.threats.ball import wasserstein_distance
 
@@ -68,7 +68,7 @@ def test_equals_the_linear_programme(seed, n, p, kind):
 def test_equals_the_dual_at_the_water_level(seed, n, p, kind):
     d = distances(seed, n, kind)
     if math.isinf(p):
-        assert torch.equal(water_level(d, DELTAS, p), DELTAS)
+        assert torch.equal(threshold_distance(d, DELTAS, p), DELTAS)
         return
 
     def dual(t: torch.Tensor, delta: float) -> torch.Tensor:
@@ -78,7 +78,7 @@ def test_equals_the_dual_at_the_water_level(seed, n, p, kind):
     for delta in DELTAS[1:-1].tolist():
         exact = float(accuracy_curve(d, delta, p))
         assert float(dual(grid, delta).max()) <= exact + 1e-12
-        level = water_level(d, delta, p)
+        level = threshold_distance(d, delta, p)
         flippable = bool(((d > 0) & d.isfinite()).any())
         if flippable and float(accuracy_curve(d, delta, p)) > float(d.isinf().double().mean()):
             assert float(dual(level[None], delta)[0]) == pytest.approx(exact, abs=1e-12)
@@ -91,7 +91,7 @@ def test_monotone_and_ordered(seed, n, p, kind):
     exact, whole = accuracy_curve(d, DELTAS, p), accuracy_curve(d, DELTAS, p, split=False)
     assert (exact.diff() <= 1e-12).all() and (whole.diff() <= 0).all()
     assert (whole >= exact - 1e-12).all() and (whole <= exact + 1 / n + 1e-12).all()
-    assert (water_level(d, DELTAS, p).diff() >= 0).all()
+    assert (threshold_distance(d, DELTAS, p).diff() >= 0).all()
     curves = torch.stack([accuracy_curve(d, DELTAS, order) for order in ORDERS])
     assert (curves.diff(dim=0) >= -1e-9).all()
     assert float(exact[0]) == pytest.approx(float((d > 0).double().mean()), abs=1e-15)

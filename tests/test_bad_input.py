@@ -93,7 +93,9 @@ def test_a_label_beyond_the_classes_is_found_wherever_it_is(tiny_model, tiny_dat
 
 
 def test_two_classes_are_attacked_without_dlr(tiny_data):
-    model, x = build("digits_cnn", width=2, classes=2, channels=3), tiny_data[0]
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        model, x = build("digits_cnn", width=8, classes=2, channels=3), tiny_data[0]
     with torch.no_grad():
         model[-1].bias.sub_(model(x).mean(0))
         y = model(x).argmax(1)

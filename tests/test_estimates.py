@@ -12,7 +12,7 @@ from torch import nn
 from wdat.threats.ball import Threat
 from wdat.training import memory
 from wdat.training.loop import finetune
-from wdat.training.memory import check_memory, estimate, kept_for_backward
+from wdat.training.memory import check_memory, kept_for_backward, training_cost
 from wdat.training.objectives import at, combined, plain, trades, w_trades, water_level
 from wdat.training.recipes import Recipe, make_recipe
 from wdat.training.trackers import Rule
@@ -44,10 +44,10 @@ def test_what_is_kept_is_what_the_layers_need():
 def test_weights_gradients_momentum_and_teacher_are_counted():
     model = batch_norm()
     p, buffers = sum(p.numel() for p in model.parameters()), 6 * 2 * 4 + 8
-    found = estimate(model, Recipe(plain(distil=1.0)), SHAPE, 100)["bytes"]
+    found = training_cost(model, Recipe(plain(distil=1.0)), SHAPE, 100)["bytes"]
     held = {"parameters": 2 * (4 * p + buffers), "gradients": 4 * p, "optimiser": 4 * p, "teacher": 4 * p + buffers}
     assert found | held == found and found["total"] == sum(found[key] for key in found if key != "total")
-    found = estimate(model, Recipe(plain(), layers="last", momentum=0.0), SHAPE, 100)["bytes"]
+    found = training_cost(model, Recipe(plain(), layers="last", momentum=0.0), SHAPE, 100)["bytes"]
     assert (found["gradients"], found["optimiser"], found["teacher"]) == (4 * 4 * 25, 0, 0)
 
 
@@ -60,7 +60,7 @@ def test_activations_are_those_of_a_real_step(objective, accumulate, precision):
         x = images(64)
         train = from_tensors(x, labels(model, x, wrong=0), classes=list("abcd"))
         recipe = Recipe(objective, epochs=1, batch_size=64, accumulate=accumulate, precision=precision, lr=0.0)
-        found = estimate(model, recipe, SHAPE, 64)
+        found = training_cost(model, recipe, SHAPE, 64)
         assert found["micro_batch"] == 64 // accumulate
         with kept_for_backward(model) as kept:  # of `model`; its copy's weights are subtracted
             finetune(model, train, recipe, progress=False)
@@ -75,7 +75,7 @@ def test_a_wide_resnet_by_its_layers():
     """Activations grow with width and depth as the layers do, and halve, nearly, where they are in bfloat16."""
 
     def each(depth, width, **settings):
-        return estimate(build("wrn", depth=depth, width=width), Recipe(plain(), **settings), (3, 32, 32), 256)
+        return training_cost(build("wrn", depth=depth, width=width), Recipe(plain(), **settings), (3, 32, 32), 256)
 
     narrow, wide, deep = each(10, 1), each(10, 2), each(16, 1)
     assert 1.7 < wide["bytes_per_image"] / narrow["bytes_per_image"] < 2.1
@@ -93,7 +93,7 @@ def test_the_profile_fine_tunes_wide_resnets_on_a_card_of_24_gigabytes():
     path = Path(__file__).parents[1] / "notebooks" / "profiles" / "cifar10.yaml"
     settings = yaml.safe_load(path.read_text(encoding="utf-8"))["04_five_networks"]["base"]
     recipe = make_recipe(settings | {"objective": settings["objective"] | {"steps": 1}}, seed=0)
-    found = estimate(build("robustbench", name="Wang2023Better_WRN-28-10"), recipe, (3, 32, 32), 45000)
+    found = training_cost(build("robustbench", name="Wang2023Better_WRN-28-10"), recipe, (3, 32, 32), 45000)
     assert recipe.batch_size == 128 and recipe.precision == recipe.objective.terms[0].precision == "bfloat16"
     assert 1e9 < found["bytes"]["total"] < 23e9 and "GB on cpu" in found["sentence"]
     assert found["bytes"]["parameters"] == pytest.approx(2 * 4 * 36.5e6, rel=0.01)
@@ -118,7 +118,7 @@ def test_time_follows_the_passes_of_a_real_epoch(objective, rule, monkeypatch):
 
     model.register_forward_hook(forward)  # copies have it too
     monkeypatch.setattr(memory.time, "perf_counter", lambda: clock[0])
-    found = estimate(model, recipe, SHAPE, 50)
+    found = training_cost(model, recipe, SHAPE, 50)
     before = clock[0]
     finetune(model, train, recipe, progress=False)
     epoch = (clock[0] - before) / recipe.epochs  # the checks of the first images go past the hooks
@@ -129,7 +129,7 @@ def test_the_model_and_the_seed_are_left_as_found():
     model = batch_norm().train()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     state = torch.get_rng_state()
-    found = estimate(model, Recipe(water_level(THREAT, distil=1.0, steps=2), layers="last"), SHAPE, 100)
+    found = training_cost(model, Recipe(water_level(THREAT, distil=1.0, steps=2), layers="last"), SHAPE, 100)
     assert torch.equal(state, torch.get_rng_state()) and all(m.training for m in model.modules())
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
@@ -138,7 +138,7 @@ def test_the_model_and_the_seed_are_left_as_found():
 
 
 def test_too_little_memory_gives_a_warning_with_the_remedy():
-    found = estimate(relu(), Recipe(trades(0.05, steps=2)), SHAPE, 1000)
+    found = training_cost(relu(), Recipe(trades(0.05, steps=2)), SHAPE, 1000)
     need, each = found["bytes"]["total"], found["bytes_per_image"]
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -56,6 +56,14 @@ def children() -> set[str]:
     return found
 
 
+def nothing_stays(before: set[str], seconds: float = 10) -> bool:
+    """Whether what is there is what was there; a pool's threads end a moment after it."""
+    end = time.monotonic() + seconds
+    while (after := children()) - before and time.monotonic() < end:
+        time.sleep(0.1)
+    return not after - before
+
+
 def test_results_come_in_the_order_of_the_list_from_workers_of_one_thread():
     before, threads = children(), torch.get_num_threads()
     found = jobs.run_all([Run(str(x), where, {"x": x}) for x in range(6)], 3, progress=False)
@@ -65,7 +73,7 @@ def test_results_come_in_the_order_of_the_list_from_workers_of_one_thread():
     assert jobs.run_all([Run("one", where, {"x": 0})], 3, progress=False) == [(0, os.getpid(), 1)]
     assert torch.get_num_threads() == threads
     assert jobs.run_all([], 3, progress=False) == []
-    assert children() == before
+    assert nothing_stays(before)
 
 
 def test_numbers_do_not_depend_on_the_number_of_jobs():
@@ -81,7 +89,7 @@ def test_a_killed_worker_is_named_and_takes_no_other_run_with_it(tmp_path, capsy
     with pytest.raises(jobs.WorkerKilled, match=r"^1 of 5 runs lost their worker: the heavy one \(SIGKILL\); out of"):
         jobs.run_all(runs, 2, progress=False)
     assert "the worker of run the heavy one (SIGKILL) was killed" in capsys.readouterr().out
-    assert children() == before
+    assert nothing_stays(before)
     assert jobs.run_all(runs, 2, progress=False) == [0, 1, 1, 4, 9]
 
 
@@ -91,7 +99,7 @@ def test_the_error_of_a_run_is_raised_as_it_is_and_ends_the_others(tmp_path):
     runs = [Run("bad", refuse), long, *(Run(str(x), where, {"x": x}) for x in range(3))]
     with pytest.raises(ValueError, match="the number 7 does not fit; take 6"):
         jobs.run_all(runs, 2, progress=False)
-    assert time.perf_counter() - start < 200 and children() == before and not (tmp_path / "woke").exists()
+    assert time.perf_counter() - start < 200 and nothing_stays(before) and not (tmp_path / "woke").exists()
 
 
 def sleep_and_mark(seconds: float, mark: Path) -> None:

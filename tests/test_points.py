@@ -92,6 +92,7 @@ def test_no_attack_is_below_the_curve(name, r):
     assert all(value <= found["clean"]["accuracy"] for value in curve.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["plain", "saturated", "quantised pixels", "signs"])
 def test_autoattack_is_joined_and_its_images_lie_inside(name):
     model, data = case(name, 12)

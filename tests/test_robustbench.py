@@ -165,7 +165,7 @@ def test_autoattack_stays_in_the_ball_and_leaves_nothing_behind(tiny_model, tiny
 
 
 def test_autoattack_standard_is_the_reference_class(tiny_model, tiny_data):
-    """The stand-in that RobustBench sees, with the reference signature, gives the same images, which ours keeps inside."""
+    """The stand-in that RobustBench sees, with the reference signature, gives the same images; ours stay inside."""
     rb.zoo()
     from autoattack import AutoAttack
 

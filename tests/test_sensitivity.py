@@ -13,7 +13,7 @@ from torch import nn
 from wdat.threats.ball import Threat, per_image
 from wdat.threats.checks import frozen
 from wdat.threats.losses import ce, redlr
-from wdat.threats.sensitivity import MovingAverage, dual_norms, estimate, feasible, input_gradient, upsilon
+from wdat.threats.sensitivity import MovingAverage, dual_norms, feasible, input_gradient, upsilon, upsilon_of_norms
 
 INF = math.inf
 random_case = given(
@@ -162,7 +162,7 @@ def test_two_halves_joined_are_the_whole():
     for p in ORDERS:
         threat = Threat(0.1, p)
         halves = torch.cat([dual_norms(model, x[:9], y[:9], threat), dual_norms(model, x[9:], y[9:], threat)])
-        assert estimate(halves, threat.q).value == pytest.approx(upsilon(model, x, y, threat).value, rel=1e-6)
+        assert upsilon_of_norms(halves, threat.q).value == pytest.approx(upsilon(model, x, y, threat).value, rel=1e-6)
 
 
 # Subsets
@@ -174,7 +174,7 @@ def test_a_subset_is_unbiased_for_the_qth_power_and_its_error_is_the_true_one(se
     """Over all subsets of a small set, exactly: the mean of upsilon^q, and of the squared standard error."""
     q, n = Threat(0.1, p).q, min(max(2, round(share * total)), total - 1)
     norms = norms_of(seed, total).clamp_max(5) + 0.01
-    found = [estimate(norms[list(chosen)], q, total) for chosen in itertools.combinations(range(total), n)]
+    found = [upsilon_of_norms(norms[list(chosen)], q, total) for chosen in itertools.combinations(range(total), n)]
     powers = torch.tensor([f.value**q for f in found], dtype=torch.float64)
     truth = float(norms.pow(q).mean())
     assert float(powers.mean()) == pytest.approx(truth, rel=1e-9)
@@ -187,8 +187,8 @@ def test_the_standard_error_of_a_subset_covers(p):
     """1,000 subsets: the 95 % interval holds the truth in 95 % of them, give or take the tails of the norms."""
     q = Threat(0.1, p).q
     norms = torch.rand(400, generator=generator(0), dtype=torch.float64) + 0.2
-    truth, g = estimate(norms, q).value, generator(1)
-    found = [estimate(norms[torch.randperm(400, generator=g)[:100]], q, 400) for _ in range(1000)]
+    truth, g = upsilon_of_norms(norms, q).value, generator(1)
+    found = [upsilon_of_norms(norms[torch.randperm(400, generator=g)[:100]], q, 400) for _ in range(1000)]
     covered = sum(abs(f.value - truth) <= 1.96 * f.error for f in found) / 1000
     assert 0.925 <= covered <= 0.975  # 3.6 standard errors of the count
     spread = torch.tensor([f.value for f in found]).std()
@@ -227,7 +227,7 @@ def test_moving_average_of_qth_powers(seed, p, weight):
         expected = sum(w * v for w, v in zip(weights, powers, strict=True)) / sum(weights)
         assert value == average.value == pytest.approx(expected ** (1 / q), rel=1e-9)
     full = torch.cat(batches)
-    assert MovingAverage(q, 1.0).update(full) == pytest.approx(estimate(full, q).value, rel=1e-12)
+    assert MovingAverage(q, 1.0).update(full) == pytest.approx(upsilon_of_norms(full, q).value, rel=1e-12)
     again = MovingAverage(q, weight, average.total, average.mass)  # the state is two numbers
     assert again.update(full) == average.update(full)
 
@@ -238,7 +238,7 @@ def test_averaging_upsilon_itself_would_be_biased():
     batches = norms.split(4)
     plain = sum(float(Threat(1, 2).upsilon(b)) for b in batches) / 16
     powers = (sum(float(Threat(1, 2).upsilon(b)) ** q for b in batches) / 16) ** (1 / q)
-    assert powers == pytest.approx(estimate(norms, q).value) and plain < 0.9 * powers
+    assert powers == pytest.approx(upsilon_of_norms(norms, q).value) and plain < 0.9 * powers
 
 
 @pytest.mark.parametrize("weight", [0.0, -0.1, 1.1])

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from nets import NORMS, ORDERS, labels, norms_of, quick, smooth
 from steps import N, case, same, step, trackers
 
-from wdat.accuracy.allocation import accuracy_curve
-from wdat.accuracy.allocation import water_level as allocated_level
+from wdat.accuracy.allocation import accuracy_curve, threshold_distance
 from wdat.threats.ball import Threat, pixel_norm
 from wdat.threats.checks import frozen
 from wdat.threats.losses import ce, margin
@@ -176,7 +175,7 @@ def test_water_level_weights_are_the_slope_of_the_dual(p, r):
     found, tracker = nearest(model, x, y, WaterLevel(threat, steps=6))
     level = float(tracker.value)
     distance = tracker.memory
-    assert level == pytest.approx(float(allocated_level(distance, torch.tensor([threat.delta]), p)[0]))
+    assert level == pytest.approx(float(threshold_distance(distance, torch.tensor([threat.delta]), p)[0]))
     below = distance < level
     assert 10 < int(below.sum()) < 40
     expected = torch.where(below, (distance / level).pow(p - 1), 0)

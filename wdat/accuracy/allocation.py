@@ -25,12 +25,12 @@ from torch import Tensor
 
 from wdat.threats.ball import parse_number, power_mean
 
-Radii = float | str | Sequence[float | str] | Tensor
+RadiusGrid = float | str | Sequence[float | str] | Tensor
 
 ROUNDING = 1e-12  # relative; a budget met up to rounding is met
 
 
-def accuracy_curve(distances: Tensor, deltas: Radii, p: float, split: bool = True) -> Tensor:
+def accuracy_curve(distances: Tensor, deltas: RadiusGrid, p: float, split: bool = True) -> Tensor:
     """Accuracy left by the optimal adversary of each radius: (N,), deltas -> float64 of the shape of deltas.
 
     split=True is the exact A_delta, where the adversary may split the mass of one image; split=False lets it move
@@ -45,7 +45,7 @@ def accuracy_curve(distances: Tensor, deltas: Radii, p: float, split: bool = Tru
     return (len(d) - _whole(d, deltas, p).double()) / len(d)
 
 
-def water_level(distances: Tensor, deltas: Radii, p: float) -> Tensor:
+def threshold_distance(distances: Tensor, deltas: RadiusGrid, p: float) -> Tensor:
     """Largest distance paid for by the optimal adversary, the maximiser t of the dual: (N,), deltas -> like deltas.
 
     Images below it are flipped, images beyond it are left alone. delta for p = inf; 0 for delta = 0; the largest
@@ -68,7 +68,9 @@ def flipped_mass(distances: Tensor, delta: float | str, p: float) -> Tensor:
     return torch.where(given < level, 1.0, torch.where(given == level, share, 0.0))
 
 
-def class_accuracy(distances: Tensor, labels: Tensor, deltas: Radii, p: float, classes: int | None = None) -> Tensor:
+def class_accuracy(
+    distances: Tensor, labels: Tensor, deltas: RadiusGrid, p: float, classes: int | None = None
+) -> Tensor:
     """Accuracy within each class under the one joint allocation that minimises the overall accuracy.
 
     (N,), int64 (N,), deltas -> float64 (*deltas.shape, classes). The adversary spends where flipping is cheap, so
@@ -163,7 +165,7 @@ def adversarial_set(x: Tensor, x_flip: Tensor, distances: Tensor, delta: float |
 
 
 def confidence_band(
-    distances: Tensor, deltas: Radii, p: float, level: float = 0.95, uniform: bool = False
+    distances: Tensor, deltas: RadiusGrid, p: float, level: float = 0.95, uniform: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Lower and upper confidence limits of the population's A_delta from N independent test images.
 
@@ -223,7 +225,7 @@ def pointwise_curve(distances: Tensor) -> tuple[Tensor, Tensor]:
     return radii, (len(d) - torch.searchsorted(d, radii, right=True).double()) / len(d)
 
 
-def mixture_bound(radii: Tensor, accuracies: Tensor, deltas: Radii, p: float) -> Tensor:
+def mixture_bound(radii: Tensor, accuracies: Tensor, deltas: RadiusGrid, p: float) -> Tensor:
     """Upper bound on A_delta from pointwise accuracies alone, such as AutoAttack's at a few radii.
 
     A_delta <= min_{k >= 1} (1 - k^-p) A + k^-p A_inf(k delta): attack a random share k^-p of the images at radius
@@ -251,7 +253,7 @@ def mixture_bound(radii: Tensor, accuracies: Tensor, deltas: Radii, p: float) ->
     return (accuracies[0] - best).clamp_min(0)
 
 
-def _checked(distances: Tensor, deltas: Radii, p: float) -> tuple[Tensor, Tensor, float]:
+def _checked(distances: Tensor, deltas: RadiusGrid, p: float) -> tuple[Tensor, Tensor, float]:
     """Sorted float64 distances, float64 radii on their device, p as a number; ValueError on bad input."""
     if distances.dim() != 1 or not len(distances):
         raise ValueError(f"distances have shape {tuple(distances.shape)}; expected (N,) with at least one image")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from wdat.accuracy.crown import Bounds, Rows, _infimum, _margin_rows, hidden_bounds, relu_lines, substitute
+from wdat.accuracy.crown import LayerBounds, Rows, _infimum, _margin_rows, hidden_bounds, relu_lines, substitute
 from wdat.accuracy.graph import Step, network_steps
 from wdat.threats.checks import device_of
 
@@ -50,7 +50,7 @@ class Ball:
     """One image's ball with bounds of its hidden layers: bounds of its margins on parts of it."""
 
     def __init__(
-        self, steps: list[Step], x: Tensor, y: Tensor, radius: float, r: float, bounds: Bounds | None = None
+        self, steps: list[Step], x: Tensor, y: Tensor, radius: float, r: float, bounds: LayerBounds | None = None
     ) -> None:
         self.steps, self.x, self.radius, self.r = steps, x, x.new_tensor([radius]), r
         self.bounds = hidden_bounds(steps, x, self.radius, r) if bounds is None else bounds
@@ -152,7 +152,7 @@ class Ball:
 @torch.no_grad()
 def prove(
     steps: list[Step], x: Tensor, y: Tensor, radius: float, r: float, *, slack: float = 1e-4, seconds: float = 10.0,
-    bounds: Bounds | None = None,
+    bounds: LayerBounds | None = None,
 ) -> bool:  # fmt: skip
     """Whether every margin z_y - z_k is proved to stay >= slack in the r-ball of one image, within a time limit.
 

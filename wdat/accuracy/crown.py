@@ -122,7 +122,7 @@ def _sum(one: Rows, other: Rows | None, shape: tuple[int, int, int]) -> Rows:
     return Rows(grown(one) + grown(other), one.image, one.site, one.stride, (top, left))
 
 
-Bounds = dict[int, tuple[Tensor, Tensor]]  # ReLU step -> lower and upper bounds of its input, each (B, C, H, W)
+LayerBounds = dict[int, tuple[Tensor, Tensor]]  # ReLU step -> lower and upper bounds of its input, each (B, C, H, W)
 Lines = dict[int, tuple[Tensor, Tensor, Tensor]]  # ReLU step -> slope below, slope above, intercept above
 
 
@@ -202,8 +202,8 @@ def _unit_rows(step: Step, where: tuple[Tensor, ...], sign: Tensor) -> Rows:
 
 
 def hidden_bounds(
-    steps: list[Step], x: Tensor, radius: Tensor, r: float, method: str = "crown", outer: Bounds | None = None
-) -> Bounds:
+    steps: list[Step], x: Tensor, radius: Tensor, r: float, method: str = "crown", outer: LayerBounds | None = None
+) -> LayerBounds:
     """Bounds (low, high), each (B, C, H, W), on the input of every ReLU over the r-balls of radius (B,) around x.
 
     "interval": interval arithmetic alone. "crown": the neurons it leaves with both signs are bounded again by
@@ -271,8 +271,15 @@ def _margin_rows(labels: Tensor, classes: int, dtype: torch.dtype) -> Rows:
 
 
 def margin_radii(
-    steps: list[Step], x: Tensor, y: Tensor, radius: Tensor, r: float, slack: float, method: str, outer: Bounds | None
-) -> tuple[Tensor, Bounds]:
+    steps: list[Step],
+    x: Tensor,
+    y: Tensor,
+    radius: Tensor,
+    r: float,
+    slack: float,
+    method: str,
+    outer: LayerBounds | None,
+) -> tuple[Tensor, LayerBounds]:
     """Distance at which the linear bounds of the margins, valid within `radius` (B,), fall to `slack`: (B,).
 
     min(distance, radius) is a certified radius. With radius 0 nothing is relaxed and the result is the exact

@@ -23,7 +23,7 @@ from wdat.threats.seeds import derive_seed
 
 
 @dataclass(frozen=True)
-class Radii:
+class Nearest:
     """What a search found for N images.
 
     Attributes:
@@ -68,7 +68,7 @@ def minimal_distances(
     batch_size: int = 128,
     seed: int = 0,
     progress: bool = False,
-) -> Radii:
+) -> Nearest:
     """Distance of every image to its nearest misclassified point found, and that point.
 
     Every point returned was judged misclassified by a forward pass on exactly its pixels. The defaults cost 24 to 30
@@ -112,7 +112,7 @@ def search_distances(
     model: nn.Module, x: Images, y: Tensor, r: float, steps: int = 15, rivals: int = 4, restarts: int = 0,
     tolerance: float = 1e-3, max_radius: float = math.inf, tight: bool = False, batch_size: int = 128, seed: int = 0,
     progress: bool = False, probe: bool = False,
-) -> Radii:  # fmt: skip
+) -> Nearest:  # fmt: skip
     """`minimal_distances` of a model, images and settings that have been checked, as in every step of training.
 
     probe: go on without gradients where they say nothing.
@@ -144,4 +144,4 @@ def search_distances(
             flipped = flipped + after.isfinite().sum(1)
             bar.update(len(images))
     gains = (lowered / flipped.clamp_min(1)).tolist()
-    return Radii(**joined.all(), passes=passes / len(x), gains=tuple(gains[1:] if gains[1:] else gains))
+    return Nearest(**joined.all(), passes=passes / len(x), gains=tuple(gains[1:] if gains[1:] else gains))

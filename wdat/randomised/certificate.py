@@ -19,7 +19,7 @@ import torch
 from scipy.stats import beta
 from torch import Tensor
 
-from wdat.accuracy.allocation import Radii
+from wdat.accuracy.allocation import RadiusGrid
 from wdat.settings import parse_number
 from wdat.threats.ball import parse_norm
 from wdat.zoo.noise import step_of
@@ -104,7 +104,7 @@ def dual(z: Tensor, mass: Tensor, d: Tensor, p: float) -> tuple[Tensor, Tensor]:
     return values.clamp(0, 1), weights
 
 
-def in_sigmas(deltas: Radii, sigma: float, r: float | str, pixels: int) -> Tensor:
+def in_sigmas(deltas: RadiusGrid, sigma: float, r: float | str, pixels: int) -> Tensor:
     """l2 radii in units of sigma, float64 (D,), of radii in the r-norm of images of `pixels` numbers.
 
     What the network rounds images to is paid for here: a pixel moves by half a step at either end of a displacement.
@@ -125,7 +125,7 @@ def distinct(z: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def lower_curve(
-    z: Tensor, deltas: Radii, p: float | str, *, sigma: float, r: float | str = 2, pixels: int
+    z: Tensor, deltas: RadiusGrid, p: float | str, *, sigma: float, r: float | str = 2, pixels: int
 ) -> Tensor:  # fmt: skip
     """Lower bound on A_delta of one draw: z (N,), radii (D,) -> float64 (D,).
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from wdat.attacks.nearest import Radii, minimal_distances
+from wdat.attacks.nearest import Nearest, minimal_distances
 from wdat.digest import text_digest, version
 from wdat.records import write_tensors
 from wdat.settings import arguments, check_names
@@ -193,19 +193,21 @@ def nearest(model: nn.Module, data: Data, r: float, **search: Any) -> Part:
     return tensors | {"passes": float(found.passes), **{str(k): gain for k, gain in enumerate(found.gains)}}
 
 
-def distances_in_parts(kept: Cache, data: Data, r: float, search: dict, batch_size: int, points: bool = True) -> Radii:
+def distances_in_parts(
+    kept: Cache, data: Data, r: float, search: dict, batch_size: int, points: bool = True
+) -> Nearest:
     """`distances` among other work. points=False: none in memory, x is empty."""
     settings = SEARCH | search | {"batch_size": batch_size, "r": r}
     found = {"x": torch.empty(0)} | kept.each(nearest, data, part_size(batch_size), "" if points else "x", **settings)
     known = {name: found.pop(name) for name in ("distance", "x", "correct", "silent", "passes")}
-    return Radii(**known, gains=tuple(found.values()))
+    return Nearest(**known, gains=tuple(found.values()))
 
 
 @taking(model=as_model, data=as_data)
 def distances(
     model: nn.Module, data: Data, r: float, search: dict | None = None, *, batch_size: int = 128,
     state: str | Path | None = None, progress: bool = True,
-) -> Radii:  # fmt: skip
+) -> Nearest:  # fmt: skip
     """`minimal_distances` of a data set, resumable; with the state of an evaluation, what that has found.
 
     search: its settings. `passes` and `gains` are averaged over images; tensors are on the CPU.

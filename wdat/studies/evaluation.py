@@ -22,7 +22,7 @@ from wdat.accuracy.allocation import (
     confidence_band,
     mixture_bound,
     pointwise_curve,
-    water_level,
+    threshold_distance,
 )
 from wdat.accuracy.bounds import ratio_bounds
 from wdat.attacks.autoattack import autoattack, suite
@@ -232,7 +232,7 @@ def evaluate(
         for r in norms:
             own, points = [t for t in threats if t.r == r], near.get(r)
             if points:
-                row = _curves(points.distance, data, own, orders, curve)
+                row = _allocated(points.distance, data, own, orders, curve)
                 result.setdefault("exact", []).append(row | points.describe())
             if certified:
                 part = data.take(len(some["c"]), seed=0)
@@ -351,7 +351,7 @@ def _certified(
     radii: (N,), NaN for images that were not reached in time. The curves are those of the others.
     """
     done = radii.isfinite().nonzero()[:, 0]
-    result = _curves(radii[done], data.at(done), threats, orders, curve)
+    result = _allocated(radii[done], data.at(done), threats, orders, curve)
     for row, threat in zip(result["threats"], threats, strict=True):
         if len(done) < len(data):
             row["unreached_wrong"] = float(accuracy_curve(radii.nan_to_num(0), threat.delta, threat.p))
@@ -373,7 +373,7 @@ def _autoattack(
     return {"n": len(part), **{k: v for k, v in row.items() if k not in ("norms", "correct", "nearer")}}
 
 
-def _curves(d: Tensor, data: Data, threats: Sequence[Threat], orders: Sequence[float], curve: int) -> dict:
+def _allocated(d: Tensor, data: Data, threats: Sequence[Threat], orders: Sequence[float], curve: int) -> dict:
     """Accuracies by exact allocation, at the threats and along a grid of radii."""
     finite = d[d.isfinite()].double()
     result = {
@@ -391,7 +391,7 @@ def _curves(d: Tensor, data: Data, threats: Sequence[Threat], orders: Sequence[f
             "threat": threat.describe(),
             "accuracy": float(accuracy_curve(d, threat.delta, threat.p)),
             "deterministic": float(accuracy_curve(d, threat.delta, threat.p, split=False)),
-            "water_level": float(water_level(d, threat.delta, threat.p)),
+            "water_level": float(threshold_distance(d, threat.delta, threat.p)),
             "band": [float(low), float(high)],
             "per_class": {c: float(v) for c, v in zip(data.classes, classes, strict=True) if not v.isnan()},
         })  # fmt: skip
@@ -403,7 +403,7 @@ def _curves(d: Tensor, data: Data, threats: Sequence[Threat], orders: Sequence[f
                 "p": plain_number(p), "delta": grid.tolist(), "accuracy": accuracy_curve(d, grid, p).tolist(),
                 "low": low.tolist(), "high": high.tolist(),
                 "mixture": mixture_bound(*pointwise_curve(d), grid, p).tolist(),
-                "water_level": water_level(d, grid, p).tolist(),
+                "water_level": threshold_distance(d, grid, p).tolist(),
             })  # fmt: skip
     return result
 

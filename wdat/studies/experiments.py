@@ -17,10 +17,10 @@ from wdat.studies.evaluation import clean_pass, evaluate
 from wdat.studies.jobs import Run, resident, run_all
 from wdat.threats.ball import Threat, plain_number
 from wdat.threats.seeds import derive_seed
-from wdat.threats.sensitivity import dual_norms, estimate
+from wdat.threats.sensitivity import dual_norms, upsilon_of_norms
 from wdat.training.loop import finetune
-from wdat.training.memory import estimate as cost_estimate
 from wdat.training.memory import forward_equivalents
+from wdat.training.memory import training_cost as cost_estimate
 from wdat.training.recipes import make_recipe
 from wdat.zoo.data import Data
 from wdat.zoo.models import save_model
@@ -199,7 +199,7 @@ def sensitivity(
         full = float(threat.upsilon(norms))
         for size in [s for s in sizes if s < len(norms)]:
             drawn = [
-                estimate(norms[torch.randperm(len(norms), generator=generator)[:size]], threat.q, len(norms))
+                upsilon_of_norms(norms[torch.randperm(len(norms), generator=generator)[:size]], threat.q, len(norms))
                 for _ in range(repeats)
             ]
             values = torch.tensor([d.value for d in drawn], dtype=torch.float64)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from wdat.attacks.nearest import Radii
+from wdat.attacks.nearest import Nearest
 
 LOST = 0.05  # of the images, from which on it is said that attacks beat the search
 
@@ -44,7 +44,7 @@ class NearestPoints:
     gain: float
 
     @classmethod
-    def of(cls, found: Radii) -> "NearestPoints":
+    def of(cls, found: Nearest) -> "NearestPoints":
         """Of a search, before any attack."""
         x = found.x.clone() if len(found.x) else None
         return cls(found.distance.clone(), x, found.distance, int(found.silent.sum()), found.passes, found.gain)

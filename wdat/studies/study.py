@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from wdat.accuracy.allocation import accuracy_curve, class_accuracy, water_level
+from wdat.accuracy.allocation import accuracy_curve, class_accuracy, threshold_distance
 from wdat.attacks.nearest import minimal_distances
 from wdat.clock import spending
 from wdat.settings import typed
@@ -31,7 +31,7 @@ def summarise(data: Data, distance: Tensor, threats: Sequence[Threat], pointwise
     return {
         "clean": float((distance > 0).double().mean()),
         "exact": {t.written: float(accuracy_curve(distance, t.delta, t.p)) for t in threats},
-        "water_level": {t.written: float(water_level(distance, t.delta, t.p)) for t in threats},
+        "water_level": {t.written: float(threshold_distance(distance, t.delta, t.p)) for t in threats},
         "pointwise": {d: float(accuracy_curve(distance, d, float("inf"))) for d in pointwise},
         "worst_class": float(classes[~classes.isnan()].min()),
     }

@@ -14,7 +14,7 @@ from wdat.studies.comparison import equal_clean
 from wdat.studies.jobs import Run, resident, run_all
 from wdat.studies.study import Measured, Study, Sweep, between
 from wdat.training.loop import Diverged
-from wdat.training.memory import estimate
+from wdat.training.memory import training_cost
 from wdat.training.recipes import Recipe, make_recipe
 from wdat.zoo.data import Data, check_fit, check_same_classes
 
@@ -53,7 +53,7 @@ def forecast(models: dict[str, nn.Module], train: Data, sweep: Sweep) -> str:
     count = len(models) * len(expand(sweep.variants, sweep.base)) * len(sweep.seeds)
     lines = [f"{count} runs; the dearest, {name}, on each network:"]
     lines += [
-        f"{key}: {estimate(model, recipe, train.pixels.shape[1:], len(train))['sentence']}"
+        f"{key}: {training_cost(model, recipe, train.pixels.shape[1:], len(train))['sentence']}"
         for key, model in models.items()
     ]
     return "\n".join(lines)
@@ -87,7 +87,7 @@ def finetuning(
     kinds = [(item, seed) for item in items for seed in sweep.seeds]
     studies = [Study(name, model, rest, held, test, sweep, work) for name, model in models.items()]
     largest = max(models.values(), key=lambda model: sum(p.numel() for p in model.parameters()))
-    need = estimate(largest, _dearest(sweep)[1], train.pixels.shape[1:], len(rest))["bytes"]["total"]
+    need = training_cost(largest, _dearest(sweep)[1], train.pixels.shape[1:], len(rest))["bytes"]["total"]
     settings = {"jobs": jobs, "memory": resident() + need, "progress": progress}
     calls = []
     for study in studies:
@@ -117,7 +117,7 @@ def finetuning(
             if not options:
                 continue
             ends = [name for name, own in options.items() if "of" not in own[0].row]
-            curves[method] = _curves(options, ends, sweep.shares, before)
+            curves[method] = _method_paths(options, ends, sweep.shares, before)
             name, kept = _choose(options, before, sweep.middle.written, sweep.pointwise)
             chosen.append({"network": study.network, "method": method, "variant": name, "kept": kept})
             first = options[name][0]
@@ -148,7 +148,7 @@ def finetuning(
             "shares": list(sweep.shares)}  # fmt: skip
 
 
-def _curves(
+def _method_paths(
     options: dict[str, list[Measured]], ends: Sequence[str], shares: Sequence[float], before: Measured
 ) -> list[list[list[Tensor]]]:
     """Paths of distances that a method's networks lie on: along its settings, and from each back to the network before.

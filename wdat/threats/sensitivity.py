@@ -116,7 +116,7 @@ def _dual_norms(
     return norms
 
 
-def estimate(norms: Tensor, q: float, total: int | None = None) -> Sensitivity:
+def upsilon_of_norms(norms: Tensor, q: float, total: int | None = None) -> Sensitivity:
     """Upsilon from dual norms (n,) of a random subset of `total` images, with its standard error.
 
     The mean of the q-th powers is unbiased for upsilon^q; its standard error, with the finite-population factor
@@ -157,7 +157,7 @@ def upsilon(
             raise ValueError(f"subset={subset}: the sensitivity needs at least one image")
         index = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:subset]
         x, y = x[index], y[index]
-    return estimate(_dual_norms(model, x, y, threat, loss, batch_size), threat.q, total)
+    return upsilon_of_norms(_dual_norms(model, x, y, threat, loss, batch_size), threat.q, total)
 
 
 class MovingAverage:

@@ -24,7 +24,7 @@ from wdat.threats.inputs import as_model, aside, copied, plain_weights, taking, 
 from wdat.threats.losses import ce, margin
 from wdat.threats.seeds import derive_seed
 from wdat.threats.sensitivity import dual_norms, input_gradient
-from wdat.training.memory import check_memory, estimate, free_memory
+from wdat.training.memory import check_memory, free_memory, training_cost
 from wdat.training.objectives import Objective
 from wdat.training.recipes import Recipe, check_single_images, initialise, make_recipe
 from wdat.training.schedules import get_schedule
@@ -33,7 +33,7 @@ from wdat.zoo.adapt import DataLike, as_data, as_data_or_none
 from wdat.zoo.data import Data, check_fit, check_outputs, check_same_classes
 from wdat.zoo.identity import identify, same
 
-__all__ = ["Diverged", "Finetuned", "Recipe", "estimate", "finetune", "interpolate", "make_recipe"]
+__all__ = ["Diverged", "Finetuned", "Recipe", "finetune", "interpolate", "make_recipe"]
 
 
 class Diverged(ValueError):
@@ -133,7 +133,7 @@ def finetune(
     identity = _identity(model, train, recipe, validation, validation_threat) if path else {}
     saved = _load(path, identity) if path and path.exists() else None
     if device.type == "cuda" and not saved:
-        found = estimate(model, recipe, train.pixels.shape[1:], n)
+        found = training_cost(model, recipe, train.pixels.shape[1:], n)
         check_memory(found, free_memory(device) + found["bytes"]["parameters"] // 2)  # the network itself is there
 
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), ExitStack() as stack:

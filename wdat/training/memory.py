@@ -76,7 +76,7 @@ def forward_equivalents(cost: dict[str, int]) -> int:
     return cost["forwards"] + 2 * cost["gradients"] + 3 * cost["full"]
 
 
-def estimate(
+def training_cost(
     model: nn.Module,
     recipe: Recipe,
     images_shape: Sequence[int],

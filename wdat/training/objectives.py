@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wdat.accuracy.allocation import water_level as allocated_level
+from wdat.accuracy.allocation import threshold_distance
 from wdat.attacks.nearest import search_distances
 from wdat.attacks.pgd import STEP_RATIO, autocast, projected_gradient, random_start
 from wdat.settings import Norm, Written, reads, typed
@@ -207,7 +207,9 @@ class WaterLevel:
         if self.level is None:
 
             def level_of(d: Tensor) -> Tensor:
-                return torch.as_tensor(allocated_level(d, torch.tensor([threat.delta]), threat.p)).double().flatten()[0]
+                return (
+                    torch.as_tensor(threshold_distance(d, torch.tensor([threat.delta]), threat.p)).double().flatten()[0]
+                )
 
             tracker.observe(index, distance, level_of)
             level = tracker.value.to(x.device)
