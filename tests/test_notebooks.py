@@ -43,7 +43,7 @@ def test_every_notebook_leaves_a_record_with_its_origin(smoke):
         "01_attack_derivation-slope", "01_attack_derivation-images", "01_attack_derivation-losses", "02_sensitivity",
         "02_upsilon_rules", "03_finetuning-variants", "03_finetuning-histories", "04_five_networks", "05_bounds",
         "06_how_robust-sandwich-linf", "06_how_robust-sandwich-l2", "06_how_robust-curves-linf",
-        "06_how_robust-ranks-linf", "07_randomised-l2", "07_randomised-linf",
+        "06_how_robust-ranks-linf", "11_randomised-l2", "11_randomised-linf",
     ],
 )  # fmt: skip
 def test_every_figure_is_drawn_in_both_forms(smoke, figure):
@@ -62,7 +62,7 @@ def test_every_figure_is_drawn_in_both_forms(smoke, figure):
         "04_five_networks-attacks",
         "06_how_robust",
         "06_verification-convergence",
-        "07_randomised",
+        "11_randomised",
     ],
 )
 def test_markdown_and_latex_hold_the_same_numbers(smoke, table):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from wdat import records
 from wdat.report.quotable import QUOTABLE
+from wdat.report.randomised import certified_overview
 from wdat.report.table import tex
 from wdat.report.tables import best_proposed, overview
 
@@ -23,6 +24,8 @@ def publish(root: str | Path, profile: str) -> None:
         overview(folder / "06_how_robust.json")
     if (folder / "04_five_networks.json").is_file():
         best_proposed(folder / "04_five_networks.json")
+    if (folder / "11_randomised.json").is_file():
+        certified_overview(folder / "11_randomised.json")
     if profile == "digits" and (folder / "06_how_robust.json").is_file():
         five_lines(folder / "06_how_robust.json", "trades", "2/16")
         where = f"{found['about.device']}, runs at once: {found.get('about.jobs', '1')}; less where they resumed"

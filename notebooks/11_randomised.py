@@ -1,5 +1,5 @@
 # %% [markdown]
-# # 7 · Provably more accurate: a network behind noise
+# # 11 · Provably more accurate: a network behind noise
 #
 # *Question: what can be proved of a network of any size?* Gaussian noise in front of a network makes its probability
 # g(x) of a right answer smooth: Φ⁻¹(g) changes by at most ‖x' − x‖₂/σ. Counting right answers among noise draws bounds
@@ -70,8 +70,8 @@ print(f"g {float(torch.special.ndtr(z)):.4f}, after the move {float(moved):.4f},
 
 # %%
 record = study.record(
-    "07_randomised", "randomised", randomised, study.networks, study.train, study.test,
-    [Threat(d, 2, norm) for norm in deltas for d in deltas[norm]], study.work / "07", sigmas=sigmas,
+    "11_randomised", "randomised", randomised, study.networks, study.train, study.test,
+    [Threat(d, 2, norm) for norm in deltas for d in deltas[norm]], study.work / "11", sigmas=sigmas,
     recipe=recipe, search=search, draws=draws, confidence=confidence, attacked=attacked, curve=61,
     batch_size=batch_size, seed=seed, jobs=jobs,
 )  # fmt: skip
