@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from nets import NORMS, batch_norm, built, generator, images, labels, linear, quick, relu
 from torch import Tensor, nn
 
-from wdat.accuracy import crown
+from wdat.accuracy import crown, relaxation
 from wdat.accuracy.allocation import accuracy_curve
-from wdat.accuracy.crown import certified_radii, crossing, hidden_bounds
+from wdat.accuracy.crown import certified_radii, crossing
 from wdat.accuracy.graph import network_steps
+from wdat.accuracy.relaxation import hidden_bounds
 from wdat.attacks.nearest import minimal_distances
 from wdat.threats.ball import Threat, per_image, pixel_norm, project
 from wdat.zoo.networks import Normalised, build
@@ -331,7 +332,7 @@ def test_chunks_do_not_change_bounds(monkeypatch):
     model, x = convolutional().eval(), images(4, SHAPE).double()
     steps, radius = network_steps(model, x[:1].float()), torch.full((4,), 0.03).double()
     whole = hidden_bounds(steps, x, radius, math.inf)
-    monkeypatch.setattr(crown, "CHUNK", 700)
+    monkeypatch.setattr(relaxation, "CHUNK", 700)
     parts = hidden_bounds(steps, x, radius, math.inf)
     assert all(torch.allclose(a, b, atol=1e-12) for i in whole for a, b in zip(whole[i], parts[i], strict=True))
 
@@ -348,17 +349,17 @@ def test_no_window_is_larger_than_its_layer_and_every_row_is_its_gradient(monkey
     """At radius 0 nothing is relaxed: the rows of every hidden neuron on the pixels are the network's derivatives."""
     model, x = deep(), images(1, (3, 16, 16)).double()
     model(x.float())
-    sizes, real = [], crown._through_conv
+    sizes, real = [], relaxation._through_conv
 
     def measured(rows, step, source):
         found = real(rows, step, source)
         sizes.append((found.a[0, 0].numel(), math.prod(source.shape[1:])))
         return found
 
-    monkeypatch.setattr(crown, "_through_conv", measured)
+    monkeypatch.setattr(relaxation, "_through_conv", measured)
     steps = network_steps(model, x.float())
     bounds = hidden_bounds(steps, x, x.new_zeros(1), math.inf)
-    lines = {i: crown.relu_lines(*bound) for i, bound in bounds.items()}
+    lines = {i: relaxation.relu_lines(*bound) for i, bound in bounds.items()}
     seen, inputs = [], x.clone().requires_grad_()
     for module in model.double().modules():
         if isinstance(module, nn.ReLU):
@@ -368,16 +369,16 @@ def test_no_window_is_larger_than_its_layer_and_every_row_is_its_gradient(monkey
     assert len(relus) == len(seen) == 9
     for i, z in zip(relus, seen, strict=True):
         where = torch.zeros_like(z).bernoulli(0.1, generator=generator(i)).nonzero(as_tuple=True)
-        rows = crown._unit_rows(steps[i], where, torch.ones_like(z).detach())
-        found, constant = crown.substitute(steps, steps[i].parents[0], rows, lines)
-        value = constant + crown._dot(found.a, crown._window(x, found))
+        rows = relaxation._unit_rows(steps[i], where, torch.ones_like(z).detach())
+        found, constant = relaxation.substitute(steps, steps[i].parents[0], rows, lines)
+        value = constant + relaxation._dot(found.a, relaxation._window(x, found))
         assert torch.allclose(value, z[where].detach(), atol=1e-12)
         for k, neuron in enumerate(z[where]):
             (gradient,) = torch.autograd.grad(neuron, inputs, retain_graph=True)
-            row = crown.Rows(
+            row = relaxation.Rows(
                 found.a[k : k + 1], found.image[k : k + 1], found.site[k : k + 1], found.stride, found.padding
             )
-            whole = row if row.stride == (0, 0) else crown._spread(row, steps[0].shape)
+            whole = row if row.stride == (0, 0) else relaxation._spread(row, steps[0].shape)
             assert torch.allclose(whole.a, gradient, atol=1e-12)
     assert max(size / layer for size, layer in sizes) <= 1
 

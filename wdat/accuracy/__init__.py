@@ -1,5 +1,5 @@
 """Accuracy under a Wasserstein threat from numbers per image: optimal allocation, bounds, certified radii.
 
-`allocation` turns distances into A_δ for every δ and p; `crown` over `graph` gives certified radii, and `branch` raises
-them where the curve moves. Imports `threats` only.
+`allocation` turns distances into A_δ for every δ and p; `graph` traces a network, `relaxation` bounds it over balls,
+`crown` makes certified radii of these bounds and `branch` raises them where the curve moves. Imports `threats` only.
 """

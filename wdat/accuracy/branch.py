@@ -1,7 +1,7 @@
 """Branch and bound: proofs that a network keeps its prediction in one ball, where one linear relaxation is too loose.
 
-The ball is split by the signs of undecided ReLU inputs. In each part the bounds of `wdat.accuracy.crown` are improved
-by gradient ascent over the slopes of the lower lines (alpha; Xu et al. 2021, arXiv 2011.13824) and over multipliers of
+The ball is split by the signs of undecided ReLU inputs. In each part the bounds of `relaxation` are improved by
+gradient ascent over the slopes of the lower lines (alpha; Xu et al. 2021, arXiv 2011.13824) and over multipliers of
 the split constraints (beta; Wang et al. 2021, arXiv 2103.06624): for beta >= 0 the minimum of f - beta z over the ball
 is no larger than that of f over its part z >= 0. Whatever the ascent finds is a valid bound, evaluated in float64.
 """
@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from wdat.accuracy.crown import LayerBounds, Rows, _infimum, _margin_rows, hidden_bounds, relu_lines, substitute
 from wdat.accuracy.graph import Step, network_steps
+from wdat.accuracy.relaxation import LayerBounds, Rows, hidden_bounds, infimum, margin_rows, relu_lines, substitute
 from wdat.threats.checks import device_of
 
 PARTS = 24  # parts of the ball bounded at once on a CPU
@@ -56,7 +56,7 @@ class Ball:
         self.bounds = hidden_bounds(steps, x, self.radius, r) if bounds is None else bounds
         self.lines = {i: relu_lines(*bound) for i, bound in self.bounds.items()}
         self.free = {i: ((low < 0) & (high > 0)).flatten().nonzero()[:, 0] for i, (low, high) in self.bounds.items()}
-        self.rows = _margin_rows(y, steps[-1].shape[0], x.dtype).a
+        self.rows = margin_rows(y, steps[-1].shape[0], x.dtype).a
         self.sizes = [len(index) for index in self.free.values()]
         self.gap = torch.cat([self.lines[i][2].flatten()[index] for i, index in self.free.items()])
         self.low, self.high = (
@@ -91,7 +91,7 @@ class Ball:
         each = torch.arange(count, device=parts.rival.device)
         rows = Rows(self.rows[parts.rival], each, each.new_zeros(count, 2))
         found, constant = substitute(self.steps, len(self.steps) - 1, rows, lines, pull)
-        return _infimum(found, constant, self.x, self.radius.expand(count), self.r)
+        return infimum(found, constant, self.x, self.radius.expand(count), self.r)
 
     @torch.enable_grad()
     def ascend(self, parts: Parts, steps: int, slack: float) -> tuple[Parts, Tensor]:

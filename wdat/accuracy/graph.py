@@ -1,4 +1,4 @@
-"""A network as a list of affine maps and ReLUs, by symbolic tracing: what `wdat.accuracy.crown` bounds.
+"""A network as a list of affine maps and ReLUs, by symbolic tracing: what `wdat.accuracy.relaxation` bounds.
 
 Interval arithmetic (Gowal et al. 2018, arXiv 1810.12715) through one of them lies here too; at width 0 it is a forward
 pass, by which the list is checked against the network.
