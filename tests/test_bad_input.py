@@ -15,7 +15,8 @@ import wdat
 from wdat import cli, records
 from wdat.attacks.autoattack import autoattack
 from wdat.report import tables
-from wdat.studies.evaluation import adversary, clean_pass
+from wdat.studies.evaluation import adversary
+from wdat.studies.measures import clean_pass
 from wdat.studies.study import Sweep
 from wdat.studies.sweeps import finetuning
 from wdat.training.objectives import plain

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import GELU, Conv2d, Flatten, Linear, ReLU, Sequential
 from torch.nn.utils import parametrizations, weight_norm
 
-from wdat.studies import cache, evaluation
+from wdat.studies import cache, measures
 from wdat.studies.cache import Cache, prune
 from wdat.studies.evaluation import evaluate
 from wdat.threats.ball import Threat
@@ -138,7 +138,7 @@ def kept_in_a_process(folder: Path) -> int:
     model.names = {"a", "b", "c", Behind}
     x = torch.rand(8, 1, 8, 8)
     data = from_tensors(x, model(x).argmax(1), classes="abcd")
-    Cache(folder, counted(model, seen)).get(evaluation.clean_pass, data, losses=("ce",))
+    Cache(folder, counted(model, seen)).get(measures.clean_pass, data, losses=("ce",))
     return len(seen)
 
 
@@ -204,7 +204,7 @@ def test_numbers_of_another_version_of_the_library_are_not_used(data, tmp_path, 
     for expected in (1, 1, 2):
         if expected == 2:
             monkeypatch.setattr(cache, "version", lambda module: f"new {module}")
-        kept.get(evaluation.clean_pass, data, losses=("ce",), batch_size=40)
+        kept.get(measures.clean_pass, data, losses=("ce",), batch_size=40)
         assert seen.count(40) == expected
 
 
@@ -212,10 +212,10 @@ def test_images_changed_in_place_are_others(tmp_path):
     x, model = torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(0)), start()
     data, settings = from_tensors(x, torch.arange(8) % 4, classes="abcd"), {"losses": ("ce",)}
     kept = Cache(tmp_path, model)
-    first = kept.get(evaluation.clean_pass, data, **settings)["logits"]
+    first = kept.get(measures.clean_pass, data, **settings)["logits"]
     x.mul_(0.5)
-    again = kept.get(evaluation.clean_pass, data, **settings)["logits"]
-    assert torch.equal(again, evaluation.clean_pass(model, data, **settings)["logits"]) and not again.equal(first)
+    again = kept.get(measures.clean_pass, data, **settings)["logits"]
+    assert torch.equal(again, measures.clean_pass(model, data, **settings)["logits"]) and not again.equal(first)
 
 
 KINDS = {
@@ -251,11 +251,11 @@ def test_rounding_is_not_another_function(data):
 def test_a_single_image_is_a_part_that_any_set_shares(data, tmp_path):
     """Its results are found again in a larger set, in another order."""
     settings = {"loss": "ce", "steps": 2, "batch_size": 1, "threat": THREATS[1]}
-    few = Cache(tmp_path, start()).each(evaluation.attacked, data.take(5), 1, **settings)
+    few = Cache(tmp_path, start()).each(measures.attacked, data.take(5), 1, **settings)
     seen = []
-    more = Cache(tmp_path, counted(start(), seen)).each(evaluation.attacked, data.take(10), 1, **settings)
+    more = Cache(tmp_path, counted(start(), seen)).each(measures.attacked, data.take(10), 1, **settings)
     assert torch.equal(more["values"][:5], few["values"]) and len(list(tmp_path.iterdir())) == 10
-    whole = Cache(None, start()).each(evaluation.attacked, data.take(10), 1, **settings)
+    whole = Cache(None, start()).each(measures.attacked, data.take(10), 1, **settings)
     assert torch.equal(more["values"], whole["values"]) and more["passes"] == whole["passes"]
     # a pass to know each image (and one more of the first), and the attack on the five new ones
     assert len(seen) == 11 + 5 * len_of_attack(data, settings)
@@ -263,7 +263,7 @@ def test_a_single_image_is_a_part_that_any_set_shares(data, tmp_path):
 
 def len_of_attack(data: Data, settings: dict) -> int:
     seen = []
-    evaluation.attacked(counted(start(), seen), data.take(1), **settings)
+    measures.attacked(counted(start(), seen), data.take(1), **settings)
     return len(seen)
 
 
@@ -281,15 +281,15 @@ def test_a_damaged_file_is_named_and_can_be_deleted(data, tmp_path):
 def test_what_was_used_longest_ago_is_pruned_first(data, tmp_path):
     kept = Cache(tmp_path, start())
     for number, size in enumerate((4, 5, 6)):
-        kept.get(evaluation.clean_pass, data.take(size), losses=("ce",))
+        kept.get(measures.clean_pass, data.take(size), losses=("ce",))
         for file in tmp_path.iterdir():
             os.utime(file, (file.stat().st_atime, file.stat().st_mtime - 10 * (3 - number)))
-    kept.get(evaluation.clean_pass, data.take(4), losses=("ce",))  # used again: now the last
+    kept.get(measures.clean_pass, data.take(4), losses=("ce",))  # used again: now the last
     sizes = sorted(file.stat().st_size for file in tmp_path.iterdir())
     assert prune(tmp_path) == sum(sizes)
     assert prune(tmp_path, sum(sizes) - 1) < sum(sizes) and len(list(tmp_path.iterdir())) == 2
     seen = []
     again = Cache(tmp_path, counted(start(), seen))
     for size, expected in ((4, 0), (6, 0), (5, 1)):
-        again.get(evaluation.clean_pass, data.take(size), losses=("ce",), batch_size=128)
+        again.get(measures.clean_pass, data.take(size), losses=("ce",), batch_size=128)
         assert len(list(tmp_path.iterdir())) == 2 + expected

@@ -9,7 +9,7 @@ import torch
 import wdat
 from wdat import cli
 from wdat.report import figures
-from wdat.studies import cache, evaluation
+from wdat.studies import cache, measures
 from wdat.zoo.networks import build
 
 RUN = ["evaluate", "net.yaml", "--data", "digits", "--n", "40", "--steps", "3", "--delta", "1/16", "2/16"]
@@ -72,7 +72,7 @@ def test_the_set_written_can_be_verified_by_others(place, capsys):
 
 
 def test_an_interrupted_command_continues(place, capsys, monkeypatch):
-    calls, real = [], evaluation.attack
+    calls, real = [], measures.attack
 
     def counted(*arguments, **settings):
         calls.append(1)
@@ -80,7 +80,7 @@ def test_an_interrupted_command_continues(place, capsys, monkeypatch):
             raise KeyboardInterrupt
         return real(*arguments, **settings)
 
-    monkeypatch.setattr(evaluation, "attack", counted)
+    monkeypatch.setattr(measures, "attack", counted)
     assert cli.main(RUN) == 130 and "to resume" in capsys.readouterr().err
     assert (place / "results/net.parts").is_dir()
     assert cli.main(RUN) == 0 and len(calls) == 2 * 3 + 1  # radii times losses, and the one that was interrupted

@@ -14,7 +14,8 @@ from wdat.accuracy.allocation import accuracy_curve
 from wdat.attacks.nearest import minimal_distances
 from wdat.attacks.pgd import attack, pgd, w_pgd, w_pgd_budget
 from wdat.studies import cache, certificates, evaluation
-from wdat.studies.evaluation import clean_pass, evaluate
+from wdat.studies.evaluation import evaluate
+from wdat.studies.measures import clean_pass
 from wdat.threats.ball import Threat
 from wdat.threats.losses import ce, margin, redlr
 from wdat.threats.sensitivity import upsilon
@@ -220,6 +221,17 @@ def test_bounds_are_none_where_undefined(data):
 def test_no_threat_is_refused(tiny_model, data, threats, match):
     with pytest.raises(ValueError, match=match):
         evaluate(tiny_model, data, threats, progress=False)
+
+
+@pytest.mark.parametrize(
+    "settings, match", [({"exact": False}, "exact=False"), ({"sets": [(Threat("1/64", 2, 2), None)]}, "pixel norm 2")]
+)
+def test_a_set_that_no_search_would_find_is_refused_before_any_work(tiny_model, data, settings, match):
+    with (
+        mock.patch.object(evaluation.Cache, "get", side_effect=AssertionError("computed")),
+        pytest.raises(ValueError, match=match),
+    ):
+        evaluate(tiny_model, data, [THREATS[0]], **({"sets": [(THREATS[0], None)]} | settings), progress=False)
 
 
 def test_a_distribution_handed_out_is_what_its_file_says(tiny_model, data, tmp_path):

@@ -114,6 +114,8 @@ def test_networks_on_the_way_are_further_settings_of_a_method(digits, tmp_path, 
     chosen = [c["variant"] for c in found["chosen"]]
     for run in found["runs"]:
         assert ("autoattack" in run["after"]) == ("of" not in run or run["variant"] in chosen)
+        assert run["after"].get("autoattack_n", len(test)) == len(test)
+        assert ("autoattack" in run["after"]) == ("autoattack_n" in run["after"])
     (row,) = (row for row in found["comparison"] if row["offset"] == 0)
     assert row["accuracy"]["ours"] >= runs["before", None]["after"]["exact"]["1/16"] - 1e-9
     drawn = chosen_runs(found)

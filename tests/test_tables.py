@@ -82,7 +82,7 @@ def test_networks_on_the_way_are_no_runs_and_take_the_history_of_theirs(tmp_path
     ]  # fmt: skip
     for r, excess in ((RUNS[0], 0.0), (way[0], 0.02)):
         place = found["runs"].index(r)
-        after = r["after"] | {"autoattack": {"2/16": 0.40 + excess}, "nearest": {"2/16": 0.40}}
+        after = r["after"] | {"autoattack": {"2/16": 0.40 + excess}, "nearest": {"2/16": 0.40}, "autoattack_n": 20}
         found["runs"][place] = r | {"after": after}
     write(tmp_path / "04.json", "finetuning", found)
     own = {key.removeprefix("04."): text for key, text in numbers.numbers(tmp_path).items()}
@@ -95,7 +95,7 @@ def test_networks_on_the_way_are_no_runs_and_take_the_history_of_theirs(tmp_path
     found = tables.attacked(tmp_path / "04.json").frame
     rows = {row["method"]: row for row in found[found["network"] == "a"].to_dict("records")}
     assert rows["safe"]["setting"] == "0.5 of the way" and rows["pre-trained"]["setting"] == "–"
-    measured = [rows[m]["AutoAttack 2/16 (nearest)"] for m in ("pre-trained", "safe", "bold †")]
+    measured = [rows[m]["AutoAttack 2/16 (nearest, n = 20)"] for m in ("pre-trained", "safe", "bold †")]
     assert measured == ["40.0 (40.0)", "42.0 (40.0)", "–"]
     figures.tradeoff(tmp_path / "04.json")
 

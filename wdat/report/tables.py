@@ -69,12 +69,15 @@ def finetuning(found: dict) -> tuple[list[dict], str]:
 def attacked(found: dict) -> tuple[list[dict], str]:
     """The same networks, the settings chosen, and what attacks leave: W-PGD, pointwise, AutoAttack; Υ and passes.
 
-    AutoAttack may have run on fewer seeds and on part of the images: in brackets what the nearest adversarial examples
-    leave of those.
+    AutoAttack may have run on fewer seeds and on part of the images, of how many the heading says where the
+    record does: in brackets what the nearest adversarial examples leave of those.
     """
     columns = {f"W-PGD {t['written']}": lambda r, d=t["written"]: r["after"]["w_pgd"][d] for t in found["threats"]}
     for d in found["runs"][0]["after"]["pointwise"]:
         columns[f"W_∞ {d}"] = lambda r, d=d: r["after"]["pointwise"][d]
+
+    n = found["runs"][0]["after"].get("autoattack_n")
+    beside = f"nearest, n = {n}" if n else "nearest"
 
     def extra(own: list[dict]) -> dict:
         cells = {}
@@ -85,7 +88,7 @@ def attacked(found: dict) -> tuple[list[dict], str]:
                 if d in r["after"].get("autoattack", ())
             ]
             both = [sum(values) / len(both) for values in zip(*both, strict=True)]
-            cells[f"AutoAttack {d} (nearest)"] = f"{percent(both[0])} ({percent(both[1])})" if both else "–"
+            cells[f"AutoAttack {d} ({beside})"] = f"{percent(both[0])} ({percent(both[1])})" if both else "–"
         upsilon = sum(r["after"]["upsilon"] for r in own) / len(own)
         setting = own[0]["variant"].removeprefix(own[0]["method"]).strip(" ,")
         first = {} if own[0]["before"] else {"setting": setting}
@@ -94,7 +97,7 @@ def attacked(found: dict) -> tuple[list[dict], str]:
     rows = _of_runs(found, columns, extra)
     names = [name for name in dict.fromkeys(k for row in rows for k in row) if any(row.get(name) for row in rows)]
     rows = [{name: row.get(name) or "–" for name in names} for row in rows]
-    part = "; AutoAttack on part of them, in brackets what the nearest adversarial examples leave of those"
+    part = f"; AutoAttack on {n or 'part'} of them, in brackets what the nearest adversarial examples leave of those"
     part *= any(name.startswith("AutoAttack") for name in names)
     caption = (
         f"Percent correct on {found['n_test']} test images by attack{part}; Υ of ReDLR; passes: gradient passes per "

@@ -13,8 +13,9 @@ from tqdm.auto import tqdm
 from wdat.attacks.dual import dual_attack
 from wdat.attacks.pgd import pgd, w_fgsm, w_pgd, w_pgd_budget
 from wdat.clock import spending
-from wdat.studies.evaluation import clean_pass, evaluate
+from wdat.studies.evaluation import evaluate
 from wdat.studies.jobs import Run, resident, run_all
+from wdat.studies.measures import clean_pass
 from wdat.threats.ball import Threat, plain_number
 from wdat.threats.seeds import derive_seed
 from wdat.threats.sensitivity import dual_norms, upsilon_of_norms

@@ -13,7 +13,7 @@ from wdat.attacks.nearest import minimal_distances
 from wdat.clock import spending
 from wdat.settings import typed
 from wdat.studies.cache import Cache, Part, search_settings
-from wdat.studies.evaluation import attacked, autoattack_accuracy, clean_pass
+from wdat.studies.measures import attacked, autoattack_accuracy, clean_pass
 from wdat.threats.ball import Threat
 from wdat.training.loop import Diverged, Finetuned, finetune, interpolate
 from wdat.training.recipes import make_recipe
@@ -133,8 +133,8 @@ class Study:
         """What attacks say of a network measured.
 
         "w_pgd": accuracy by W-PGD (ReDLR) at the threats, with "upsilon" of ReDLR, if `published`. "autoattack":
-        pointwise accuracy at these radii by AutoAttack (standard) on some images, and "nearest", by minimal distances
-        on the same ones.
+        pointwise accuracy at these radii by AutoAttack (standard) on "autoattack_n" images, and "nearest", by minimal
+        distances on the same ones.
         """
         row, model = measured.row, self.model
         if not row["before"]:
@@ -183,6 +183,7 @@ class Study:
             found = {d: kept.get(autoattack_accuracy, part, threat=ball, **settings) for d, ball in balls.items()}
         return {
             "autoattack": {d: row["accuracy"] for d, row in found.items()},
+            "autoattack_n": len(part),
             "nearest": {d: float(accuracy_curve(same, d, float("inf"))) for d in radii},
         }
 
