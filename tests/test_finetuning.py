@@ -16,9 +16,10 @@ from wdat.threats.losses import ce, kl
 from wdat.threats.seeds import derive_seed
 from wdat.threats.sensitivity import upsilon
 from wdat.training.loop import Recipe, finetune, interpolate, make_recipe, shift_and_flip
-from wdat.training.objectives import PRECISIONS, Objective, at, plain, trades, w_trades, water_level
+from wdat.training.objectives import Objective, at, plain, trades, w_trades, water_level
 from wdat.training.recipes import initialise, last_layer
 from wdat.training.schedules import SCHEDULES
+from wdat.training.terms import PRECISIONS
 from wdat.training.trackers import Rule, Tracker
 from wdat.zoo.data import Data, from_tensors
 

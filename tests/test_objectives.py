@@ -14,8 +14,6 @@ from wdat.threats.ball import Threat, pixel_norm
 from wdat.threats.losses import kl
 from wdat.training.objectives import (
     Objective,
-    Term,
-    WaterLevel,
     at,
     combined,
     make_objective,
@@ -25,6 +23,7 @@ from wdat.training.objectives import (
     w_trades,
     water_level,
 )
+from wdat.training.terms import Term, WaterLevel
 
 INF = math.inf
 

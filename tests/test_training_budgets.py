@@ -16,7 +16,8 @@ from wdat.threats.ball import Threat, pixel_norm
 from wdat.threats.checks import frozen
 from wdat.threats.losses import ce, margin
 from wdat.threats.sensitivity import dual_norms
-from wdat.training.objectives import Objective, Term, WaterLevel, w_trades, water_level
+from wdat.training.objectives import Objective, w_trades, water_level
+from wdat.training.terms import Term, WaterLevel
 from wdat.training.trackers import RULES, Rule, Tracker
 
 INF = math.inf

@@ -12,8 +12,9 @@ from torch import nn
 from wdat.settings import check_names, typed
 from wdat.threats.checks import device_of
 from wdat.threats.inputs import copied
-from wdat.training.objectives import PRECISIONS, Objective, make_objective
+from wdat.training.objectives import Objective, make_objective
 from wdat.training.schedules import Schedule, get_schedule
+from wdat.training.terms import PRECISIONS
 from wdat.training.trackers import Rule, Tracker
 from wdat.zoo.data import Data
 
