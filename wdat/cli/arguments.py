@@ -1,0 +1,68 @@
+"""What the verbs' arguments share: kinds of values, and those that name a network and data."""
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+
+def kind(wanted: type) -> Callable[[str], Any]:
+    """A type of argparse: the option's text, read as settings are."""
+
+    def parse(text: str) -> Any:
+        from wdat.settings import read
+
+        try:
+            return read(wanted, text, "the value")
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return parse
+
+
+def pair(text: str) -> tuple[str, Any]:
+    """NAME=VALUE, the value as YAML reads it."""
+    import yaml
+
+    name, sign, value = text.partition("=")
+    if not (sign and name.isidentifier()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form name=value")
+    try:
+        return name, yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise argparse.ArgumentTypeError(f"the value in {text!r} is not YAML") from None
+
+
+def source(verb: argparse.ArgumentParser) -> None:
+    """Arguments that name a network and data; read by `load`."""
+    verb.add_argument(
+        "model", help="a card (NAME.yaml), package.module:function of your own, a weight file, or a RobustBench name"
+    )
+    verb.add_argument("--architecture", metavar="NAME", help="of a weight file: package.module:function, resnet18, ...")
+    verb.add_argument("--weights", help="folder of the weights (default: beside the card; models for RobustBench)")
+    verb.add_argument("--data", default="cifar10", help="a folder of images, cifar10, digits, ...: see wdat.load_data")
+    verb.add_argument("--root", help="folder of the data, if --data is a name")
+    verb.add_argument("--size", type=kind(int), help="side in pixels that images of a folder are cropped to")
+    verb.add_argument("--n", type=kind(int), help="use this many images only")
+    verb.add_argument("--dataset", help="RobustBench's data set of the network (default: that of --data, or cifar10)")
+    verb.add_argument("--threat", default="Linf", help="RobustBench's threat folder (default: Linf)")
+    verb.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    verb.add_argument("--batch-size", type=kind(int), default=128)
+
+
+def load(args: argparse.Namespace, split: str) -> tuple[Any, Any, str]:
+    """Model, data and the model's name."""
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size {args.batch_size} must be at least 1")
+    from pathlib import Path
+
+    from wdat import records
+    from wdat.zoo.data import load_data
+    from wdat.zoo.models import load_model
+
+    device = records.pick_device(args.device)
+    print(records.device_line(args.device), flush=True)
+    dataset = args.dataset or (args.data if args.data in ("cifar100", "imagenet") else "cifar10")
+    where = {"root": args.weights, "architecture": args.architecture, "dataset": dataset, "threat": args.threat}
+    model = load_model(args.model, **where, device=device)
+    name = args.model.rpartition(":")[2] if ":" in args.model else Path(args.model).stem
+    return model, load_data(args.data, split, args.root, args.n, args.size), name

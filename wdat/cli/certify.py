@@ -1,0 +1,52 @@
+"""`wdat certify`: what is proved of a network behind Gaussian noise; record, table and figure."""
+
+import argparse
+from typing import Any
+
+from wdat.cli.arguments import kind, load, source
+
+
+def add(sub: Any) -> None:
+    """The verb and its arguments."""
+    verb = sub.add_parser("certify", help="what is proved of a network behind Gaussian noise, at any size")
+    source(verb)
+    verb.add_argument("--sigma", type=kind(float), help="standard deviation of the noise (default: the card's)")
+    verb.add_argument("--draws", type=kind(int), default=1000, help="of each image, in the mean (default: 1000)")
+    verb.add_argument("--delta", nargs="+", default=["1/8", "1/4"], help="radii of the ball (default: 1/8 1/4)")
+    verb.add_argument("--p", default="2", help="Wasserstein order in (1, inf] (default: 2)")
+    verb.add_argument("--norm", default="2", help="pixel norm, 2 or inf (default: 2)")
+    verb.add_argument("--confidence", type=kind(float), default=0.999, help="of all that is said (default: 0.999)")
+    verb.add_argument("--attacked", type=kind(int), default=0, metavar="N", help="also attack N images: a bracket")
+    verb.add_argument("--seed", type=kind(int), default=0)
+    verb.add_argument("--out", default="results", help="folder of the record and figures (default: results)")
+    verb.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Certify, write and show."""
+    from pathlib import Path
+
+    from wdat import records
+    from wdat.randomised.certify import certify
+    from wdat.report import randomised
+    from wdat.threats.ball import Threat
+
+    out = Path(args.out)
+    records.check_writable(out)
+    threats = [Threat(d, args.p, args.norm) for d in args.delta]
+    model, data, name = load(args, "test")
+    found = certify(
+        model, data, threats, args.sigma, draws=args.draws, confidence=args.confidence, curve=61,
+        orders=sorted({1.0, threats[0].p, float("inf")}), attacked=args.attacked, batch_size=args.batch_size,
+        seed=args.seed, state=out / f"{name}.draws",
+    )  # fmt: skip
+    record = records.write(
+        out / f"{name}-certified.json", "randomised", {"n": len(data), "networks": [{"network": name, **found}]},
+        {key: value for key, value in vars(args).items() if key != "run"},
+        args.device, model={"name": name, **getattr(model, "card", {})},
+        data={"name": data.name, "sha256": data.sha256},
+    )  # fmt: skip
+    print(randomised.certified(record).markdown())
+    randomised.certified_curves(record, threats[0].r)
+    print(f"of two draws of an image one is right and one is wrong with probability {found['disagree']:.3f}")
+    print(f"record, table and figure: {record.with_suffix('')}*; draws are kept in {out / name}.draws")

@@ -1,0 +1,77 @@
+"""`wdat evaluate`: how robust a network is; record, table and figures."""
+
+import argparse
+from typing import Any
+
+from wdat.cli.arguments import kind, load, source
+
+
+def add(sub: Any) -> None:
+    """The verb and its arguments."""
+    verb = sub.add_parser("evaluate", help="how robust a network is: W-PGD, optimal allocation; record and figure")
+    source(verb)
+    verb.add_argument("--delta", nargs="+", default=["8/255"], help="radii of the ball, such as 2/255 8/255")
+    verb.add_argument("--p", default="2", help="Wasserstein order in (1, inf] (default: 2)")
+    verb.add_argument("--norm", default="inf", help="pixel norm, 2 or inf (default: inf)")
+    verb.add_argument("--steps", type=kind(int), default=50, help="of W-PGD (default: 50)")
+    verb.add_argument("--tight", action="store_true", help="longer search for minimal distances, with AutoAttack's FAB")
+    verb.add_argument("--certified", type=kind(int), default=0, metavar="N", help="certify N images too: a lower bound")
+    verb.add_argument(
+        "--certified-minutes", type=kind(float), default=0, metavar="M", help="certify for so long, images at random"
+    )
+    verb.add_argument("--autoattack", type=kind(int), default=0, metavar="N", help="AutoAttack on N images, p = inf")
+    verb.add_argument("--dual", action="store_true", help="also the dual attack on the cross-entropy")
+    verb.add_argument("--save-set", metavar="FILE", help="write the adversary's images at the first --delta")
+    verb.add_argument("--out", default="results", help="folder of the record and figures (default: results)")
+    verb.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Evaluate, write and show."""
+    from pathlib import Path
+
+    from wdat import records
+    from wdat.report import figures, tables
+    from wdat.studies.cache import prune
+    from wdat.studies.evaluation import evaluate
+    from wdat.threats.ball import Threat
+
+    out = Path(args.out)
+    records.check_writable(out)
+    if args.save_set:
+        records.check_writable(Path(args.save_set).parent)
+    threats = [Threat(d, args.p, args.norm) for d in args.delta]
+    p, r = threats[0].p, threats[0].r
+    model, data, name = load(args, "test")
+    if "sigma" in getattr(model, "card", {}):
+        raise ValueError(f"{args.model} is randomised, sigma={model.card['sigma']:g}; use: wdat certify {args.model}")
+    balls = [Threat(d, "inf", r) for d in args.delta] if args.autoattack and not threats[0].pointwise else []
+    search, shared = {"tight": True} if args.tight else {}, {"batch_size": args.batch_size}
+    shared["state"] = out / f"{name}.parts"
+    results = evaluate(
+        model, data, [*threats, *balls], steps=args.steps, search=search, dual=args.dual,
+        orders=sorted({1.0, p, float("inf")}), curve=121, certified=args.certified,
+        certified_minutes=args.certified_minutes, autoattacked=args.autoattack,
+        sets=[(threats[0], args.save_set)] if args.save_set else (), **shared,
+    )  # fmt: skip
+    if args.save_set:
+        (made,) = results.pop("sets")
+        results["set"] = made
+        ball = f"W_{p:g} {made['measured_cost']:.6g} of {threats[0].delta:.6g}"
+        print(
+            f"{args.save_set}: claims {100 * made['claimed']:.2f} % correct; its images, read back and measured: "
+            f"{100 * made['measured']:.2f} %, {ball}, {'inside' if made['in_box'] else 'outside'} [0, 1]"
+        )
+    record = records.write(
+        out / f"{name}.json", "evaluation", {"n": len(data), "networks": [{"network": name, **results}]},
+        {key: value for key, value in vars(args).items() if key != "run"},
+        args.device, model={"name": name, **getattr(model, "card", {})},
+        data={"name": data.name, "split": data.split, "source": data.source, "sha256": data.sha256},
+    )  # fmt: skip
+    table = tables.evaluation(record)
+    print(table.markdown())
+    figures.sandwich(record, r, p)
+    figures.curves(record, r)
+    print(f"record and figures: {out}/{name}.json, .pdf, .png")
+    size = prune(shared["state"]) / 2**20
+    print(f"kept for other radii: {shared['state']}, {size:.1f} MiB (2 GiB at most); you may delete it")
