@@ -54,20 +54,6 @@ def threshold_distance(distances: Tensor, deltas: RadiusGrid, p: float) -> Tenso
     return _water(*_checked(distances, deltas, p))[0]
 
 
-def flipped_mass(distances: Tensor, delta: float | str, p: float) -> Tensor:
-    """Share of each image that the optimal adversary holds misclassified, in [0, 1]: (N,), one radius -> float64 (N,).
-
-    1 below the water level and for images that are wrong already, 0 beyond; images exactly at the level share what is
-    left equally, so that equal images are treated equally. mean(mass) = 1 - A_delta and mean(mass * d^p) <= delta^p.
-    """
-    d, radius, p = _checked(distances, delta, p)
-    if radius.dim():
-        raise ValueError(f"flipped_mass takes one delta, got {radius.numel()}; call it once for each")
-    level, share = _water(d, radius, p)
-    given = distances.double()
-    return torch.where(given < level, 1.0, torch.where(given == level, share, 0.0))
-
-
 def class_accuracy(
     distances: Tensor, labels: Tensor, deltas: RadiusGrid, p: float, classes: int | None = None
 ) -> Tensor:
@@ -75,6 +61,7 @@ def class_accuracy(
 
     (N,), int64 (N,), deltas -> float64 (*deltas.shape, classes). The adversary spends where flipping is cheap, so
     classes differ far more than pointwise. A class without images is NaN; the mean over images is `accuracy_curve`.
+    Images exactly at the water level share what is left equally, so that equal images are treated equally.
     """
     d, deltas, p = _checked(distances, deltas, p)
     if labels.shape != distances.shape or labels.dtype != torch.int64 or labels.min() < 0:
