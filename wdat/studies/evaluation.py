@@ -21,7 +21,7 @@ from wdat.attacks.autoattack import suite
 from wdat.studies.allocated import allocated, allocated_certificates, handed_out
 from wdat.studies.cache import Cache, distances_in_parts, nearest, part_size, search_settings
 from wdat.studies.certificates import announce, certified_in_parts
-from wdat.studies.measures import attacked, autoattack_accuracy, clean_pass, dual_attacked, per_class
+from wdat.studies.measures import attacked, autoattack_accuracy, clean_pass, dual_attacked, norms_of, per_class
 from wdat.studies.points import NearestPoints, findings
 from wdat.threats.ball import Threat, as_threat, as_threats, plain_number
 from wdat.threats.inputs import as_model, taking
@@ -141,7 +141,7 @@ def evaluate(
                 row["bounds"] = _bounds(result["clean"], row, _upsilon(clean, name, threat), threat.delta)
                 result["attacks"].append(row)
             if budget_attack and not threat.pointwise:
-                budgets = threat.budgets(_norms(clean, losses[0], threat))
+                budgets = threat.budgets(norms_of(clean, losses[0], threat))
                 result["attacks"].append(_attack(kept, data, threat, losses[0], steps, batch_size, points, budgets))
             if dual and not threat.pointwise:
                 found = kept.get(dual_attacked, data, threat=threat, steps=steps, batch_size=batch_size,
@@ -187,12 +187,8 @@ def _nearest(
     return found
 
 
-def _norms(clean: dict[str, Tensor], loss: str, threat: Threat) -> Tensor:
-    return clean[f"norms.{loss}.{threat.s:g}"]
-
-
 def _upsilon(clean: dict[str, Tensor], loss: str, threat: Threat) -> float:
-    return float(threat.upsilon(_norms(clean, loss, threat)))
+    return float(threat.upsilon(norms_of(clean, loss, threat)))
 
 
 def _clean(clean: dict[str, Tensor], data: Data, losses: Sequence[str]) -> dict:

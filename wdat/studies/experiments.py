@@ -15,7 +15,7 @@ from wdat.attacks.pgd import pgd, w_fgsm, w_pgd, w_pgd_budget
 from wdat.clock import spending
 from wdat.studies.evaluation import evaluate
 from wdat.studies.jobs import Run, resident, run_all
-from wdat.studies.measures import clean_pass
+from wdat.studies.measures import clean_pass, norms_of
 from wdat.threats.ball import Threat, plain_number
 from wdat.threats.seeds import derive_seed
 from wdat.threats.sensitivity import dual_norms, upsilon_of_norms
@@ -107,7 +107,7 @@ def attack_theory(
 
     middle = Threat(deltas[-2], 2, r)
     found = w_pgd(model, data.x, data.y, middle, steps=steps, batch_size=batch_size)
-    budgets = middle.budgets(clean[f"norms.redlr.{middle.s:g}"])
+    budgets = middle.budgets(norms_of(clean, "redlr", middle))
     ranked = budgets.argsort()[torch.linspace(0, len(budgets) - 1, shown).long()]
     images = [
         {
@@ -138,7 +138,7 @@ def _theory(
     steps: int, batch_size: int,
 ) -> dict:  # fmt: skip
     """One loss and order of `attack_theory`."""
-    norms = clean[f"norms.{loss}.{threat.s:g}"]
+    norms = norms_of(clean, loss, threat)
     settings = {"loss": loss, "batch_size": batch_size}
     inside = dual_norms(model, data.x, data.y, threat, loss, batch_size, box=True).cpu()
     row = {
@@ -193,10 +193,10 @@ def sensitivity(
         for loss in losses:
             for p in orders:
                 threat = Threat(1, p, r)
-                value = float(threat.upsilon(clean[f"norms.{loss}.{threat.s:g}"]))
+                value = float(threat.upsilon(norms_of(clean, loss, threat)))
                 rows.append({"network": name, "loss": loss, "p": plain_number(p), "upsilon": value})
         threat = Threat(1, 2, r)
-        norms = clean[f"norms.redlr.{threat.s:g}"]
+        norms = norms_of(clean, "redlr", threat)
         full = float(threat.upsilon(norms))
         for size in [s for s in sizes if s < len(norms)]:
             drawn = [

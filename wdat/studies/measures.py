@@ -62,8 +62,13 @@ def clean_pass(
     return result
 
 
+def norms_of(clean: dict[str, Tensor], loss: str, threat: Threat) -> Tensor:
+    """Dual norms (N,) of a loss's gradients, in the pixel norm of a threat, from what `clean_pass` returned."""
+    return clean[f"norms.{loss}.{threat.s:g}"]
+
+
 def per_class(mass: Tensor, y: Tensor, classes: Sequence[str]) -> dict[str, float]:
-    """Mean of (N,) values in each class that occurs, by class name."""
+    """Mean of values (N,) in each class that occurs, by class name."""
     mass = mass.double()
     return {name: float(mass[y == k].mean()) for k, name in enumerate(classes) if bool((y == k).any())}
 

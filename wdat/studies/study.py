@@ -13,7 +13,7 @@ from wdat.attacks.nearest import minimal_distances
 from wdat.clock import spending
 from wdat.settings import typed
 from wdat.studies.cache import Cache, Part, search_settings
-from wdat.studies.measures import attacked, autoattack_accuracy, clean_pass
+from wdat.studies.measures import attacked, autoattack_accuracy, clean_pass, norms_of
 from wdat.threats.ball import Threat
 from wdat.training.loop import Diverged, Finetuned, finetune, interpolate
 from wdat.training.recipes import make_recipe
@@ -171,7 +171,7 @@ class Study:
             clean = kept.get(clean_pass, self.test, losses=("redlr",), batch_size=batch_size)
         return {
             "w_pgd": {written: float(part["correct"].double().mean()) for written, part in found.items()},
-            "upsilon": float(first.upsilon(clean[f"norms.redlr.{first.s:g}"])),
+            "upsilon": float(first.upsilon(norms_of(clean, "redlr", first))),
         }
 
     def _autoattack(self, model: nn.Module, distance: Tensor, radii: Sequence[str]) -> dict:
