@@ -224,9 +224,17 @@ def test_no_threat_is_refused(tiny_model, data, threats, match):
 
 
 @pytest.mark.parametrize(
-    "settings, match", [({"exact": False}, "exact=False"), ({"sets": [(Threat("1/64", 2, 2), None)]}, "pixel norm 2")]
-)
-def test_a_set_that_no_search_would_find_is_refused_before_any_work(tiny_model, data, settings, match):
+    "settings, match",
+    [
+        ({"exact": False}, "exact=False"), ({"sets": [(Threat("1/64", 2, 2), None)]}, "pixel norm 2"),
+        ({"steps": 0}, "steps=0"), ({"steps": 2.5}, "steps is 2.5; expected a whole number"),
+        ({"orders": [0.5]}, "order p=0.5"), ({"curve": "many"}, "curve is 'many'"),
+        ({"batch_size": 0}, "batch_size=0"), ({"certified_minutes": -1}, "certified_minutes=-1"),
+        ({"losses": "ce"}, "losses is 'ce'"), ({"losses": ["ce", "hinge"]}, "hinge"),
+        ({"losses": ["kl"]}, '"kl"'), ({"search": {"rivals": "x"}}, "rivals"),
+    ],
+)  # fmt: skip
+def test_settings_that_fit_nothing_are_refused_before_any_work(tiny_model, data, settings, match):
     with (
         mock.patch.object(evaluation.Cache, "get", side_effect=AssertionError("computed")),
         pytest.raises(ValueError, match=match),

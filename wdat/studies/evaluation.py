@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from wdat.accuracy.allocation import accuracy_curve
 from wdat.accuracy.bounds import ratio_bounds
 from wdat.attacks.autoattack import suite
+from wdat.settings import Order, reads
 from wdat.studies.allocated import allocated, allocated_certificates, handed_out
 from wdat.studies.cache import Cache, distances_in_parts, nearest, part_size, search_settings
 from wdat.studies.certificates import announce, certified_in_parts
@@ -25,11 +26,13 @@ from wdat.studies.measures import attacked, autoattack_accuracy, clean_pass, dua
 from wdat.studies.points import NearestPoints, findings
 from wdat.threats.ball import Threat, as_threat, as_threats, plain_number
 from wdat.threats.inputs import as_model, taking
+from wdat.threats.losses import get_loss
 from wdat.zoo.adapt import DataLike, as_data
 from wdat.zoo.data import Data, check_fit, draw
 
 
 @taking(model=as_model, data=as_data, threats=as_threats)
+@reads("evaluate")
 def evaluate(
     model: nn.Module,
     data: DataLike,
@@ -41,14 +44,14 @@ def evaluate(
     dual: bool = False,
     exact: bool = True,
     search: dict | None = None,
-    orders: Sequence[float] = (1.0, 2.0, float("inf")),
+    orders: Sequence[Order] = (1.0, 2.0, float("inf")),
     curve: int = 0,
     certified: int = 0,
     certified_minutes: float = 0,
     autoattacked: int = 0,
     autoattack_version: str = "standard",
     batch_size: int = 128,
-    sets: Sequence[tuple[Threat, str | Path | None]] = (),
+    sets: Sequence[tuple] = (),
     state: str | Path | None = None,
     progress: bool = True,
 ) -> dict:
@@ -73,8 +76,8 @@ def evaluate(
             numbers are those of the random part reached, whose "n" they say; "asked" is how many there were, and
             "unreached_wrong" the lower bound for all of them that counts the others as misclassified.
         autoattacked: run AutoAttack on this many images (likewise) at every radius with p = inf among the threats.
-        sets: threats at which the optimal adversary's distribution is handed out, each with a path or None: "sets", see
-            `adversary`.
+        sets: pairs of a threat at which the optimal adversary's distribution is handed out and a path or None: "sets",
+            see `adversary`.
         state: folder that keeps finished parts (`wdat.studies.cache`); a killed evaluation continues from it and ends
             the same. Parts of another model, other data, settings or another version of the library are not used.
         progress: a bar that counts passes through the network (a backward pass is one more), so that its estimate of
@@ -92,11 +95,17 @@ def evaluate(
     losses = (("redlr", "ce", "dlr") if classes > 2 else ("negative-margin", "ce")) if losses is None else losses
     if not losses:
         raise ValueError('no loss given; pass for example losses=("redlr", "ce")')
-    if batch_size < 1 or not min(curve, certified, certified_minutes, autoattacked) >= 0:
+    if "kl" in losses:
+        raise ValueError('loss "kl" compares two predictions, and its gradient at clean images is 0; use redlr or ce')
+    for name in losses:
+        get_loss(name)
+    if min(steps, batch_size) < 1 or min(curve, certified, certified_minutes, autoattacked) < 0:
         raise ValueError(
-            f"batch_size={batch_size} must be >= 1, curve={curve}, certified={certified}, "
+            f"steps={steps} and batch_size={batch_size} must be >= 1, curve={curve}, certified={certified}, "
             f"certified_minutes={certified_minutes} and autoattacked={autoattacked} >= 0"
         )
+    if min(orders, default=1) < 1:
+        raise ValueError(f"Wasserstein order p={min(orders):g} must be in [1, inf]")
     certified = certified or len(data) * (certified_minutes > 0)
     search = search_settings(search)
     norms = sorted({t.r for t in threats})
