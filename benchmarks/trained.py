@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.work import STEPS
-from wdat.attacks.pgd import PRECISIONS, attack
+from wdat.attacks.pgd import attack
 from wdat.studies.experiments import upsilon_rules
 from wdat.threats.ball import Threat
+from wdat.threats.precision import PRECISIONS
 from wdat.zoo.data import load_data
 from wdat.zoo.models import load_model
 

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from nets import NORMS, ORDERS, batch_norm, counting, exact, generator, images, labels, linear, quick, relu, smooth
 from torch import nn
 
-from wdat.attacks import pgd
 from wdat.attacks.dual import dual_attack
+from wdat.attacks.loop import projected_gradient
 from wdat.attacks.nearest import minimal_distances
-from wdat.attacks.pgd import attack, projected_gradient, random_start, w_fgsm, w_pgd, w_pgd_budget
+from wdat.attacks.pgd import attack, random_start, w_fgsm, w_pgd, w_pgd_budget
 from wdat.threats.ball import Threat, per_image, pixel_norm, project, wasserstein_distance
 from wdat.threats.checks import frozen
 from wdat.threats.images import Pixels
@@ -226,21 +226,24 @@ def test_images_kept_in_eight_bits_are_attacked_alike(p, r, start):
 
 @given(seed=st.integers(0, 10**6), n=st.integers(1, 6), r=norms, scale=st.sampled_from([1e-30, 1e-3, 1.0, 1e6]))
 @quick
-def test_what_is_computed_in_given_memory_is_what_the_threat_computes(seed, n, r, scale):
+def test_what_is_computed_in_given_memory_is_what_is_computed_without(seed, n, r, scale):
     threat, gradient = Threat(0.1, 2, r), scale * torch.randn(n, 2, 3, 3, generator=generator(seed))
     gradient[0] = 0
     memory, before = torch.empty_like(gradient), gradient.clone()
-    dual = pgd._dual_norm(gradient, threat, memory)
+    dual = threat.dual_norm(gradient, memory)
     assert torch.equal(dual, threat.dual_norm(gradient))
-    assert torch.equal(pgd._direction(gradient, dual, threat, memory), threat.direction(gradient))
+    assert r == 2 or torch.equal(memory, gradient.abs())  # that memory, no other
+    direction = threat.direction(gradient, dual, out=memory)
+    assert direction.data_ptr() == memory.data_ptr() and torch.equal(direction, threat.direction(gradient))
     assert torch.equal(gradient, before)  # it may be the user's memory, or one number seen many times
     bounds = threat.norm(gradient) * torch.rand(n, generator=generator(seed)) * 2
     assert torch.equal(
         threat.norm(gradient), gradient.flatten(1).abs().amax(1) if r == INF else gradient.flatten(1).norm(dim=1)
     )
-    assert torch.equal(pgd._project(gradient.clone(), bounds, r), project(gradient, bounds, r))
+    moved = gradient.clone()
+    assert project(moved, bounds, r, out=moved) is moved and torch.equal(moved, project(gradient, bounds, r))
     gradient[-1] = math.nan
-    assert not pgd._direction(gradient, threat.dual_norm(gradient), threat, memory)[-1].any()
+    assert not threat.direction(gradient, threat.dual_norm(gradient), out=memory)[-1].any()
 
 
 @pytest.mark.parametrize("r", NORMS)

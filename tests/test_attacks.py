@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from nets import NORMS, ORDERS, exact, generator, images, linear, norms_of, quick, smooth
 
-from wdat.attacks.pgd import STEP_RATIO, attack, fgsm, pgd, projected_gradient, w_fgsm, w_pgd, w_pgd_budget
+from wdat.attacks.loop import projected_gradient
+from wdat.attacks.pgd import STEP_RATIO, attack, fgsm, pgd, w_fgsm, w_pgd, w_pgd_budget
 from wdat.threats.ball import Threat, inner_radius, per_image, pixel_norm
 from wdat.threats.checks import frozen
 from wdat.threats.losses import ce, get_loss, margin

@@ -16,12 +16,14 @@ from nets import batch_norm, counting, images, labels, relu, smooth
 from torch import nn
 
 from benchmarks import benchmark, scale, work
+from wdat.attacks.loop import projected_gradient
 from wdat.attacks.nearest import minimal_distances
-from wdat.attacks.pgd import attack, autocast, pgd, projected_gradient, w_fgsm, w_pgd, w_pgd_budget
+from wdat.attacks.pgd import attack, pgd, w_fgsm, w_pgd, w_pgd_budget
 from wdat.studies.evaluation import evaluate
 from wdat.threats.ball import Threat
 from wdat.threats.checks import frozen
 from wdat.threats.losses import ce, margin
+from wdat.threats.precision import autocast
 from wdat.threats.sensitivity import MovingAverage, dual_norms, input_gradient, upsilon
 from wdat.training.loop import finetune
 from wdat.training.objectives import at, combined, mart, plain, trades, w_trades, water_level
@@ -349,7 +351,7 @@ def test_what_bfloat16_found_best_is_judged_anew_before_the_last_steps(p, keep, 
         steps.append(torch.is_autocast_enabled("cpu"))
         return gradient, values, logits
 
-    monkeypatch.setattr("wdat.attacks.pgd.input_gradient", boasting)
+    monkeypatch.setattr("wdat.attacks.loop.input_gradient", boasting)
     found = attack(model, x, y, Threat(0.1, p), steps=10, precision="bfloat16", keep=keep)
     assert steps == [True] * 8 + [False] * 2
     with torch.no_grad():

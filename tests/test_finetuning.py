@@ -13,13 +13,13 @@ from tuning import QUICK, THREAT, N, changed, data, run, weights
 
 from wdat.threats.inputs import copied
 from wdat.threats.losses import ce, kl
+from wdat.threats.precision import TRAINING_PRECISIONS
 from wdat.threats.seeds import derive_seed
 from wdat.threats.sensitivity import upsilon
 from wdat.training.loop import Recipe, finetune, interpolate, make_recipe, shift_and_flip
 from wdat.training.objectives import Objective, at, plain, trades, w_trades, water_level
 from wdat.training.recipes import initialise, last_layer
 from wdat.training.schedules import SCHEDULES
-from wdat.training.terms import PRECISIONS
 from wdat.training.trackers import Rule, Tracker
 from wdat.zoo.data import Data, from_tensors
 
@@ -231,7 +231,7 @@ def test_mixed_precision_keeps_weights_and_budgets_in_float32():
     train = data(model)
     logs, kinds = [], []
     hook = model[3].register_forward_hook(lambda m, args, output: kinds.append(output.dtype))
-    for precision in PRECISIONS:
+    for precision in TRAINING_PRECISIONS:
         model.zero_grad()
         torch.manual_seed(0)
         objective = w_trades(THREAT, steps=3, precision=precision)

@@ -1,4 +1,4 @@
 """Adversaries: the one projected-gradient loop, the nearest adversarial examples, the dual attack.
 
-Every first-order attack is a setting of `pgd`. Imports `threats` only.
+Every first-order attack is a setting of `loop`. Imports `threats` only.
 """

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from wdat.attacks.pgd import Adversarial, attack
+from wdat.attacks.adversarial import Adversarial
+from wdat.attacks.pgd import attack
 from wdat.threats.ball import Threat, as_threat, power_mean
 from wdat.threats.images import Images
 from wdat.threats.inputs import as_model, as_tensor, taking

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from wdat.attacks.pgd import Adversarial, attack
+from wdat.attacks.adversarial import Adversarial
+from wdat.attacks.pgd import attack
 from wdat.randomised.counts import Counts, count
 from wdat.threats.ball import Threat
 from wdat.threats.seeds import derive_seed

@@ -12,7 +12,7 @@ Source: Bai, He, Jiang, Obloj, arXiv 2306.09844 (sections 2-4) and 2502.09352.
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -21,12 +21,16 @@ from wdat.settings import Order, read
 from wdat.settings import parse_number as parse_number
 
 
-def pixel_norm(x: Tensor, r: float) -> Tensor:
-    """r-norm of every image: (N, ...) -> (N,), r in {1, 2, inf}. Reduced in at least float32."""
-    flat = x.flatten(1)
-    flat = flat.float() if flat.dtype in (torch.float16, torch.bfloat16) else flat
+def pixel_norm(x: Tensor, r: float, memory: Tensor | None = None) -> Tensor:
+    """r-norm of every image: (N, ...) -> (N,), r in {1, 2, inf}. Reduced in at least float32.
+
+    `memory`, like x but in float32 at least, is written over where r = 1 would ask for as much anew: on a CPU, fresh
+    memory costs more than this arithmetic. The same is `out` of `Threat.direction` and `project` for.
+    """
+    x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     if r == 1:
-        return flat.abs().sum(1)
+        return torch.abs(x, out=memory).flatten(1).sum(1)
+    flat = x.flatten(1)
     if r == 2:
         return flat.square().sum(1).sqrt() if flat.numel() == 0 else torch.linalg.vector_norm(flat, 2, 1)
     if math.isinf(r):
@@ -55,19 +59,20 @@ def per_image(values: Tensor, like: Tensor) -> Tensor:
     return values.to(like.dtype).view(-1, *[1] * (like.dim() - 1))
 
 
-def project(displacement: Tensor, radii: Tensor, r: float) -> Tensor:
+def project(displacement: Tensor, radii: Tensor, r: float, out: Tensor | None = None) -> Tensor:
     """Bring every displacement (N, ...) into the r-ball of its own radius (N,). Idempotent; the identity inside.
 
     r = inf clamps each component (small components keep their full size), r = 2 rescales the image.
     Both the pointwise projection (radii = budgets) and the joint one (radii from `Threat.joint_radii`) are this.
+    With out=displacement it happens in place.
     """
     bound = per_image(radii, displacement)
     if math.isinf(r):
         # the same as clamp, which with bounds per image is several times slower on a CPU
-        inside = torch.maximum(displacement, -bound)
+        inside = torch.maximum(displacement, -bound, out=out)
         return torch.minimum(inside, bound, out=None if inside.requires_grad else inside)
     norms = per_image(pixel_norm(displacement, r), displacement)
-    return displacement * torch.where(norms > bound, bound / norms, 1)
+    return torch.mul(displacement, torch.where(norms > bound, bound / norms, 1), out=out)
 
 
 def inner_radius(radius: float | Tensor, r: float, pixels: int) -> float | Tensor:
@@ -163,20 +168,23 @@ class Threat:
         """What moving each image costs: ||x||_r, (N, ...) -> (N,)."""
         return pixel_norm(x, self.r)
 
-    def dual_norm(self, gradient: Tensor) -> Tensor:
-        """||g||_s of each gradient, (N, ...) -> (N,)."""
+    def dual_norm(self, gradient: Tensor, memory: Tensor | None = None) -> Tensor:
+        """||g||_s of each gradient, (N, ...) -> (N,); `memory` as in `pixel_norm`."""
         if self.s == 1:
-            return pixel_norm(gradient, 1)
+            return pixel_norm(gradient, 1, memory)
         # in float64: a saturated loss has gradients whose squares underflow in float32
         norms = torch.linalg.vector_norm(gradient.flatten(1), 2, 1, dtype=torch.float64)
         return norms.to(torch.promote_types(gradient.dtype, torch.float32))
 
-    def direction(self, gradient: Tensor, norms: Tensor | None = None) -> Tensor:
-        """h(g) with <h, g> = ||g||_s and ||h||_r = 1; 0 where g = 0. `norms`: the dual norms, if they are known."""
+    def direction(self, gradient: Tensor, norms: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        """h(g) with <h, g> = ||g||_s and ||h||_r = 1; 0 where g = 0 or NaN.
+
+        `norms`: the dual norms, if they are known. `out`, like g: memory for h.
+        """
         if math.isinf(self.r):
-            return gradient.sign()
+            return torch.sign(gradient, out=out)
         norms = per_image(self.dual_norm(gradient) if norms is None else norms, gradient)
-        return torch.where(norms > 0, gradient / norms, 0)
+        return torch.div(gradient, norms.masked_fill(norms == 0, math.inf), out=out).nan_to_num_(0, 0, 0)
 
     def upsilon(self, dual_norms: Tensor) -> Tensor:
         """Sensitivity (mean ||g||_s^q)^(1/q) from dual gradient norms (N,) -> scalar float64."""
@@ -215,6 +223,12 @@ class Threat:
         distance = self.distance(norms)
         contraction = torch.where(distance > self.delta, self.delta / distance, 1.0)
         return (norms.double() * contraction).to(norms.dtype)
+
+
+def inner_ball(threat: Threat, radii: Tensor | None, pixels: int) -> tuple[Threat, Tensor | None]:
+    """The threat, or the radii, within which float32 images stay however they are rounded; see `inner_radius`."""
+    delta = inner_radius(threat.delta, threat.r, pixels)
+    return replace(threat, delta=delta), radii if radii is None else inner_radius(radii, threat.r, pixels)
 
 
 def as_threat(threat: Threat | str) -> Threat:

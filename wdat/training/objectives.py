@@ -22,11 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wdat.attacks.pgd import autocast
 from wdat.settings import Norm, Written, reads, typed
 from wdat.threats.ball import Threat, pixel_norm
 from wdat.threats.checks import frozen
 from wdat.threats.losses import kl
+from wdat.threats.precision import autocast
 from wdat.training.terms import BOTH, OUTER, Term, WaterLevel
 from wdat.training.trackers import Tracker
 

@@ -12,9 +12,9 @@ from torch import nn
 from wdat.settings import check_names, typed
 from wdat.threats.checks import device_of
 from wdat.threats.inputs import copied
+from wdat.threats.precision import TRAINING_PRECISIONS
 from wdat.training.objectives import Objective, make_objective
 from wdat.training.schedules import Schedule, get_schedule
-from wdat.training.terms import PRECISIONS
 from wdat.training.trackers import Rule, Tracker
 from wdat.zoo.data import Data
 
@@ -35,8 +35,8 @@ class Recipe:
             in training mode, and what is tracked batch by batch (the upsilon rules "batch", "ema" and "memory", the
             water level), which observes each in turn.
         precision: "bfloat16" runs the layers of the outer forward and backward pass in it (all but the first and last,
-            see `wdat.attacks.pgd.autocast`); weights, their gradients and the losses stay in float32. That of the inner
-            attacks is a setting of their terms.
+            see `threats.precision.autocast`); weights, their gradients and the losses stay in float32. That of the
+            inner attacks is a setting of their terms.
         momentum, weight_decay: of SGD (decay 0 switches it off).
         clip: largest l2 norm of a step's gradient over all weights, longer ones are scaled down to it; 0: no limit. The
             first steps of an adversarial objective from a sharp network are where a run diverges.
@@ -81,10 +81,10 @@ class Recipe:
             raise ValueError(f"init={self.init!r} must be one of {INITS}, layers={self.layers!r} one of {LAYERS}")
         if self.epochs < 0 or self.batch_size < 1 or not self.lr >= 0:
             raise ValueError(f"epochs={self.epochs}, lr={self.lr} must be >= 0, batch_size={self.batch_size} >= 1")
-        if not 1 <= self.accumulate <= self.batch_size or self.precision not in PRECISIONS:
+        if not 1 <= self.accumulate <= self.batch_size or self.precision not in TRAINING_PRECISIONS:
             raise ValueError(
                 f"accumulate={self.accumulate} must be from 1 to the batch size, {self.batch_size}, and precision="
-                f"{self.precision!r} one of {', '.join(PRECISIONS)}"
+                f"{self.precision!r} one of {', '.join(TRAINING_PRECISIONS)}"
             )
         if self.augment < 0 or not self.clip >= 0:
             raise ValueError(f"augment={self.augment}, a shift in pixels, and clip={self.clip} must be >= 0")

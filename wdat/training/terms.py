@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from wdat.accuracy.allocation import threshold_distance
+from wdat.attacks.loop import projected_gradient
 from wdat.attacks.nearest import search_distances
-from wdat.attacks.pgd import STEP_RATIO, autocast, projected_gradient, random_start
+from wdat.attacks.pgd import STEP_RATIO, random_start
 from wdat.settings import typed
 from wdat.threats.ball import Threat, per_image, project
 from wdat.threats.losses import boosted_ce, ce, get_loss, kl, margin
+from wdat.threats.precision import TRAINING_PRECISIONS, autocast
 from wdat.threats.sensitivity import input_gradient
 from wdat.training.trackers import Tracker
 
@@ -39,7 +41,6 @@ OUTER: dict[str, Outer] = {  # of logits at x', labels, clean logits and the ter
     "margin": lambda logits, y, clean_logits, weight: -margin(logits, y),
 }
 BOTH = ("kl", "mart")  # those that look at the clean logits
-PRECISIONS = ("float32", "bfloat16")  # of the inner attacks; nothing would notice if float16 overflowed there
 FIRST_ORDER, NEAREST = ("kl", "ce", "mart"), ("kl", "ce", "margin")  # those of each kind of term
 
 
@@ -66,8 +67,8 @@ class Term:
         steps, step_ratio: K inner steps of step_ratio * eps_i / K.
         start: standard deviation of Gaussian noise, or "random" for a uniform draw; kept inside the eps_i-ball.
         cap: largest eps_i, or None.
-        precision: "bfloat16" runs the inner attack's network in it, see `wdat.attacks.pgd.autocast`; gradients for
-            budgets, losses, projections and every sum stay in float32.
+        precision: "bfloat16" runs the inner attack's network in it, see `threats.precision.autocast`; gradients
+            for budgets, losses, projections and every sum stay in float32.
     """
 
     threat: Threat
@@ -93,8 +94,8 @@ class Term:
             raise ValueError(f'start={self.start!r} must be "random" or a standard deviation >= 0')
         if self.steps < 1 or self.weight < 0 or (self.cap is not None and self.cap <= 0):
             raise ValueError(f"steps={self.steps} must be >= 1, weight={self.weight} >= 0 and cap={self.cap} > 0")
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"precision={self.precision!r} must be one of {', '.join(PRECISIONS)}")
+        if self.precision not in TRAINING_PRECISIONS:
+            raise ValueError(f"precision={self.precision!r} must be one of {', '.join(TRAINING_PRECISIONS)}")
 
     @property
     def tracked(self) -> str | None:
