@@ -25,8 +25,8 @@ r = "inf"
 deltas = ["1/16", "2/16", "3/16"]  # W_2 radii of the evaluation
 base = {}  # recipe, settings of wdat.training.loop.Recipe
 variants = []  # [{"name": ..., settings that differ from base, "sweep": [{...}, ...]}], see wdat.studies.sweeps.expand
-ours = []  # proposed methods to compare ...
-controls = []  # ... with these baselines at equal clean accuracy
+proposed = []  # proposed methods to compare ...
+baselines = []  # ... with these baselines at equal clean accuracy
 seeds = [0, 1, 2]
 measure = {}  # further settings of wdat.studies.study.Sweep
 jobs = 0  # runs at the same time; 0: as many as cores and memory allow
@@ -66,7 +66,8 @@ half = interpolate(pretrained, tuned, 0.5)
 assert torch.allclose(half.weight, (pretrained.weight + tuned.weight) / 2)
 
 # %%
-sweep = Sweep(base, variants, seeds, [Threat(d, 2, r) for d in deltas], ours=ours, controls=controls, **measure)
+threats = [Threat(d, 2, r) for d in deltas]
+sweep = Sweep(base, variants, seeds, threats, proposed=proposed, baselines=baselines, **measure)
 if not from_records:
     print(sweeps.forecast(study.networks, study.train, sweep))
 record = study.record(

@@ -78,10 +78,10 @@ record = study.record(
 # is no bound beyond small δ.
 
 # %%
-figures.sandwich(record, norms[0])
+figures.bracket(record, norms[0])
 
 # %%
-figures.sandwich(record, norms[-1])
+figures.bracket(record, norms[-1])
 
 # %% [markdown]
 # **In numbers.** Columns: clean accuracy; W-PGD with ReDLR; optimal allocation (upper bound) with its 95 % band, on all

@@ -109,7 +109,7 @@ def test_two_classes_are_attacked_without_dlr(tiny_data):
 def test_upsilon_of_tiny_gradients_is_the_same_in_both_places(tiny_model, data):
     faint = Layer(tiny_model, after=lambda z: z * 1e-22)  # their squares underflow in float32
     threat = wdat.Threat(0.1, r=2)
-    row = wdat.evaluate(faint, data, [threat], losses=("ce",), exact=False, **QUICK)["sensitivity"][0]
+    row = wdat.evaluate(faint, data, [threat], losses=("ce",), optimal=False, **QUICK)["sensitivity"][0]
     own = wdat.upsilon(faint, data.x, data.y, threat, "ce").value
     assert own > 0 and row["value"] == pytest.approx(own, rel=1e-5)
 
@@ -184,9 +184,9 @@ def test_limits_of_an_evaluation(tiny_model, data):
     clean = found["clean"]["accuracy"]
     nothing, everything = found["attacks"]
     assert nothing["accuracy"] == clean and nothing["distance"] == 0
-    assert found["exact"][0]["threats"][0]["accuracy"] == clean and everything["distance"] <= 1
-    exact = found["exact"][0]["threats"][1]
-    assert exact["accuracy"] == found["exact"][0]["never_flipped"] and math.isfinite(exact["water_level"])
+    assert found["optimal"][0]["threats"][0]["accuracy"] == clean and everything["distance"] <= 1
+    exact = found["optimal"][0]["threats"][1]
+    assert exact["accuracy"] == found["optimal"][0]["never_flipped"] and math.isfinite(exact["water_level"])
 
 
 def test_all_images_wrong(tiny_model, tiny_data):
@@ -194,7 +194,7 @@ def test_all_images_wrong(tiny_model, tiny_data):
     y = (tiny_model(x).argmax(1) + 1) % 5
     found = wdat.evaluate(tiny_model, wdat.from_tensors(x, y), BALL, certified=8, curve=3, **QUICK)
     assert found["clean"]["accuracy"] == 0 and all(a["accuracy"] == 0 and not a["bounds"] for a in found["attacks"])
-    for kind in ("exact", "certified"):
+    for kind in ("optimal", "certified"):
         assert found[kind][0]["threats"][0]["accuracy"] == 0 and found[kind][0]["mean_distance"] == 0
     json.dumps(found, allow_nan=False)
 
@@ -205,9 +205,9 @@ def test_images_that_nothing_flips(tiny_model, data):
     share = float((data.y == 1).double().mean())
     with pytest.warns(UserWarning, match=f"{round(48 * share)} of 48 images were flipped by nothing"):
         found = wdat.evaluate(sure, data, [wdat.Threat(1)], losses=("ce",), orders=(1, 2, math.inf), curve=3, **QUICK)
-    assert 0 < share < 1 and found["exact"][0]["never_flipped"] == share
-    assert found["exact"][0]["threats"][0]["accuracy"] == pytest.approx(share)
-    assert all(curve["accuracy"] == pytest.approx([share] * 3) for curve in found["exact"][0]["curves"])
+    assert 0 < share < 1 and found["optimal"][0]["never_flipped"] == share
+    assert found["optimal"][0]["threats"][0]["accuracy"] == pytest.approx(share)
+    assert all(curve["accuracy"] == pytest.approx([share] * 3) for curve in found["optimal"][0]["curves"])
     json.dumps(found, allow_nan=False)
 
 
@@ -330,7 +330,7 @@ def test_the_command_evaluates_any_order_and_norm(p, norm, place, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len([line for line in lines if line.startswith("| net* |")]) == 2  # marked: the gradients say nothing
     assert any(line.startswith("| network | norm | p |") for line in lines)
-    assert all((place / f"results/net-{kind}-{norm}.png").is_file() for kind in ("sandwich", "curves"))
+    assert all((place / f"results/net-{kind}-{norm}.png").is_file() for kind in ("bracket", "curves"))
 
 
 def test_a_table_does_not_mix_orders(tiny_model, data, tmp_path):

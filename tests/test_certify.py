@@ -231,7 +231,7 @@ def test_intervals_certify_less_and_a_fine_search_more(r):
 
 @pytest.mark.parametrize("r", NORMS)
 def test_certified_radii_stay_below_the_distances_of_an_attack(r):
-    """So their allocations sandwich the distributional accuracy at every radius and order."""
+    """So their allocations bracket the distributional accuracy at every radius and order."""
     model = convolutional()
     x = images(60, SHAPE)
     y = labels(model, x)

@@ -57,7 +57,7 @@ def test_the_set_written_can_be_verified_by_others(place, capsys):
     assert float((saved["mass"] * moved**2).sum() ** 0.5) <= 1 / 16 * (1 + 1e-6)
     (network,) = json.loads((place / "results/net.json").read_text())["results"]["networks"]
     assert network["set"]["measured"] == pytest.approx(accuracy, abs=1e-12)
-    assert network["exact"][0]["threats"][0]["accuracy"] == pytest.approx(accuracy)
+    assert network["optimal"][0]["threats"][0]["accuracy"] == pytest.approx(accuracy)
     assert accuracy < network["clean"]["accuracy"]
     (line,) = [line for line in said.splitlines() if line.startswith("sets/one.pt")]
     assert f"claims {100 * accuracy:.2f} % correct" in line and f"measured: {100 * accuracy:.2f} %" in line

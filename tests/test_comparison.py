@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from wdat.accuracy.allocation import accuracy_curve
 from wdat.studies.comparison import (
-    BEST_OF_OURS,
+    BEST_PROPOSED,
     bootstrap_counts,
     equal_clean,
     frontier,
@@ -47,10 +47,11 @@ def test_frontier_joins_neighbours_and_disposes_freely():
 
 def test_a_method_equal_to_a_control_differs_by_nothing_and_a_farther_one_wins():
     d = some_distances(300)
-    runs = {"ours": [[[d, d], [d * 1.1, d * 1.1]]], "same": [[[d], [d * 1.1]]], "weaker": [[[d * 0.9], [d * 0.8]]]}
-    (row,) = equal_clean(runs, d, ["ours"], ["same", "weaker", "diverged"], [Threat(0.1)], offsets=(0.0,), draws=200)
+    runs = {"proposed": [[[d, d], [d * 1.1, d * 1.1]]], "same": [[[d], [d * 1.1]]], "weaker": [[[d * 0.9], [d * 0.8]]]}
+    others = ["same", "weaker", "diverged"]
+    (row,) = equal_clean(runs, d, ["proposed"], others, [Threat(0.1)], offsets=(0.0,), draws=200)
     assert row["clean"] == pytest.approx(float((d > 0).double().mean()))
-    same, weaker, best = (row["differences"][name] for name in ("same", "weaker", "best control"))
+    same, weaker, best = (row["differences"][name] for name in ("same", "weaker", "best baseline"))
     assert same == pytest.approx({"value": 0.0, "low": 0.0, "high": 0.0}, abs=1e-9) and best == pytest.approx(
         same, abs=1e-9
     )
@@ -62,11 +63,11 @@ def test_unreached_clean_accuracy_is_none_not_a_number():
     d = some_distances(100)
     low = torch.where(torch.arange(100) < 50, torch.zeros(()), d)
     (row,) = equal_clean(
-        {"ours": [[[d]]], "low": [[[low]]]}, d, ["ours"], ["low"], [Threat(0.1)], offsets=(0.0,), draws=50
+        {"proposed": [[[d]]], "low": [[[low]]]}, d, ["proposed"], ["low"], [Threat(0.1)], offsets=(0.0,), draws=50
     )
     assert row["accuracy"]["low"] is None and row["differences"]["low"]["value"] is None
-    with pytest.raises(ValueError, match="the runs are of ours"):
-        equal_clean({"ours": [[[d]]]}, d, ["ours"], ["low"], [Threat(0.1)])
+    with pytest.raises(ValueError, match="the runs are of proposed"):
+        equal_clean({"proposed": [[[d]]]}, d, ["proposed"], ["low"], [Threat(0.1)])
 
 
 def test_the_best_of_several_is_the_highest_at_that_clean_accuracy_on_both_sides():
@@ -74,15 +75,15 @@ def test_the_best_of_several_is_the_highest_at_that_clean_accuracy_on_both_sides
     low = torch.where(torch.arange(300) < 100, torch.zeros(()), 1.5 * d)  # far, at a clean accuracy not asked for
     runs = {"a": [[[d * 1.1]]], "b": [[[d * 1.3]]], "c": [[[low]]], "x": [[[d]]], "y": [[[d * 1.2]]]}
     rows = equal_clean(runs, d, ["a", "b", "c"], ["x", "y"], [Threat(0.1)], offsets=(0.0, -0.5), draws=50)
-    assert [(row["ours"], row["offset"]) for row in rows] == [
-        (name, offset) for offset in (0.0, -0.5) for name in ("a", "b", "c", BEST_OF_OURS)
+    assert [(row["proposed"], row["offset"]) for row in rows] == [
+        (name, offset) for offset in (0.0, -0.5) for name in ("a", "b", "c", BEST_PROPOSED)
     ]
-    here, there = ({row["ours"]: row for row in rows if row["offset"] == offset} for offset in (0.0, -0.5))
-    assert here[BEST_OF_OURS]["differences"] == here["b"]["differences"] and here["c"]["accuracy"]["c"] is None
-    assert here["a"]["differences"]["best control"] == here["a"]["differences"]["y"]
-    assert here["a"]["differences"]["best control"]["high"] < 0 < here["b"]["differences"]["best control"]["low"]
+    here, there = ({row["proposed"]: row for row in rows if row["offset"] == offset} for offset in (0.0, -0.5))
+    assert here[BEST_PROPOSED]["differences"] == here["b"]["differences"] and here["c"]["accuracy"]["c"] is None
+    assert here["a"]["differences"]["best baseline"] == here["a"]["differences"]["y"]
+    assert here["a"]["differences"]["best baseline"]["high"] < 0 < here["b"]["differences"]["best baseline"]["low"]
     robust = {name: float(accuracy_curve(paths[0][0][0], 0.1, 2.0)) for name, paths in runs.items()}
-    assert there[BEST_OF_OURS]["accuracy"][BEST_OF_OURS] == pytest.approx(max(robust[n] for n in "abc"))
+    assert there[BEST_PROPOSED]["accuracy"][BEST_PROPOSED] == pytest.approx(max(robust[n] for n in "abc"))
 
 
 def test_a_path_back_to_the_network_before_reaches_its_clean_accuracy_by_straight_lines():
@@ -90,11 +91,11 @@ def test_a_path_back_to_the_network_before_reaches_its_clean_accuracy_by_straigh
     low = torch.where(torch.arange(400) < 60, torch.zeros(()), 3 * d)
     alone, control = [[low]], [[[0.5 * d]]]
     for paths, expected in ([alone], None), ([alone, [[low], [d]]], 0.0):
-        runs = {"ours": paths, "control": control}
-        (row,) = equal_clean(runs, d, ["ours"], ["control"], [Threat(0.1)], offsets=(0.0,), draws=20)
-        assert (row["accuracy"]["ours"] is None) == (expected is None)
-    assert row["accuracy"]["ours"] == pytest.approx(float(accuracy_curve(d, 0.1, 2.0)))
+        runs = {"proposed": paths, "control": control}
+        (row,) = equal_clean(runs, d, ["proposed"], ["control"], [Threat(0.1)], offsets=(0.0,), draws=20)
+        assert (row["accuracy"]["proposed"] is None) == (expected is None)
+    assert row["accuracy"]["proposed"] == pytest.approx(float(accuracy_curve(d, 0.1, 2.0)))
     ends = [(float((x > 0).double().mean()), float(accuracy_curve(x, 0.1, 2.0))) for x in (d, low)]
     offset = (ends[1][0] - ends[0][0]) / 4
-    (row,) = equal_clean(runs, d, ["ours"], ["control"], [Threat(0.1)], offsets=(offset,), draws=20)
-    assert row["accuracy"]["ours"] == pytest.approx(0.75 * ends[0][1] + 0.25 * ends[1][1])
+    (row,) = equal_clean(runs, d, ["proposed"], ["control"], [Threat(0.1)], offsets=(offset,), draws=20)
+    assert row["accuracy"]["proposed"] == pytest.approx(0.75 * ends[0][1] + 0.25 * ends[1][1])

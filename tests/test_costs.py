@@ -122,7 +122,7 @@ def test_an_evaluation_makes_no_other_passes_than_its_parts():
     losses, threats = ("redlr", "ce"), (Threat(0.1, 2), Threat(0.2, 2), Threat(0.1, INF))
     with counting(model) as counts:
         found = evaluate(model, data, threats, losses=losses, steps=3, search={"steps": 4}, progress=False)
-    (exact,) = found["exact"]
+    (exact,) = found["optimal"]
     attacks = sum(row["passes"] for row in found["attacks"])
     assert sum(counts.values()) == round(N * (1 + len(losses) + attacks + exact["passes"]))
     assert all(row["passes"] == 2 * 3 + 1 for row in found["attacks"] if row["loss"] == "ce")

@@ -43,19 +43,19 @@ def test_numbers_are_those_of_the_pieces(tiny_model, data):
         threat = Threat(1, row["p"], row["r"])
         assert row["value"] == pytest.approx(upsilon(tiny_model, x, y, threat, row["loss"]).value, rel=1e-5)
     distance = minimal_distances(tiny_model, x, y, math.inf).distance
-    for row in found["exact"][0]["threats"]:
+    for row in found["optimal"][0]["threats"]:
         expected = float(accuracy_curve(distance, row["threat"]["delta"], row["threat"]["p"]))
         assert row["accuracy"] == pytest.approx(expected, abs=1e-6)
         assert row["band"][0] <= row["accuracy"] <= row["band"][1]
         mean = sum(v * int((y == int(c)).sum()) for c, v in row["per_class"].items()) / len(y)
         assert mean == pytest.approx(row["accuracy"])
-    for curve in found["exact"][0]["curves"]:
+    for curve in found["optimal"][0]["curves"]:
         assert curve["accuracy"][0] == pytest.approx(found["clean"]["accuracy"])
         assert all(a >= b for a, b in zip(curve["accuracy"], curve["accuracy"][1:], strict=False))
 
 
 def test_v0_and_w0_are_means_over_all_and_over_misclassified_images(tiny_model, data):
-    levels = evaluate(tiny_model, data, THREATS[:1], losses=("ce", "redlr"), steps=1, exact=False, progress=False)
+    levels = evaluate(tiny_model, data, THREATS[:1], losses=("ce", "redlr"), steps=1, optimal=False, progress=False)
     logits = tiny_model(data.x).detach()
     wrong = margin(logits, data.y) <= 0
     for name, loss in (("ce", ce), ("redlr", redlr)):
@@ -103,7 +103,7 @@ def test_an_evaluation_killed_in_any_part_resumes_and_ends_the_same(tiny_model, 
 
 def test_parts_add_up_to_the_attack_on_the_whole_set(tiny_model, data, monkeypatch):
     monkeypatch.setattr(cache, "PART", 16)
-    rows = evaluate(tiny_model, data, THREATS[1:], **EVERYTHING | {"exact": False, "certified": 0})["attacks"]
+    rows = evaluate(tiny_model, data, THREATS[1:], **EVERYTHING | {"optimal": False, "certified": 0})["attacks"]
     rows = {row["attack"]: row for row in rows}
     settings = dict(loss="redlr", steps=2, batch_size=16)
     own = attack(tiny_model, data.x, data.y, THREATS[2], **settings)
@@ -116,7 +116,7 @@ def test_parts_add_up_to_the_attack_on_the_whole_set(tiny_model, data, monkeypat
 
 
 def test_the_dual_attack_stands_beside_w_pgd(tiny_model, data):
-    found = evaluate(tiny_model, data, THREATS[:2], losses=("ce",), steps=10, dual=True, exact=False, progress=False)
+    found = evaluate(tiny_model, data, THREATS[:2], losses=("ce",), steps=10, dual=True, optimal=False, progress=False)
     v0 = found["clean"]["losses"]["ce"]["v0"]
     for row, pgd_row in zip(found["dual"], found["attacks"], strict=True):
         assert (
@@ -144,7 +144,7 @@ def test_distances_and_certificates_of_an_evaluation_are_not_computed_again(tiny
         and torch.equal(again.x, own.x)
         and again.gains == pytest.approx(own.gains)
     )
-    assert again.passes == pytest.approx(own.passes) and found["exact"][0]["passes"] == again.passes
+    assert again.passes == pytest.approx(own.passes) and found["optimal"][0]["passes"] == again.passes
     radii = certificates.certificates(tiny_model, data.take(20, seed=0), math.inf, state=state, progress=False)
     assert found["certified"][0]["mean_distance"] == pytest.approx(float(radii.mean()))
     with pytest.raises(AssertionError, match="computed again"):
@@ -171,7 +171,7 @@ def test_the_bar_counts_passes_and_ends_full(tiny_model, data, tmp_path):
 
 
 def test_a_state_of_other_weights_is_not_used(tiny_model, data, tmp_path):
-    settings = dict(losses=("redlr",), steps=1, exact=False, progress=False, state=tmp_path / "state")
+    settings = dict(losses=("redlr",), steps=1, optimal=False, progress=False, state=tmp_path / "state")
     evaluate(tiny_model, data, THREATS[:1], **settings)
     with torch.no_grad():
         for weight in tiny_model.parameters():
@@ -210,7 +210,7 @@ def test_bounds_are_none_where_undefined(data):
     x = data.x[:8].clone()
     x.view(8, -1)[:, -1] = data.y[:8] / 5
     found = evaluate(
-        Sure(), from_tensors(x, data.y[:8]), THREATS[:1], losses=("ce",), steps=1, exact=False, batch_size=8,
+        Sure(), from_tensors(x, data.y[:8]), THREATS[:1], losses=("ce",), steps=1, optimal=False, batch_size=8,
         progress=False,
     )  # fmt: skip
     assert found["clean"]["accuracy"] == 1 and found["clean"]["losses"]["ce"]["w0"] is None
@@ -226,7 +226,7 @@ def test_no_threat_is_refused(tiny_model, data, threats, match):
 @pytest.mark.parametrize(
     "settings, match",
     [
-        ({"exact": False}, "exact=False"), ({"sets": [(Threat("1/64", 2, 2), None)]}, "pixel norm 2"),
+        ({"optimal": False}, "optimal=False"), ({"sets": [(Threat("1/64", 2, 2), None)]}, "pixel norm 2"),
         ({"steps": 0}, "steps=0"), ({"steps": 2.5}, "steps is 2.5; expected a whole number"),
         ({"orders": [0.5]}, "order p=0.5"), ({"curve": "many"}, "curve is 'many'"),
         ({"batch_size": 0}, "batch_size=0"), ({"certified_minutes": -1}, "certified_minutes=-1"),
@@ -256,7 +256,7 @@ def test_a_distribution_handed_out_is_what_its_file_says(tiny_model, data, tmp_p
     assert row["measured_cost"] == pytest.approx(float((mass * moved**2).sum() ** 0.5))
     assert row["measured_cost"] <= threat.delta * (1 + 1e-6) and row["in_box"]
     found = evaluate(tiny_model, data, [threat], losses=("ce",), steps=1, batch_size=16, progress=False)
-    assert found["exact"][0]["threats"][0]["accuracy"] == row["claimed"] < found["attacks"][0]["accuracy"]
+    assert found["optimal"][0]["threats"][0]["accuracy"] == row["claimed"] < found["attacks"][0]["accuracy"]
     threat = Threat("1/64", math.inf)
     whole = evaluation.adversary(tiny_model, data, threat, batch_size=16, progress=False)
     assert whole["measured_cost"] <= threat.delta and whole["measured"] == pytest.approx(whole["claimed"])

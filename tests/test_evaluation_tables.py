@@ -1,4 +1,4 @@
-"""Tables and figures of an evaluation's record: ranks, failing bounds, probes, and everything the sandwich can show."""
+"""Tables and figures of an evaluation's record: ranks, failing bounds, probes, and everything the bracket can show."""
 
 import pytest
 
@@ -27,7 +27,7 @@ def network(name: str, two: list[float], inf: list[float], r_l: list[float], **e
         for t, b in zip(threats, bounds, strict=True)
     ]
     exact = {"r": "inf", "n": 10, "threats": rows, "curves": curves, "mean_distance": 0.1}
-    return {"network": name, "clean": {"accuracy": CLEAN}, "attacks": attacks, "exact": [exact], **extra}
+    return {"network": name, "clean": {"accuracy": CLEAN}, "attacks": attacks, "optimal": [exact], **extra}
 
 
 def written(tmp_path, *networks: dict):
@@ -69,7 +69,7 @@ def test_the_dual_attack_is_compared_with_the_best_iterate_of_w_pgd(tmp_path):
         attack["highest_loss"] = 1.25 if attack["loss"] == "ce" else 99.0
     own["dual"] = [
         {"threat": row["threat"], "loss_value": value, "estimate": 2.0, "accuracy": 0.5}
-        for row, value in zip(own["exact"][0]["threats"], (1.5, 1.0), strict=True)
+        for row, value in zip(own["optimal"][0]["threats"], (1.5, 1.0), strict=True)
     ]
     rows = tables.dual(written(tmp_path, own)).frame.to_dict("records")
     assert [(row["V(0)"], row["W-PGD"], row["dual attack"]) for row in rows] == [
@@ -85,11 +85,11 @@ def test_probes_are_added_up(tmp_path):
 
 
 @pytest.mark.parametrize("count", [1, 4])
-def test_the_sandwich_shows_everything_the_record_has_and_its_legend_fits(tmp_path, count):
+def test_the_bracket_shows_everything_the_record_has_and_its_legend_fits(tmp_path, count):
     auto = [{"threat": Threat("1/16", "inf").describe(), "accuracy": 0.5, "n": 4}]
     own = network("net", [0.6, 0.4], [0.6, 0.4], [0.5, 0.2], autoattack=auto)
-    own["certified"] = [{**own["exact"][0], "n": 4}]
-    figure = figures.sandwich(written(tmp_path, *[own | {"network": f"net{k}"} for k in range(count)]))
+    own["certified"] = [{**own["optimal"][0], "n": 4}]
+    figure = figures.bracket(written(tmp_path, *[own | {"network": f"net{k}"} for k in range(count)]))
     figure.canvas.draw()
     (legend,) = figure.legends
     shown = {text.get_text() for text in legend.get_texts()}

@@ -42,7 +42,7 @@ def test_every_notebook_leaves_a_record_with_its_origin(smoke):
     [
         "01_attack_derivation-slope", "01_attack_derivation-images", "01_attack_derivation-losses", "02_sensitivity",
         "02_upsilon_rules", "03_finetuning-variants", "03_finetuning-histories", "04_five_networks", "05_bounds",
-        "06_how_robust-sandwich-linf", "06_how_robust-sandwich-l2", "06_how_robust-curves-linf",
+        "06_how_robust-bracket-linf", "06_how_robust-bracket-l2", "06_how_robust-curves-linf",
         "06_how_robust-ranks-linf", "11_randomised-l2", "11_randomised-linf",
     ],
 )  # fmt: skip
@@ -114,7 +114,7 @@ def test_a_second_run_redoes_nothing_and_numbers_can_be_written(smoke):
 def test_the_published_attack_is_never_below_the_exact_allocation_by_more_than_the_search_misses(smoke):
     """Identity 16 on the smoke networks: exact <= W-PGD <= clean, up to one image for the three-step search."""
     for network in records.read(smoke / "figures/smoke/06_how_robust.json")["results"]["networks"]:
-        for exact in network["exact"]:
+        for exact in network["optimal"]:
             for row in exact["threats"]:
                 attacks = [
                     a["accuracy"] for a in network["attacks"] if a["attack"] == "w-pgd" and a["threat"] == row["threat"]
@@ -133,4 +133,4 @@ def test_no_certificate_is_refuted(smoke):
     for network in records.read(smoke / "figures/smoke/06_how_robust.json")["results"]["networks"]:
         for certified in network["certified"]:
             assert certified["violations"] == 0 and certified["n"] == 8
-            assert all(row["accuracy"] <= row["exact"] + 1e-9 for row in certified["threats"])
+            assert all(row["accuracy"] <= row["optimal"] + 1e-9 for row in certified["threats"])

@@ -85,7 +85,7 @@ def test_no_attack_is_below_the_curve(name, r):
     found = quiet(
         evaluate, model, data, threats, losses=losses, steps=5, budget_attack=True, dual=True, search={"steps": 4}
     )
-    curve = {(t["threat"]["delta"], t["threat"]["p"]): t["accuracy"] for t in found["exact"][0]["threats"]}
+    curve = {(t["threat"]["delta"], t["threat"]["p"]): t["accuracy"] for t in found["optimal"][0]["threats"]}
     for row in (*found["attacks"], *found["dual"]):
         assert curve[row["threat"]["delta"], row["threat"]["p"]] <= row["accuracy"]
         assert row["distance"] <= row["threat"]["delta"]
@@ -100,7 +100,7 @@ def test_autoattack_is_joined_and_its_images_lie_inside(name):
     settings = dict(losses=("ce",), steps=3, search={"steps": 3}, autoattacked=8, batch_size=16)
     found = quiet(evaluate, model, data, threats, **settings)
     for row in found["autoattack"]:
-        assert row["n"] == 8 and row["exact"] <= row["accuracy"]
+        assert row["n"] == 8 and row["optimal"] <= row["accuracy"]
     part = data.take(8, seed=0)
     for r, delta in ((INF, 0.05), (2.0, 0.5)):
         with warnings.catch_warnings():
@@ -138,7 +138,7 @@ def test_the_set_handed_out_is_the_joined_one_and_measures_what_it_claims(r, tmp
         threat = Threat(0.125 if r == INF else 1.0, 2, r)
         row = quiet(adversary, model, data, threat, {"steps": 2}, path=tmp_path / "set.pt")
         found = quiet(evaluate, model, data, [threat], search={"steps": 2})
-        assert row["claimed"] == found["exact"][0]["threats"][0]["accuracy"]
+        assert row["claimed"] == found["optimal"][0]["threats"][0]["accuracy"]
         assert row["measured"] == pytest.approx(row["claimed"], abs=1e-12) and row["in_box"]
         assert row["measured_cost"] <= threat.delta * (1 + 1e-6)
 
@@ -167,10 +167,10 @@ def test_quantised_pixels_no_longer_look_robust():
     threat = Threat(0.5, INF)
     with pytest.warns(UserWarning, match="zero gradients"):
         found = evaluate(model, data, [threat], steps=5, autoattacked=40, progress=False)
-    (row,), (auto,) = found["exact"][0]["threats"], found["autoattack"]
-    assert row["accuracy"] <= auto["accuracy"] <= 0.05 and row["accuracy"] == auto["exact"]
+    (row,), (auto,) = found["optimal"][0]["threats"], found["autoattack"]
+    assert row["accuracy"] <= auto["accuracy"] <= 0.05 and row["accuracy"] == auto["optimal"]
     right = round(40 * found["clean"]["accuracy"])
-    assert found["clean"]["zero_gradients"] == found["exact"][0]["silent"] == right
+    assert found["clean"]["zero_gradients"] == found["optimal"][0]["silent"] == right
     assert any(f"{right} of {right} correctly classified images have gradients that say nothing" in s
                for s in found["findings"])  # fmt: skip
     plain = evaluate(*case("plain", 40), [threat], steps=5, search={"steps": 15}, progress=False)
@@ -181,7 +181,7 @@ def test_saturation_no_longer_hides_what_an_attack_finds():
     """tanh(100 z), p = inf, delta = 1/8: the attack left 0.15 of the images, the curve of the same record 0.85."""
     model, data = case("saturated", 40)
     found = quiet(evaluate, model, data, [Threat("1/8", INF)], losses=("ce", "dlr"))
-    (row,) = found["exact"][0]["threats"]
+    (row,) = found["optimal"][0]["threats"]
     attacked = min(a["accuracy"] for a in found["attacks"])
     assert row["accuracy"] <= attacked <= 0.3
     own = pgd(model, data.x, data.y, 1 / 8, loss="dlr")
@@ -207,5 +207,5 @@ def test_what_nothing_flips_is_said():
     with pytest.warns(UserWarning, match="flipped by nothing"):
         found = evaluate(model, data, [Threat(0.1)], losses=("ce",), steps=1, progress=False)
     never = int((data.y == 0).sum())
-    assert found["exact"][0]["never_flipped"] == never / len(data)
+    assert found["optimal"][0]["never_flipped"] == never / len(data)
     assert any(f"{never} of {len(data)} images were flipped by nothing" in said for said in found["findings"])

@@ -303,7 +303,7 @@ def test_bad_input_is_a_sentence(tiny_model, tiny_data):
 
 @pytest.mark.parametrize("r", NORMS)
 def test_below_the_authors_attack_on_a_real_network(shared, png_test, r):
-    """resnet2b, 300 images: the exact allocation lies below W-PGD at every radius, at a fraction of its passes."""
+    """resnet2b, 300 images: the optimal allocation lies below W-PGD at every radius, at a fraction of its passes."""
     model = third_party("resnet2b", shared)
     x, y = png_test[0][:300], png_test[1][:300]
     found = minimal_distances(model, x, y, r)

@@ -33,7 +33,7 @@ def test_variants_expand_to_settings_of_the_recipe_and_of_its_objective():
 
 
 def one(clean: float, near: float, exact: float) -> study.Measured:
-    validation = {"clean": clean, "pointwise": {"d": near}, "exact": {"t": exact}}
+    validation = {"clean": clean, "pointwise": {"d": near}, "optimal": {"t": exact}}
     return study.Measured({"validation": validation}, torch.ones(1))
 
 
@@ -69,25 +69,26 @@ def test_the_study_measures_chooses_compares_and_resumes(digits, tmp_path):
         base={"objective": {"kind": "plain"}, "epochs": 1, "lr": 0.01},
         variants=[
             {"name": "plain"},
-            {"name": "ours", "objective": {"kind": "w-trades", "steps": 2}, "sweep": [{"delta": 0.02}, {"delta": 0.1}]},
+            {"name": "proposed", "objective": {"kind": "w-trades", "steps": 2},
+             "sweep": [{"delta": 0.02}, {"delta": 0.1}]},
             {"name": "wild", "lr": 1e30},
         ],
-        seeds=[0, 1], threats=[Threat("1/16"), Threat("2/16")], ours=["ours"], controls=["plain"],
+        seeds=[0, 1], threats=[Threat("1/16"), Threat("2/16")], proposed=["proposed"], baselines=["plain"],
         pointwise=["1/16"], steps=2, search={"steps": 3}, draws=30,
     )  # fmt: skip
     found = sweeps.finetuning(models, train, test, sweep, tmp_path, progress=False)
     assert [(r["variant"], r["seed"]) for r in found["runs"]] == [("before", None)] + [
-        (v, s) for v in ("plain", "ours (delta 0.02)", "ours (delta 0.1)") for s in (0, 1)
+        (v, s) for v in ("plain", "proposed (delta 0.02)", "proposed (delta 0.1)") for s in (0, 1)
     ]
     assert {(d["variant"], d["seed"]) for d in found["diverged"]} == {("wild", 0), ("wild", 1)}
     chosen = {c["method"]: c["variant"] for c in found["chosen"]}
-    assert chosen["plain"] == "plain" and chosen["ours"].startswith("ours (") and "wild" not in chosen
+    assert chosen["plain"] == "plain" and chosen["proposed"].startswith("proposed (") and "wild" not in chosen
     for row in found["runs"]:
         assert ("w_pgd" in row["after"]) == (row["variant"] in ("before", *chosen.values()))
-        assert row["after"]["exact"]["2/16"] <= row["after"]["exact"]["1/16"] <= row["after"]["clean"]
+        assert row["after"]["optimal"]["2/16"] <= row["after"]["optimal"]["1/16"] <= row["after"]["clean"]
         if "w_pgd" in row["after"]:
-            assert row["after"]["exact"]["2/16"] <= row["after"]["w_pgd"]["2/16"] + 1e-9
-    assert {(c["ours"], c["delta"]) for c in found["comparison"]} == {("ours", "1/16"), ("ours", "2/16")}
+            assert row["after"]["optimal"]["2/16"] <= row["after"]["w_pgd"]["2/16"] + 1e-9
+    assert {(c["proposed"], c["delta"]) for c in found["comparison"]} == {("proposed", "1/16"), ("proposed", "2/16")}
     assert sweeps.finetuning(models, train, test, sweep, tmp_path, progress=False) == found
     apart = sweeps.finetuning(models, train, test, sweep, tmp_path / "apart", jobs=3, progress=False)
     assert json.dumps(apart) == json.dumps(found)
@@ -99,15 +100,15 @@ def test_networks_on_the_way_are_further_settings_of_a_method(digits, tmp_path, 
     models, train, test = digits
     sweep = Sweep(
         base={"objective": {"kind": "plain"}, "epochs": 1, "lr": 0.01},
-        variants=[{"name": "plain"}, {"name": "ours", "objective": {"kind": "w-trades", "delta": 0.1, "steps": 2}}],
-        seeds=[0], threats=[Threat("1/16")], ours=["ours"], controls=["plain"], pointwise=["1/16"], steps=2,
+        variants=[{"name": "plain"}, {"name": "proposed", "objective": {"kind": "w-trades", "delta": 0.1, "steps": 2}}],
+        seeds=[0], threats=[Threat("1/16")], proposed=["proposed"], baselines=["plain"], pointwise=["1/16"], steps=2,
         search={"steps": 3}, draws=30, shares=[0.0, 0.5], autoattacked=["1/16"], autoattack_all=True,
     )  # fmt: skip
     found = sweeps.finetuning(models, train, test, sweep, tmp_path, progress=False)
     runs = {(run["method"], run.get("share")): run for run in found["runs"]}
-    assert set(runs) == {("before", None), *((m, s) for m in ("plain", "ours") for s in (None, 0.0, 0.5))}
-    assert runs["ours", 0.5]["variant"] == "ours, 0.5 of the way" and runs["ours", 0.5]["of"] == "ours"
-    for method in ("plain", "ours"):
+    assert set(runs) == {("before", None), *((m, s) for m in ("plain", "proposed") for s in (None, 0.0, 0.5))}
+    assert runs["proposed", 0.5]["variant"] == "proposed, 0.5 of the way" and runs["proposed", 0.5]["of"] == "proposed"
+    for method in ("plain", "proposed"):
         assert runs[method, 0.0]["validation"] == runs["before", None]["validation"]
         assert runs[method, None]["history"] and not runs[method, 0.5]["history"]
         assert "autoattack" in runs[method, None]["after"]
@@ -117,7 +118,7 @@ def test_networks_on_the_way_are_further_settings_of_a_method(digits, tmp_path, 
         assert run["after"].get("autoattack_n", len(test)) == len(test)
         assert ("autoattack" in run["after"]) == ("autoattack_n" in run["after"])
     (row,) = (row for row in found["comparison"] if row["offset"] == 0)
-    assert row["accuracy"]["ours"] >= runs["before", None]["after"]["exact"]["1/16"] - 1e-9
+    assert row["accuracy"]["proposed"] >= runs["before", None]["after"]["optimal"]["1/16"] - 1e-9
     drawn = chosen_runs(found)
     assert all(run["before"] or len(run["history"]) == 1 for run in drawn) and len(drawn) == 3
 

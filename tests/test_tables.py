@@ -40,7 +40,7 @@ def values(text):
 
 def run(network, variant, seed, clean, exact, upsilon=1.0):
     after = {
-        "clean": clean, "exact": dict(zip(RADII, exact, strict=True)), "w_pgd": dict.fromkeys(RADII, 0.5),
+        "clean": clean, "optimal": dict(zip(RADII, exact, strict=True)), "w_pgd": dict.fromkeys(RADII, 0.5),
         "pointwise": {"1/16": 0.6}, "autoattack": {}, "worst_class": min(exact), "upsilon": upsilon,
     }  # fmt: skip
     own = {"network": network, "variant": variant, "method": variant, "seed": seed, "before": seed is None,
@@ -55,7 +55,7 @@ def finetuning(runs):
     pairs = dict.fromkeys((r["network"], r["variant"]) for r in runs if not r["before"])
     chosen = [{"network": n, "method": v, "variant": v, "kept": v != "bold"} for n, v in pairs]
     return {"n_train": 90, "n_validation": 10, "n_test": 50, "threats": threats, "runs": runs, "chosen": chosen,
-            "diverged": [], "comparison": [], "ours": [], "controls": []}  # fmt: skip
+            "diverged": [], "comparison": [], "proposed": [], "baselines": []}  # fmt: skip
 
 
 RUNS = [
@@ -104,25 +104,25 @@ def test_gains_are_means_over_networks_of_means_over_seeds(tmp_path):
     write(tmp_path / "04.json", "finetuning", finetuning(RUNS))
     found = numbers.numbers(tmp_path)
     own = {key.removeprefix("04."): text for key, text in found.items()}
-    assert own["a.safe.exact.middle"] == "44.0 ± 1.4" and own["a.before.exact.middle"] == "40.0"
-    assert own["safe.exact.middle.gain.mean"] == "+1.0"  # +4 on a, -2 on b
-    assert (own["safe.exact.middle.gain.low"], own["safe.exact.middle.gain.low.of"]) == ("−2.0", "b")
-    assert own["safe.exact.middle.improved"] == "1 of 2" and own["bold.exact.middle.improved"] == "2 of 2"
-    assert own["bold.exact.small.best"] == "2 of 2" and own["safe.exact.small.best"] == "1 of 2"  # a tie on b
-    assert (own["best.exact.middle"], own["best.exact.middle.clean"]) == ("bold", "75.0")
-    assert (own["kept.exact.middle"], own["kept.exact.middle.gain"]) == (
+    assert own["a.safe.optimal.middle"] == "44.0 ± 1.4" and own["a.before.optimal.middle"] == "40.0"
+    assert own["safe.optimal.middle.gain.mean"] == "+1.0"  # +4 on a, -2 on b
+    assert (own["safe.optimal.middle.gain.low"], own["safe.optimal.middle.gain.low.of"]) == ("−2.0", "b")
+    assert own["safe.optimal.middle.improved"] == "1 of 2" and own["bold.optimal.middle.improved"] == "2 of 2"
+    assert own["bold.optimal.small.best"] == "2 of 2" and own["safe.optimal.small.best"] == "1 of 2"  # a tie on b
+    assert (own["best.optimal.middle"], own["best.optimal.middle.clean"]) == ("bold", "75.0")
+    assert (own["kept.optimal.middle"], own["kept.optimal.middle.gain"]) == (
         "safe",
         "+1.0",
     )  # bold costs 10 points of clean
     assert own["safe.upsilon-ratio"] == "0.75" and own["safe.passes"] == "36" and own["safe.norm_ratio"] == "0.5"
     assert (own["seeds"], own["networks"], own["variants"], own["runs"]) == ("2", "2", "2", "8")
-    assert [own[f"exact.{place}.delta"] for place in ("small", "middle", "large")] == list(RADII)
+    assert [own[f"optimal.{place}.delta"] for place in ("small", "middle", "large")] == list(RADII)
 
 
 def test_without_a_variant_that_keeps_clean_accuracy_before_is_kept(tmp_path):
     write(tmp_path / "04.json", "finetuning", finetuning([r for r in RUNS if r["variant"] != "safe"]))
     found = numbers.numbers(tmp_path)
-    assert found["04.kept.exact.middle"] == "before" and found["04.kept.exact.middle.gain"] == "+0.0"
+    assert found["04.kept.optimal.middle"] == "before" and found["04.kept.optimal.middle.gain"] == "+0.0"
 
 
 @settings(deadline=None, max_examples=25, derandomize=True)
@@ -136,9 +136,9 @@ def test_numbers_agree_with_the_runs_they_come_from(tmp_path_factory, rows):
     write(folder / "04.json", "finetuning", finetuning(runs))
     found = numbers.numbers(folder)
     gains = [(after - before) / 10 for before, after, _ in rows]
-    assert values(found["04.v.exact.large.gain.mean"]) == pytest.approx(np.mean(gains), abs=0.0501)
-    assert values(found["04.v.exact.large.gain.high"]) == pytest.approx(max(gains))
-    assert found["04.v.exact.large.improved"] == f"{sum(g > 0 for g in gains)} of {len(gains)}"
+    assert values(found["04.v.optimal.large.gain.mean"]) == pytest.approx(np.mean(gains), abs=0.0501)
+    assert values(found["04.v.optimal.large.gain.high"]) == pytest.approx(max(gains))
+    assert found["04.v.optimal.large.improved"] == f"{sum(g > 0 for g in gains)} of {len(gains)}"
     assert values(found["04.v.clean.gain.mean"]) == 0
 
 
@@ -166,16 +166,16 @@ def test_only_the_chosen_setting_of_a_method_is_in_the_table_and_the_numbers(tmp
     assert tables.finetuning(path).frame["method"].tolist() == ["pre-trained", "m"]
     assert tables.attacked(path).frame["setting"].tolist() == ["–", "(delta 1)"]
     found = numbers.numbers(tmp_path)
-    assert found["04.best.exact.middle.mean"] == "50.0" and found["04.runs"] == "2" and found["04.variants"] == "1"
+    assert found["04.best.optimal.middle.mean"] == "50.0" and found["04.runs"] == "2" and found["04.variants"] == "1"
 
 
 def test_differences_at_equal_clean_accuracy_are_counted_and_tabulated(tmp_path):
     def row(network, offset, value, low, high):
         best = {"value": value, "low": low, "high": high}
-        return {"network": network, "ours": "m", "delta": "2/16", "offset": offset, "clean": 0.8,
-                "differences": {"best control": best}}  # fmt: skip
+        return {"network": network, "proposed": "m", "delta": "2/16", "offset": offset, "clean": 0.8,
+                "differences": {"best baseline": best}}  # fmt: skip
 
-    results = finetuning(RUNS) | {"ours": ["m"], "controls": ["plain"]}
+    results = finetuning(RUNS) | {"proposed": ["m"], "baselines": ["plain"]}
     results["comparison"] = [
         row("a", -0.01, 0.02, 0.01, 0.03), row("b", -0.01, 0.01, -0.01, 0.03),
         row("a", 0.0, 0.03, 0.01, 0.05), row("b", 0.0, -0.02, -0.03, -0.01), row("c", 0.0, None, None, None),
@@ -193,9 +193,9 @@ def test_differences_at_equal_clean_accuracy_are_counted_and_tabulated(tmp_path)
 
 def test_the_rows_of_the_best_proposed_method_are_put_apart(tmp_path):
     best = {"value": 0.02, "low": 0.01, "high": 0.03}
-    rows = [{"network": "a", "ours": name, "delta": "2/16", "offset": -0.01, "clean": 0.8,
-             "differences": {"best control": best}} for name in ("m", "n", "the best of ours")]  # fmt: skip
-    results = finetuning(RUNS) | {"ours": ["m", "n"], "controls": ["plain"], "comparison": rows}
+    rows = [{"network": "a", "proposed": name, "delta": "2/16", "offset": -0.01, "clean": 0.8,
+             "differences": {"best baseline": best}} for name in ("m", "n", "best proposed")]  # fmt: skip
+    results = finetuning(RUNS) | {"proposed": ["m", "n"], "baselines": ["plain"], "comparison": rows}
     path = write(tmp_path / "04.json", "finetuning", results)
     assert tables.compared(path).frame["method"].tolist() == ["m", "n", "best proposed"]
     tables.best_proposed(path)
@@ -206,14 +206,14 @@ def test_the_rows_of_the_best_proposed_method_are_put_apart(tmp_path):
 def test_every_method_has_its_difference_to_the_best_baseline_and_one_of_them_wins(tmp_path):
     """By hand: m is 2 points above the better baseline, n did not get there, plain is 3 below PGD-AT."""
     rows = []
-    for name, accuracy, value in (("m", 0.42, 0.02), ("n", None, None), ("the best of ours", 0.42, 0.02)):
+    for name, accuracy, value in (("m", 0.42, 0.02), ("n", None, None), ("best proposed", 0.42, 0.02)):
         best = {"value": value, "low": value and value - 0.01, "high": value and value + 0.01}
         rows.append({
-            "network": "a", "ours": name, "delta": "2/16", "offset": -0.01, "clean": 0.8,
-            "accuracy": {name: accuracy, "plain": 0.37, "PGD-AT": 0.40, "best control": 0.40},
-            "differences": {"best control": best},
+            "network": "a", "proposed": name, "delta": "2/16", "offset": -0.01, "clean": 0.8,
+            "accuracy": {name: accuracy, "plain": 0.37, "PGD-AT": 0.40, "best baseline": 0.40},
+            "differences": {"best baseline": best},
         })  # fmt: skip
-    results = finetuning(RUNS) | {"ours": ["m", "n"], "controls": ["plain", "PGD-AT"], "comparison": rows}
+    results = finetuning(RUNS) | {"proposed": ["m", "n"], "baselines": ["plain", "PGD-AT"], "comparison": rows}
     found = {row["method"]: row for row in equal_rows(results, -0.01)}
     assert list(found) == ["m", "plain", "PGD-AT", "n"]
     assert found["plain"]["value"] == pytest.approx(-0.03) and found["PGD-AT"]["value"] == 0
@@ -248,7 +248,7 @@ def evaluated(network, clean, exact, attacked, certified, bound, curves, r="inf"
         return {"r": r, "threats": rows, "curves": lines, "passes": 15.0, "gain": 0.001}
 
     return {
-        "network": network, "clean": {"accuracy": clean}, "attacks": attacks, "exact": [allocation(exact)],
+        "network": network, "clean": {"accuracy": clean}, "attacks": attacks, "optimal": [allocation(exact)],
         "certified": [allocation(certified)],
     }  # fmt: skip
 
@@ -267,7 +267,7 @@ def test_gaps_failed_bounds_and_ranks(tmp_path):
     assert (found["linf.gap.high"], found["linf.gap.high.of"]) == ("20.0", "one at 3/16")
     assert found["linf.above-w-pgd"] == "1 of 6"
     assert found["linf.open.mean"] == "13.3" and found["linf.band"] == "2.0"
-    assert found["linf.small.exact.mean"] == "55.0" and found["linf.large.w-pgd.mean"] == "25.0"
+    assert found["linf.small.optimal.mean"] == "55.0" and found["linf.large.w-pgd.mean"] == "25.0"
     assert found["linf.small.same.mean"] == "55.0" and found["certified-n"] == ""  # of all images: nothing to say
     assert found["linf.middle.certified.low"] == "10.0" and found["linf.middle.delta"] == "2/16"
     # R~^l = 0.5 lies above A/clean at 2/16 and 3/16 for the first network, 0.1 nowhere for the second
@@ -281,7 +281,7 @@ def test_the_table_of_an_evaluation_agrees_with_the_numbers(tmp_path):
     path = write(tmp_path / "06.json", "evaluation", {"n": 50, "networks": NETWORKS})
     frame, found = tables.evaluation(path).frame, numbers.numbers(tmp_path)
     frame = frame[frame["δ"] == "3/16"]
-    for column, key in (("optimal (upper bound)", "exact"), ("W-PGD", "w-pgd")):
+    for column, key in (("optimal (upper bound)", "optimal"), ("W-PGD", "w-pgd")):
         assert frame[column].astype(float).mean() == pytest.approx(values(found[f"06.linf.large.{key}.mean"]))
     row = frame[frame["network"] == "two"].iloc[0]
     assert row["95 %"] == "8.0–12.0" and row["bracket (n = 50)"] == "0.0–10.0"
@@ -291,16 +291,16 @@ def test_what_was_measured_on_part_of_the_images_says_of_how_many(tmp_path):
     """AutoAttack and certificates of other numbers of images: beside them what the same images leave otherwise."""
     one, two = (dict(network) for network in NETWORKS)
     ball = threat("2/16", "inf") | {"p": "inf"}
-    one["exact"] = [
-        one["exact"][0] | {"threats": [*one["exact"][0]["threats"], one["exact"][0]["threats"][1] | {"threat": ball}]}
+    one["optimal"] = [
+        first | {"threats": [*first["threats"], first["threats"][1] | {"threat": ball}]} for first in one["optimal"][:1]
     ]
     one["attacks"] = [*one["attacks"], one["attacks"][0] | {"attack": "pgd", "threat": ball, "accuracy": 0.5}]
     proved = [
-        row | {"exact": row["accuracy"] + 0.1}
+        row | {"optimal": row["accuracy"] + 0.1}
         for row in [*one["certified"][0]["threats"], one["certified"][0]["threats"][1]]
     ]
     one["certified"] = [one["certified"][0] | {"n": 8, "threats": proved}]
-    one["autoattack"] = [{"threat": ball, "n": 16, "accuracy": 0.55, "exact": 0.54}]
+    one["autoattack"] = [{"threat": ball, "n": 16, "accuracy": 0.55, "optimal": 0.54}]
     frame = tables.evaluation(write(tmp_path / "06.json", "evaluation", {"n": 50, "networks": [one, two]})).frame
     assert frame["AutoAttack (n = 16)"].tolist() == ["–"] * 3 + ["55.0 (54.0)"] + ["–"] * 3
     assert frame["bracket (n = 8)"].tolist()[:2] == ["50.0–60.0", "20.0–30.0"]
@@ -437,7 +437,7 @@ def test_the_text_reads_numbers_and_stops_at_one_that_does_not_exist(tmp_path, f
     definitions = source[source.index(r"\newcommand{\profile}") : source.index(r"\newcommand{\drawing}")]
     folder = tmp_path if flat else tmp_path / "paper"
     folder.mkdir(exist_ok=True)
-    for key, stops in (("04.bold.exact.middle.gain.mean", False), ("04.bald", True)):
+    for key, stops in (("04.bold.optimal.middle.gain.mean", False), ("04.bald", True)):
         text = rf"\typeout{{NUMBER \csname wdat@digits/{key}\endcsname}}\wdat{{{key}}}"
         body = "\\documentclass{article}\n" + definitions + "\\begin{document}" + text + "\\end{document}\n"
         (folder / "t.tex").write_text(body)

@@ -278,7 +278,7 @@ class Pairs(torch.utils.data.Dataset):
 )  # fmt: skip
 @pytest.mark.parametrize("threats", [BALL, str(BALL), [str(BALL)], (BALL,)], ids=type)
 def test_data_and_threats_as_they_come(data, threats):
-    quick = {"steps": 2, "losses": ("ce",), "exact": False, "progress": False}
+    quick = {"steps": 2, "losses": ("ce",), "optimal": False, "progress": False}
     found = wdat.evaluate(NET, data(), threats, **quick)
     named = found["clean"]["per_class"].keys() == set("abcd")
     assert named == isinstance(data(), Pairs | torch.utils.data.DataLoader | torch.utils.data.Subset)
@@ -417,7 +417,7 @@ def test_two_and_three_classes_are_evaluated_by_autoattack(classes):
         net[-1].bias.copy_(NET[-1].bias[:classes])
         y = net(X).argmax(1)
     data, threat = (X, y), wdat.Threat("1/4", "inf")
-    quick = {"steps": 2, "losses": ("ce",), "exact": False, "progress": False}
+    quick = {"steps": 2, "losses": ("ce",), "optimal": False, "progress": False}
     found = wdat.evaluate(net, data, threat, autoattacked=2, **quick)["autoattack"][0]
     assert found["version"] == ", ".join(suite("standard", None, classes)[1]) and found["accuracy"] == 0
     counted = []

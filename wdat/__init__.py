@@ -1,4 +1,4 @@
-"""Wasserstein distributional robustness of neural networks: attacks, sensitivity, exact accuracy, fine-tuning.
+"""Wasserstein distributional robustness of neural networks: attacks, sensitivity, optimal allocation, certificates.
 
 The names below are the whole front door; each lives in the module named beside it and is imported on first use.
 """

@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
     )  # fmt: skip
     table = tables.evaluation(record)
     print(table.markdown())
-    figures.sandwich(record, r, p)
+    figures.bracket(record, r, p)
     figures.curves(record, r)
     print(f"record and figures: {out}/{name}.json, .pdf, .png")
     size = prune(shared["state"]) / 2**20

@@ -86,7 +86,7 @@ def five_lines(path: str | Path, network: str, delta: str) -> Path:
         return ball["written"] == delta and ball["p"] == 2 and ball["r"] == "inf"
 
     attacked = next(a["accuracy"] for a in found["attacks"] if chosen(a) and a["loss"] == "redlr")
-    exact = next(row["accuracy"] for e in found["exact"] for row in e["threats"] if chosen(row))
+    exact = next(row["accuracy"] for e in found["optimal"] for row in e["threats"] if chosen(row))
     text = f"```\nclean {found['clean']['accuracy']:.3f}, W-PGD {attacked:.3f}, optimal allocation {exact:.3f}\n```\n"
     return records.write_file(path.with_name(path.stem + "-five-lines.md"), text)
 
@@ -94,7 +94,7 @@ def five_lines(path: str | Path, network: str, delta: str) -> Path:
 def numbers(folder: str | Path, keys: Collection[str] | None = None) -> dict[str, str]:
     r"""Numbers for the paper's text from the records in a folder; those of `keys` go into numbers.tex there.
 
-    A key is RECORD.WHAT, such as "06_how_robust.linf.middle.exact.mean"; in LaTeX the folder's name goes before it.
+    A key is RECORD.WHAT, such as "06_how_robust.linf.middle.optimal.mean"; in LaTeX the folder's name goes before it.
     Radii are small, middle and large, so that the text need not know a profile's ("...middle.delta" says which). Words
     that depend on numbers (which network, how many of how many) are keys too. Without `keys` all are written.
     ValueError for a name that LaTeX can not hold.

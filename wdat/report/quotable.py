@@ -101,7 +101,7 @@ def _finetuning_numbers(results: dict) -> dict[str, str]:
     columns: dict[str, Callable[[dict], float]] = {
         "clean": lambda run: run["after"]["clean"], "worst-class": lambda run: run["after"]["worst_class"],
     }  # fmt: skip
-    for key in ("exact", "w_pgd"):
+    for key in ("optimal", "w_pgd"):
         for written, places in _places(runs[0]["after"][key]).items():
             for place in places:
                 found[f"{key}.{place}.delta"] = written
@@ -169,14 +169,14 @@ def _comparison_numbers(results: dict) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     places = _places(threat["written"] for threat in results["threats"])
-    rows = [row for row in results["comparison"] if row["differences"]["best control"]["value"] is not None]
+    rows = [row for row in results["comparison"] if row["differences"]["best baseline"]["value"] is not None]
     groups: dict[tuple, dict[str, dict]] = {}
     for row in rows:
-        key = row["ours"], f"{abs(100 * row['offset']):g}", row["delta"]
-        groups.setdefault(key, {})[row["network"]] = row["differences"]["best control"]
-    for (ours, offset, delta), best in groups.items():
+        key = row["proposed"], f"{abs(100 * row['offset']):g}", row["delta"]
+        groups.setdefault(key, {})[row["network"]] = row["differences"]["best baseline"]
+    for (proposed, offset, delta), best in groups.items():
         for place in places[delta]:
-            key = f"{ours}.equal.{offset}.{place}"
+            key = f"{proposed}.equal.{offset}.{place}"
             found |= _spread(key, {network: b["value"] for network, b in best.items()}, signed)
             found[f"{key}.above"] = f"{sum(b['value'] > 0 for b in best.values())} of {len(best)}"
             found[f"{key}.clear"] = f"{sum(b['low'] > 0 for b in best.values())} of {len(best)}"
@@ -187,7 +187,7 @@ def _comparison_numbers(results: dict) -> dict[str, str]:
 def _evaluation_numbers(results: dict) -> dict[str, str]:
     """Optimal allocation, attacks and certificates over networks by norm and radius (p = 2), gaps, bounds that fail.
 
-    NORM.RADIUS.{exact,w-pgd,certified,same} (same: optimal allocation on the images certified, certified-n of them) and
+    NORM.RADIUS.{optimal,w-pgd,certified,same} (same: optimal allocation on the certified-n images certified) and
     NORM.gap.{...} over networks; NORM.LOSS.BOUND.failed counts pairs of network and radius whose first-order lower
     bound lies above the optimal allocation, "above-w-pgd" those where that lies above the attack; NORM.RADIUS.reversed
     pairs of networks that p = 2 and p = inf order in opposite ways, of how many.
@@ -197,10 +197,11 @@ def _evaluation_numbers(results: dict) -> dict[str, str]:
     found |= _spread("clean", {n["network"]: n["clean"]["accuracy"] for n in results["networks"]})
     certified = sorted({c["n"] for n in results["networks"] for c in n.get("certified", []) if "n" in c})
     found["certified-n"] = ", ".join(map(str, certified))
-    for r in dict.fromkeys(float(e["r"]) for network in results["networks"] for e in network["exact"]):
+    for r in dict.fromkeys(float(e["r"]) for network in results["networks"] for e in network["optimal"]):
         rows = evaluation_rows(results, r)
         own = _norm_numbers(rows) if rows else {}
-        passes = {n["network"]: e.get("passes") for n in results["networks"] for e in n["exact"] if float(e["r"]) == r}
+        found_by = [(n["network"], e) for n in results["networks"] for e in n["optimal"] if float(e["r"]) == r]
+        passes = {name: e.get("passes") for name, e in found_by}
         if None not in passes.values():
             own |= _spread("search.passes", passes, lambda v: f"{v:.1f}")
         found |= {f"l{r:g}.{key}": text for key, text in own.items()}
@@ -218,11 +219,11 @@ def _norm_numbers(rows: list[dict]) -> dict[str, str]:
         own = [row for row in rows if row["written"] == written]
         for place in names:
             found[f"{place}.delta"] = written
-            for key in ("exact", "w-pgd", "certified", "same"):
+            for key in ("optimal", "w-pgd", "certified", "same"):
                 values = {row["network"]: row[key] for row in own if row[key] is not None}
                 found |= _spread(f"{place}.{key}", values) if values else {}
-    found |= _spread("gap", {f"{r['network']} at {r['written']}": r["w-pgd"] - r["exact"] for r in rows})
-    found["above-w-pgd"] = f"{sum(row['exact'] > row['w-pgd'] for row in rows)} of {len(rows)}"
+    found |= _spread("gap", {f"{r['network']} at {r['written']}": r["w-pgd"] - r["optimal"] for r in rows})
+    found["above-w-pgd"] = f"{sum(row['optimal'] > row['w-pgd'] for row in rows)} of {len(rows)}"
     found["band"] = percent(max(row["band"] for row in rows))
     proved = [row for row in rows if row["certified"] is not None]
     if proved:

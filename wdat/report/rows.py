@@ -6,8 +6,8 @@ import numpy as np
 
 LOSS_NAMES = {"ce": "CE", "dlr": "DLR", "redlr": "ReDLR", "kl": "KL", "negative-margin": "margin"}
 OPTIMAL, CERTIFIED = "optimal allocation (upper bound)", "certified (lower bound)"
-BEST = "the best of ours"
-SHOWN = {"before": "pre-trained", BEST: "best proposed"}  # names in records -> names shown
+BEST = "best proposed"
+SHOWN = {"before": "pre-trained"}  # names in records -> names shown
 
 
 def shown(name: str) -> str:
@@ -43,9 +43,9 @@ def mean_std(runs: list[dict], key: Callable[[dict], float | None]) -> dict[tupl
 
 def best_rows(found: dict, offset: float | None = None) -> list[dict]:
     """Rows of a record's "comparison" for the best proposed method, or the only one; at one offset, or at all."""
-    names = {row["ours"] for row in found["comparison"]}
+    names = {row["proposed"] for row in found["comparison"]}
     best = BEST if BEST in names else next(iter(names), None)
-    at = [row for row in found["comparison"] if row["ours"] == best]
+    at = [row for row in found["comparison"] if row["proposed"] == best]
     return [row for row in at if offset is None or abs(row["offset"] - offset) < 1e-9]
 
 
@@ -57,12 +57,12 @@ def equal_rows(found: dict, offset: float) -> list[dict]:
     """
     rows = []
     for row in found["comparison"]:
-        if abs(row["offset"] - offset) > 1e-9 or row["ours"] == BEST:
+        if abs(row["offset"] - offset) > 1e-9 or row["proposed"] == BEST:
             continue
         same = {"network": row["network"], "delta": row["delta"], "wins": False}
-        own = [{**same, "method": row["ours"], "proposed": True, **row["differences"]["best control"]}]
-        best = row["accuracy"]["best control"]
-        for name in found["controls"]:
+        own = [{**same, "method": row["proposed"], "proposed": True, **row["differences"]["best baseline"]}]
+        best = row["accuracy"]["best baseline"]
+        for name in found["baselines"]:
             known = row["accuracy"].get(name) is not None
             value = row["accuracy"][name] - best if known else None
             own.append({**same, "method": name, "proposed": False, "value": value, "low": None, "high": None})
@@ -111,8 +111,8 @@ def passes_of(run: dict) -> str:
 
 
 def norms_of(results: dict) -> list[float]:
-    """Pixel norms with an exact allocation, in order."""
-    return list(dict.fromkeys(float(e["r"]) for network in results["networks"] for e in network.get("exact", [])))
+    """Pixel norms with an optimal allocation, in order."""
+    return list(dict.fromkeys(float(e["r"]) for network in results["networks"] for e in network.get("optimal", [])))
 
 
 def evaluation_rows(results: dict, r: float) -> list[dict]:
@@ -123,18 +123,18 @@ def evaluation_rows(results: dict, r: float) -> list[dict]:
             (a["loss"], a["threat"]["written"]): a for a in network["attacks"]
             if a["attack"] == "w-pgd" and float(a["threat"]["r"]) == r and float(a["threat"]["p"]) == 2
         }  # fmt: skip
-        exact = next(e for e in network["exact"] if float(e["r"]) == r)
+        exact = next(e for e in network["optimal"] if float(e["r"]) == r)
         certified = next((c for c in network.get("certified", []) if float(c["r"]) == r), None)
         for i, row in sorted(enumerate(exact["threats"]), key=lambda pair: pair[1]["threat"]["delta"]):
             written = row["threat"]["written"]
             if float(row["threat"]["p"]) != 2 or ("redlr", written) not in attacks:
                 continue
             rows.append({
-                "network": network["network"], "written": written, "exact": row["accuracy"],
+                "network": network["network"], "written": written, "optimal": row["accuracy"],
                 "clean": network["clean"]["accuracy"],
                 "w-pgd": attacks["redlr", written]["accuracy"],
                 "certified": certified["threats"][i]["accuracy"] if certified else None,
-                "same": certified["threats"][i].get("exact", row["accuracy"]) if certified else None,
+                "same": certified["threats"][i].get("optimal", row["accuracy"]) if certified else None,
                 "ratio": row["accuracy"] / network["clean"]["accuracy"] if network["clean"]["accuracy"] else 0.0,
                 "bounds": {loss: a["bounds"] for (loss, w), a in attacks.items() if w == written and a["bounds"]},
                 "band": (row["band"][1] - row["band"][0]) / 2,
@@ -143,10 +143,10 @@ def evaluation_rows(results: dict, r: float) -> list[dict]:
 
 
 def rank_rows(results: dict) -> list[dict]:
-    """At each radius of p = 2: Kendall's tau-a of the networks' exact accuracies under p = 2 and p = inf, pairs."""
+    """At each radius of p = 2: Kendall's tau-a of the networks' allocated accuracies under p = 2 and p = inf, pairs."""
     found = []
     for r in norms_of(results):
-        exact = [next(e for e in network["exact"] if float(e["r"]) == r) for network in results["networks"]]
+        exact = [next(e for e in network["optimal"] if float(e["r"]) == r) for network in results["networks"]]
         curves = [{float(c["p"]): c for c in e["curves"]} for e in exact]
         if len(exact) < 2 or not all({2.0, float("inf")} <= set(own) for own in curves):
             continue

@@ -52,7 +52,7 @@ def finetuning(found: dict) -> tuple[list[dict], str]:
     for d in list(found["runs"][0]["after"]["pointwise"])[:1]:
         columns[f"W_∞ {d}"] = lambda r, d=d: r["after"]["pointwise"][d]
     for threat in found["threats"]:
-        columns[f"A_δ {threat['written']}"] = lambda r, d=threat["written"]: r["after"]["exact"][d]
+        columns[f"A_δ {threat['written']}"] = lambda r, d=threat["written"]: r["after"]["optimal"][d]
     columns["worst class"] = lambda r: r["after"]["worst_class"]
     seeds = len({run["seed"] for run in found["runs"] if not run["before"]})
     spread = f", mean ± std over {seeds} seeds" if seeds > 1 else ""
@@ -110,17 +110,17 @@ def _differences(rows: list[dict]) -> list[dict]:
     """A row for each network and proposed method: its differences to the best baseline by radius, with intervals."""
     table: dict[tuple[str, str], dict[str, str]] = {}
     for row in rows:
-        first = {"network": row["network"], "method": shown(row["ours"]), "clean": percent(row["clean"])}
-        best = row["differences"]["best control"]
+        first = {"network": row["network"], "method": shown(row["proposed"]), "clean": percent(row["clean"])}
+        best = row["differences"]["best baseline"]
         value, low, high = ("–" if best[key] is None else signed(best[key]) for key in ("value", "low", "high"))
-        cells = table.setdefault((row["network"], row["ours"]), first)
+        cells = table.setdefault((row["network"], row["proposed"]), first)
         cells[f"δ = {row['delta']}"] = value if value == "–" else f"{value} [{low}, {high}]"
     return list(table.values())
 
 
 def _equal_caption(found: dict, offset: float) -> str:
     return (
-        f"Accuracy by optimal allocation (upper bound) above the best of {', '.join(found['controls'])}, in points, "
+        f"Accuracy by optimal allocation (upper bound) above the best of {', '.join(found['baselines'])}, in points, "
         f"where both give up at most {abs(100 * offset):g} points of clean accuracy; 95 % over the draw of test "
         "images, mean of the seeds."
     )
@@ -157,8 +157,8 @@ def evaluation(found: dict) -> tuple[list[dict], str]:
         own = [a for a in network["attacks"] if a["attack"] in ("w-pgd", "pgd") and a["loss"] == loss]
         attacks = {ball(a["threat"]): a for a in own}
         auto = {ball(a["threat"]): a for a in network.get("autoattack", [])}
-        for number, exact in enumerate(network["exact"]):
-            certified = network.get("certified", [None] * len(network["exact"]))[number]
+        for number, exact in enumerate(network["optimal"]):
+            certified = network.get("certified", [None] * len(network["optimal"]))[number]
             for i, row in enumerate(exact["threats"]):
                 key = ball(row["threat"])
                 if key not in attacks:
@@ -172,10 +172,10 @@ def evaluation(found: dict) -> tuple[list[dict], str]:
                 }  # fmt: skip
                 if certified:
                     proved = certified["threats"][i]
-                    ends = percent(proved["accuracy"]), percent(proved.get("exact", row["accuracy"]))
+                    ends = percent(proved["accuracy"]), percent(proved.get("optimal", row["accuracy"]))
                     cells[f"bracket (n = {certified.get('n', found['n'])})"] = "–".join(ends)
                 if auto:
-                    n, same = min(a.get("n", found["n"]) for a in auto.values()), auto.get(key, {}).get("exact")
+                    n, same = min(a.get("n", found["n"]) for a in auto.values()), auto.get(key, {}).get("optimal")
                     beside = f" ({percent(same)})" if same is not None else ""
                     cells[f"AutoAttack (n = {n})"] = percent(auto[key]["accuracy"]) + beside if key in auto else "–"
                 rows.append(cells)
@@ -198,7 +198,7 @@ def overview(found: dict, r: float | str = "inf") -> tuple[list[dict], str]:
     frame: dict[str, dict[str, str]] = {}
     for row in evaluation_rows(found, float(r)):
         cells = frame.setdefault(row["network"], {"network": row["network"], "clean": percent(row["clean"])})
-        cells[f"δ = {row['written']}"] = f"{percent(row['w-pgd'])} / {percent(row['exact'])}"
+        cells[f"δ = {row['written']}"] = f"{percent(row['w-pgd'])} / {percent(row['optimal'])}"
     caption = f"Percent correct on {found['n']} test images under W₂, {norm_name(r)}"
     return list(frame.values()), f"{caption}: W-PGD / optimal allocation, both upper bounds."
 

@@ -77,7 +77,7 @@ def allocated_certificates(
         if len(done) < len(data):
             row["unreached_wrong"] = float(accuracy_curve(radii.nan_to_num(0), threat.delta, threat.p))
         if known is not None:
-            row["exact"] = float(accuracy_curve(known[done], threat.delta, threat.p))
+            row["optimal"] = float(accuracy_curve(known[done], threat.delta, threat.p))
     if known is not None:
         result["violations"] = int((radii[done] > known[done].double()).sum())
     return result | ({"asked": len(data)} if len(done) < len(data) else {})

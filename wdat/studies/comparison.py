@@ -15,7 +15,7 @@ from torch import Tensor
 
 from wdat.threats.ball import Threat, parse_number
 
-BEST_OF_OURS = "the best of ours"
+BEST_PROPOSED = "best proposed"
 Path = Sequence[
     Sequence[Tensor]
 ]  # settings next to each other; of each, minimal distances (N,) of every seed's network
@@ -63,29 +63,29 @@ def frontier(clean: Tensor, robust: Tensor, at: Tensor) -> Tensor:
 
 
 def equal_clean(
-    runs: dict[str, Sequence[Path]], before: Tensor, ours: Sequence[str], controls: Sequence[str],
+    runs: dict[str, Sequence[Path]], before: Tensor, proposed: Sequence[str], baselines: Sequence[str],
     threats: Sequence[Threat], offsets: Sequence[float] = (-0.03, -0.02, -0.01, 0.0), draws: int = 1000, seed: int = 0,
     level: float = 0.95,
 ) -> list[dict]:  # fmt: skip
-    """Each of our methods against each control, and the best against the best, at clean accuracy before plus `offsets`.
+    """Each proposed method against each baseline, and best against best, at clean accuracy before plus `offsets`.
 
     Args:
         runs: the paths of every method, all on the same N test images. Seeds are averaged (the intervals are over test
             images). A setting may be on several paths.
         before: minimal distances (N,) before fine-tuning; every replicate has its own clean accuracy before.
-        ours, controls: names in `runs`; those that are not there (none of their runs ended well) are left out.
+        proposed, baselines: names in `runs`; those that are not there (none of their runs ended well) are left out.
         threats: W_p balls with p < inf, at which the robust accuracy is taken.
 
-    Returns a row for each threat, each offset and each of ours, and for `BEST_OF_OURS` if there are several: "delta" as
-    written, "ours", "offset", "clean", "accuracy" by method, and "differences" by control and for "best control", each
+    Returns a row for each threat, offset and proposed method, and for `BEST_PROPOSED` if there are several: "delta" as
+    written, "proposed", "offset", "clean", "accuracy" by method, "differences" by baseline and "best baseline", each
     {"value", "low", "high"} (None where a method does not reach that clean accuracy). Both bests are taken anew in
     every replicate, so that the intervals include the picking; the values themselves are maxima on these images, on
     both sides. ValueError if nothing of either side is in `runs`.
     """
-    ours, controls = ([name for name in names if name in runs] for names in (ours, controls))
-    if not ours or not controls:
+    proposed, baselines = ([name for name in names if name in runs] for names in (proposed, baselines))
+    if not proposed or not baselines:
         raise ValueError(
-            f"methods of ours and controls are to be compared; the runs are of {', '.join(runs) or 'none'}"
+            f"methods of proposed and baselines are to be compared; the runs are of {', '.join(runs) or 'none'}"
         )
     counts = bootstrap_counts(len(before), draws, seed)
     start = resampled_accuracy(before, counts, 0, 1)
@@ -103,7 +103,7 @@ def equal_clean(
                 torch.stack([torch.stack([accuracy(d) for d in seeds]).mean(0) for seeds in path])
                 for path in runs[name]
             ]
-            for name in (*ours, *controls)
+            for name in (*proposed, *baselines)
         }
 
     clean = points(0, 1)  # of any order: radius 0
@@ -115,14 +115,14 @@ def equal_clean(
                 frontier(c, v, start + offset) for c, v in zip(clean[name], values, strict=True)
             ]).amax(0) for name, values in curves.items()
         }  # fmt: skip
-        against = {name: found[name] for name in controls}
-        against["best control"] = torch.stack(list(against.values())).amax(0)
-        own = {name: found[name] for name in ours}
-        if len(ours) > 1:
-            own[BEST_OF_OURS] = torch.stack(list(own.values())).amax(0)
+        against = {name: found[name] for name in baselines}
+        against["best baseline"] = torch.stack(list(against.values())).amax(0)
+        own = {name: found[name] for name in proposed}
+        if len(proposed) > 1:
+            own[BEST_PROPOSED] = torch.stack(list(own.values())).amax(0)
         rows += [
             {
-                "delta": written, "ours": name, "offset": offset, "clean": float(start[0] + offset),
+                "delta": written, "proposed": name, "offset": offset, "clean": float(start[0] + offset),
                 "accuracy": {n: _finite(v[0]) for n, v in {name: values, **against}.items()},
                 "differences": {n: _interval(values - v, level) for n, v in against.items()},
             }

@@ -1,4 +1,4 @@
-"""One call to evaluate a network under distributional threats: attacks, sensitivity, bounds and the exact curve.
+"""One call to evaluate a network under distributional threats: attacks, sensitivity, bounds, optimal allocation.
 
 `evaluate(model, data, threats)` streams the data, reports fractions (not percentages), and can resume: every finished
 part is kept in a state folder and not computed twice. What is computed is in `measures`, what is made of it by optimal
@@ -42,7 +42,7 @@ def evaluate(
     steps: int = 50,
     budget_attack: bool = False,
     dual: bool = False,
-    exact: bool = True,
+    optimal: bool = True,
     search: dict | None = None,
     orders: Sequence[Order] = (1.0, 2.0, float("inf")),
     curve: int = 0,
@@ -55,7 +55,7 @@ def evaluate(
     state: str | Path | None = None,
     progress: bool = True,
 ) -> dict:
-    """Clean, adversarial and exact distributional accuracy of a network.
+    """Clean and adversarial accuracy of a network, and its accuracy by optimal allocation.
 
     Args:
         model: logits of float32 images in [0, 1] (normalisation inside); left as found, on its device.
@@ -66,11 +66,11 @@ def evaluate(
         steps: of W-PGD. budget_attack: also W-PGD-Budget with the first loss.
         dual: also the dual attack on the cross-entropy (`wdat.attacks.dual`) at every threat with p < inf, beside the
             highest mean loss that W-PGD reached.
-        exact: exact allocation over minimal distances, for every pixel norm among the threats: A_delta at the
+        optimal: optimal allocation over minimal distances, for every pixel norm among the threats: A_delta at the
             threats' radii and, with curve > 0, at that many radii from 0 to 1.5 times the largest, for all `orders`.
         search: settings of `wdat.attacks.nearest.minimal_distances`.
         certified: certify this many images (drawn with seed 0; all if there are fewer): a lower bound on A_delta for
-            those images, beside the exact allocation on the same ones. Needs layers the certifier knows. What it will
+            those images, beside the optimal allocation on the same ones. Needs layers the certifier knows. What it will
             take is said first, from one image.
         certified_minutes: certify for so long for each pixel norm, all images unless `certified` says how many: the
             numbers are those of the random part reached, whose "n" they say; "asked" is how many there were, and
@@ -83,8 +83,8 @@ def evaluate(
         progress: a bar that counts passes through the network (a backward pass is one more), so that its estimate of
             the time left means something.
 
-    Returns: a dict of plain numbers, ready for `wdat.records.write`: "clean", "sensitivity", "attacks", "exact",
-        "certified", "autoattack", "dual". Accuracies are fractions. The distances behind "exact" hold every attack's
+    Returns: a dict of plain numbers, ready for `wdat.records.write`: "clean", "sensitivity", "attacks", "optimal",
+        "certified", "autoattack", "dual". Accuracies are fractions. The distances behind "optimal" hold every attack's
         flips (`wdat.studies.points`), so no attack is below the curve. "findings": sentences about gradients that say
         nothing and searches that lost to an attack, which are also warned of.
     Raises: ValueError with number and remedy for unusable images, labels, logits, gradients or settings.
@@ -110,8 +110,8 @@ def evaluate(
     search = search_settings(search)
     norms = sorted({t.r for t in threats})
     wanted = {t.r for t, _ in sets}
-    if wanted and not exact:
-        raise ValueError("sets are made of minimal distances; exact=False leaves them out")
+    if wanted and not optimal:
+        raise ValueError("sets are made of minimal distances; optimal=False leaves them out")
     if others := wanted - set(norms):
         raise ValueError(f"a set in the pixel norm {others.pop():g} needs a threat in it; those given have {norms}")
     joint = [t for t in threats if not t.pointwise]
@@ -123,7 +123,7 @@ def evaluate(
         (clean_pass, 1, len(data), {"losses": losses}),
         (attacked, len(threats) * len(losses) + budget_attack * len(joint), len(data), {"steps": steps}),
         (dual_attacked, dual * len(joint), len(data), {"steps": steps}),
-        (nearest, exact * len(norms), len(data), search),
+        (nearest, optimal * len(norms), len(data), search),
         (autoattack_accuracy, len(pointwise), len(some.get("a", ())), {}),
     ]
     total = sum(times * n * function.passes(**settings) for function, times, n, settings in planned)
@@ -142,7 +142,7 @@ def evaluate(
             ],
             "attacks": [],
         }
-        near = _nearest(kept, data, clean["correct"], norms if exact else (), search, batch_size, wanted)
+        near = _nearest(kept, data, clean["correct"], norms if optimal else (), search, batch_size, wanted)
         for threat in threats:
             points = near.get(threat.r)
             for name in losses:
@@ -160,13 +160,13 @@ def evaluate(
             row = _autoattack(kept, data, some["a"], threat, autoattack_version, batch_size, near.get(threat.r))
             result.setdefault("autoattack", []).append(row)
         for row, threat in zip(result.get("autoattack", []), pointwise, strict=True):
-            if exact:  # once everything is joined, the other radii too
-                row["exact"] = float(accuracy_curve(near[threat.r].distance[some["a"]], threat.delta, threat.p))
+            if optimal:  # once everything is joined, the other radii too
+                row["optimal"] = float(accuracy_curve(near[threat.r].distance[some["a"]], threat.delta, threat.p))
         for r in norms:
             own, points = [t for t in threats if t.r == r], near.get(r)
             if points:
                 row = allocated(points.distance, data, own, orders, curve)
-                result.setdefault("exact", []).append(row | points.describe())
+                result.setdefault("optimal", []).append(row | points.describe())
             if certified:
                 part = data.take(len(some["c"]), seed=0)
                 proved = certified_in_parts(kept, part, r, certified_minutes, progress)
@@ -275,7 +275,7 @@ def adversary(
     model: nn.Module, data: Data, threat: Threat, search: dict | None = None, *, path: str | Path | None = None,
     batch_size: int = 128, state: str | Path | None = None, progress: bool = True,
 ) -> dict:  # fmt: skip
-    """The exact adversary's distribution at one radius, handed out: what it claims, and what its points say.
+    """The optimal adversary's distribution at one radius, handed out: what it claims, and what its points say.
 
     Accuracy and W_p cost are measured again by a fresh forward pass and from displacements. With a path they are those
     of the file written there, for `torch.load(weights_only=True)`: "points" float32 (M, C, H, W), "index" int64 (M,) of

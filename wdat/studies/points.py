@@ -77,7 +77,7 @@ def findings(result: dict, correct: int) -> list[str]:
             f"{zero} of {correct} correctly classified images have zero gradients: attacks by gradients say nothing of "
             "them, their accuracies are too high"
         )
-    for row in result.get("exact", []):
+    for row in result.get("optimal", []):
         norm = f"l{row['r'] if row['r'] == 'inf' else format(row['r'], 'g')}"
         if row["silent"]:
             said.append(

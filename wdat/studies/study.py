@@ -23,14 +23,14 @@ from wdat.zoo.data import Data, draw
 def summarise(data: Data, distance: Tensor, threats: Sequence[Threat], pointwise: Sequence[str] = ()) -> dict:
     """What minimal distances (N,) on a data set say of a network, accuracies as fractions by radius as written.
 
-    "clean"; "exact" and "water_level" at the threats; "pointwise", the share of images farther than each radius; the
-    "worst_class" under the exact allocation of the first threat.
+    "clean"; "optimal" and "water_level" at the threats; "pointwise", the share of images farther than each radius; the
+    "worst_class" under the optimal allocation of the first threat.
     """
     first = threats[0]
     classes = class_accuracy(distance, data.y, first.delta, first.p, len(data.classes))
     return {
         "clean": float((distance > 0).double().mean()),
-        "exact": {t.written: float(accuracy_curve(distance, t.delta, t.p)) for t in threats},
+        "optimal": {t.written: float(accuracy_curve(distance, t.delta, t.p)) for t in threats},
         "water_level": {t.written: float(threshold_distance(distance, t.delta, t.p)) for t in threats},
         "pointwise": {d: float(accuracy_curve(distance, d, float("inf"))) for d in pointwise},
         "worst_class": float(classes[~classes.isnan()].min()),
@@ -45,7 +45,7 @@ class Sweep:
         base, variants: recipes, see `expand`. seeds: of every recipe.
         threats: W_p balls at which accuracies are taken; the middle one is what settings are chosen by.
         validation: share of the training images held out.
-        ours, controls: methods compared with each other at equal clean accuracy (`comparison`), by `draws` bootstraps.
+        proposed, baselines: methods compared at equal clean accuracy (`comparison`), by `draws` bootstraps.
         pointwise: radii of pointwise accuracy by minimal distances, whose search has the settings `search`.
         autoattacked: radii of AutoAttack, on `autoattack_images` (0: all) drawn with seed 0; with `autoattack_all` of
             every setting, at the first radius.
@@ -60,8 +60,8 @@ class Sweep:
     seeds: Sequence[int]
     threats: Sequence[Threat]
     validation: float = 0.1
-    ours: Sequence[str] = ()
-    controls: Sequence[str] = ()
+    proposed: Sequence[str] = ()
+    baselines: Sequence[str] = ()
     pointwise: Sequence[str] = ()
     autoattacked: Sequence[str] = ()
     autoattack_images: int = 0

@@ -73,8 +73,8 @@ def finetuning(
 
     Every run is measured by its minimal distances, on the test images and on validation images cut from the training
     data. Of a method with several settings (see `expand`) one is chosen for each network, on validation images alone:
-    the highest exact accuracy under the middle threat among the settings that lose at most 1 point of clean and 0.5 of
-    pointwise accuracy (at the first of `pointwise`), else the one that exceeds these margins least. Chosen runs are
+    the highest allocated accuracy under the middle threat among the settings that lose at most 1 point of clean and 0.5
+    of pointwise accuracy (at the first of `pointwise`), else the one that exceeds these margins least. Chosen runs are
     also measured by W-PGD, and those of the first seed by AutoAttack. A run that diverges is listed, with its setting
     out of the comparison. `jobs` runs are computed at once (`studies.jobs`); everything resumes from `work`.
     """
@@ -125,9 +125,9 @@ def finetuning(
             if sweep.autoattack_all and sweep.autoattacked:
                 wanted += [(options[end][0], sweep.autoattacked[:1], False) for end in ends if end != name]
             attacks += [(study, *each) for each in wanted]
-        if curves.keys() & set(sweep.ours) and curves.keys() & set(sweep.controls):
+        if curves.keys() & set(sweep.proposed) and curves.keys() & set(sweep.baselines):
             comparisons.append((study.network, {
-                "runs": curves, "before": before.distance, "ours": sweep.ours, "controls": sweep.controls,
+                "runs": curves, "before": before.distance, "proposed": sweep.proposed, "baselines": sweep.baselines,
                 "threats": sweep.threats, "draws": sweep.draws,
             }))  # fmt: skip
     calls = [
@@ -143,7 +143,8 @@ def finetuning(
         {"network": network, **row} for (network, _), own in zip(comparisons, ended, strict=True) for row in own
     ]
     return {"n_train": len(rest), "n_validation": len(held), "n_test": len(test), "runs": rows, "diverged": diverged,
-            "chosen": chosen, "comparison": compared, "ours": list(sweep.ours), "controls": list(sweep.controls),
+            "chosen": chosen, "comparison": compared,
+            "proposed": list(sweep.proposed), "baselines": list(sweep.baselines),
             "threats": [t.describe() for t in sweep.threats], "steps": sweep.steps,
             "shares": list(sweep.shares)}  # fmt: skip
 
@@ -179,6 +180,6 @@ def _choose(
         lost += [start["pointwise"][d] - mean(own, lambda v: v["pointwise"][d]) - 0.005 for d in pointwise[:1]]  # noqa: B023
         return max(0.0, *lost)
 
-    ranked = {name: (-excess(own), mean(own, lambda v: v["exact"][written])) for name, own in settings.items()}
+    ranked = {name: (-excess(own), mean(own, lambda v: v["optimal"][written])) for name, own in settings.items()}
     best = max(ranked, key=ranked.get)
     return best, ranked[best][0] == 0

@@ -23,8 +23,8 @@ def verify(
 ) -> dict:  # fmt: skip
     """Three checks of what `experiments.across_networks` found with the same `work`, `search` and `certified`.
 
-    "sets": the exact adversary's distribution at the threat `middle`, handed out and measured again (`adversary`).
-    "convergence": what a search of about `longer` times the passes still lowers the exact allocation by, at all
+    "sets": the optimal adversary's distribution at the threat `middle`, handed out and measured again (`adversary`).
+    "convergence": what a search of about `longer` times the passes still lowers the optimal allocation by, at all
     `threats`. "probes": attempts to refute the certificates, if there are any.
     """
     norms, calls, search = sorted({t.r for t in threats}), [], search_settings(search)
@@ -64,7 +64,7 @@ def converged(
     longer: int = 10,
     batch_size: int = 128,
 ) -> dict:
-    """What a search of about `longer` times the passes still lowers the exact allocation by, at threats of one norm.
+    """What a search of about `longer` times the passes still lowers the optimal allocation by, at threats of one norm.
 
     It has twice the steps, all rivals and enough restarts; differences are in accuracy. "gains": by how much each
     restart of the long search lowered the distances, relatively.

@@ -153,8 +153,8 @@ class WaterLevel:
 
     x* comes from a few minimal-distance steps. outer="margin" follows this gradient exactly (one more input gradient;
     norms below a tenth of the batch's mean count as that); "ce" and "kl" take these losses at x* with weights
-    (d/t)^(p-1) instead, bounded and without the norms. The level t is that of the exact allocation of the last distance
-    seen of every training image, or fixed by `level`.
+    (d/t)^(p-1) instead, bounded and without the norms. The level t is that of the optimal allocation of the last
+    distance of every training image, or fixed by `level`.
 
     The threat is that of training; its p need not be the evaluation's. The exact weights of p = 2 hardly see images
     near the boundary; near p = 1 (say 1.05) all images below t count alike, which trains better where there is time to

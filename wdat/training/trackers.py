@@ -1,6 +1,6 @@
 """Quantities of the whole training distribution, kept up to date while only mini-batches are seen.
 
-W-TRADES needs upsilon, water-level training the largest distance the exact adversary pays for. Both come from one
+W-TRADES needs upsilon, water-level training the largest distance the optimal adversary pays for. Both come from one
 number per image (a dual gradient norm, a distance). A rule says how: recompute at an update rate, average, remember.
 """
 

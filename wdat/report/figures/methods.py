@@ -62,7 +62,7 @@ def equal_clean(found: dict) -> Drawing:
         axis.set_title(f"{short(network)}\n{_verdict(found, network, radii[(len(radii) - 1) // 2])}", loc="right")
         axis.set(yticks=range(len(ranked)), yticklabels=map(shown, ranked), ylim=(len(ranked) - 0.4, -0.8))
         for label, method in zip(axis.get_yticklabels(), ranked, strict=True):
-            label.set_color(BLUE if method in found["ours"] else "black")
+            label.set_color(BLUE if method in found["proposed"] else "black")
         axis.grid(axis="y", lw=0.4, alpha=0.5)
         axis.set_xlabel("above the best baseline (points)")
     for number, radius in enumerate(radii):
@@ -86,7 +86,7 @@ def _ranked(rows: list[dict], floor: float) -> list[str]:
 def _verdict(found: dict, network: str, delta: str) -> str:
     """The best proposed method against the best baseline at one radius, with its interval."""
     row = next((row for row in best_rows(found, OFFSET) if (row["network"], row["delta"]) == (network, delta)), None)
-    best = row and row["differences"]["best control"]
+    best = row and row["differences"]["best baseline"]
     if not best or best["value"] is None:
         return "not both reach this clean accuracy"
     value, low, high = (signed(best[key]) for key in ("value", "low", "high"))
@@ -106,23 +106,23 @@ def tradeoff(found: dict) -> Drawing:
     radii = [threat["written"] for threat in found["threats"]]
     figure, axes = canvas(len(radii), len(networks), 1.35, sharex="col")
     clean = mean_std(runs, lambda run: run["after"]["clean"])
-    proposed = {run["variant"] for run in runs if run["method"] in found["ours"]}
+    variants = {run["variant"] for run in runs if run["method"] in found["proposed"]}
     for line, written in zip(axes, radii, strict=True):
-        robust = mean_std(runs, lambda run: run["after"]["exact"][written])  # noqa: B023
+        robust = mean_std(runs, lambda run: run["after"]["optimal"][written])  # noqa: B023
         for axis, network in zip(line, networks, strict=True):
             start = 100 * clean[network, "before"][0]
-            for ours, colour, marker in ((False, GREY, "."), (True, BLUE, "+")):
-                own = [k for k in robust if k[0] == network and k[1] != "before" and (k[1] in proposed) == ours]
+            for proposed, colour, marker in ((False, GREY, "."), (True, BLUE, "+")):
+                own = [k for k in robust if k[0] == network and k[1] != "before" and (k[1] in variants) == proposed]
                 own = [k for k in own if 100 * clean[k][0] >= start - 5]
                 axis.plot([100 * clean[k][0] for k in own], [100 * robust[k][0] for k in own], marker, ms=3, alpha=0.5,
-                          color=colour, label="settings, " + ("proposed" if ours else "baselines"))  # fmt: skip
+                          color=colour, label="settings, " + ("proposed" if proposed else "baselines"))  # fmt: skip
             rows = [r for r in compared if (r["network"], r["delta"]) == (network, written)]
-            rows = sorted((r for r in rows if r["differences"]["best control"]["value"] is not None),
+            rows = sorted((r for r in rows if r["differences"]["best baseline"]["value"] is not None),
                           key=lambda r: r["offset"])  # fmt: skip
             at = [100 * row["clean"] for row in rows]
-            base = points([row["accuracy"]["best control"] for row in rows])
+            base = points([row["accuracy"]["best baseline"] for row in rows])
             gain = [
-                points([row["differences"]["best control"][key] for row in rows]) for key in ("value", "low", "high")
+                points([row["differences"]["best baseline"][key] for row in rows]) for key in ("value", "low", "high")
             ]
             axis.fill_between(at, base + gain[1], base + gain[2], color=BLUE, alpha=0.2, lw=0)
             axis.plot(at, base, "k--", lw=1.2, label="best baseline")
@@ -146,7 +146,7 @@ def variants(found: dict) -> Drawing:
     columns = [("clean", lambda run: run["after"]["clean"])]
     for threat in found["threats"]:
         d = threat["written"]
-        columns.append((rf"$A_\delta$, $\delta$ = {d}", lambda run, d=d: run["after"]["exact"][d]))
+        columns.append((rf"$A_\delta$, $\delta$ = {d}", lambda run, d=d: run["after"]["optimal"][d]))
     figure, axes = canvas(1, len(columns), 0.8 + 0.16 * len(names), sharey=True)
     for axis, (title, value) in zip(axes[0], columns, strict=True):
         groups = mean_std(runs, value)

@@ -64,7 +64,7 @@ def bounds(found: dict, r: float | str = "inf") -> Drawing:
         attacks = [a for a in _attacks(network, r, "redlr") if a["bounds"]]
         delta = [a["threat"]["delta"] for a in attacks]
         axis.plot(delta, [a["bounds"]["r_u"] for a in attacks], color=ORANGE, marker="s", label=r"$R^u$ (W-PGD)")
-        curve = _curve(network["exact"], r, 2)
+        curve = _curve(network["optimal"], r, 2)
         ratio = np.asarray(curve["accuracy"]) / network["clean"]["accuracy"]
         axis.plot(curve["delta"], ratio, "k-", lw=1.6, label=OPTIMAL)
         for key, marker, colour, name in (
@@ -78,8 +78,8 @@ def bounds(found: dict, r: float | str = "inf") -> Drawing:
     return figure
 
 
-@drawn("evaluation", "sandwich-{r}")
-def sandwich(found: dict, r: float | str = "inf", p: float = 2) -> Drawing:
+@drawn("evaluation", "bracket-{r}")
+def bracket(found: dict, r: float | str = "inf", p: float = 2) -> Drawing:
     """The bracket of A_delta at one p, per network: certified radii below, optimal allocation and attacks above.
 
     With a confidence band and the first-order R^l. Drawn as far as the record has them: W-PGD by loss, W-PGD-Budget,
@@ -87,7 +87,7 @@ def sandwich(found: dict, r: float | str = "inf", p: float = 2) -> Drawing:
     """
     figure, axes = panels(len(found["networks"]), 3, 2.1, sharey=True)
     for axis, network in zip(axes, found["networks"], strict=True):
-        curve = _curve(network["exact"], r, p)
+        curve = _curve(network["optimal"], r, p)
         axis.fill_between(curve["delta"], points(curve["low"]), points(curve["high"]), color=BLUE, alpha=0.15, lw=0)
         axis.plot(curve["delta"], points(curve["accuracy"]), color=BLUE, lw=1.8, label=OPTIMAL)
         if "mixture" in curve and p != float("inf"):
@@ -108,9 +108,9 @@ def sandwich(found: dict, r: float | str = "inf", p: float = 2) -> Drawing:
             curve = _curve(network["certified"], r, p)
             label = CERTIFIED + _part([proved], found["n"])
             axis.plot(curve["delta"], points(curve["accuracy"]), color=GREEN, ls=(0, (6, 1)), lw=1.8, label=label)
-            own = [row for row in proved["threats"] if float(row["threat"]["p"]) == p and "exact" in row]
+            own = [row for row in proved["threats"] if float(row["threat"]["p"]) == p and "optimal" in row]
             if proved["n"] < found["n"]:  # other images than the blue curve's: mark where that one is on these
-                axis.plot([row["threat"]["delta"] for row in own], points([row["exact"] for row in own]), "o",
+                axis.plot([row["threat"]["delta"] for row in own], points([row["optimal"] for row in own]), "o",
                           mfc="none", ms=5, color=BLUE, label="optimal allocation on these")  # fmt: skip
         axis.set(title=f"{short(network['network'])}, {norm(r)}, p = {order(p)}", xlabel=r"radius $\delta$")
         axis.set(ylabel="accuracy (%)", ylim=(0, 100))
@@ -135,11 +135,11 @@ def _part(measured: list[dict], n: int) -> str:
 @drawn("evaluation", "curves-{r}")
 def curves(found: dict, r: float | str = "inf") -> Drawing:
     """One curve of A_delta (upper bound) per network, one panel per Wasserstein order."""
-    orders = [float(c["p"]) for c in _pick(found["networks"][0]["exact"], r)["curves"]]
+    orders = [float(c["p"]) for c in _pick(found["networks"][0]["optimal"], r)["curves"]]
     figure, axes = canvas(1, len(orders), 2.4, sharey=True)
     for axis, p in zip(axes[0], orders, strict=True):
         for number, network in enumerate(found["networks"]):
-            curve = _curve(network["exact"], r, p)
+            curve = _curve(network["optimal"], r, p)
             axis.plot(
                 curve["delta"], points(curve["accuracy"]), **look(number, marks=False), label=short(network["network"])
             )
@@ -153,11 +153,11 @@ def curves(found: dict, r: float | str = "inf") -> Drawing:
 def ranks(found: dict, r: float | str = "inf") -> Drawing:
     """Rank of each network under p = 2 and p = inf as delta grows: does the threat change the order?"""
     networks = found["networks"]
-    measured = [float(c["p"]) for c in _pick(networks[0]["exact"], r)["curves"]]
+    measured = [float(c["p"]) for c in _pick(networks[0]["optimal"], r)["curves"]]
     chosen = [p for p in (2.0, float("inf")) if p in measured]
     figure, axes = canvas(1, len(chosen), 2.2, sharey=True)
     for axis, p in zip(axes[0], chosen, strict=True):
-        own = [_curve(network["exact"], r, p) for network in networks]
+        own = [_curve(network["optimal"], r, p) for network in networks]
         accuracy = np.array([c["accuracy"] for c in own])
         keep = accuracy.max(0) > 0.02  # ranks of networks that are all broken mean nothing
         place = 1 + (accuracy[:, None, keep] < accuracy[None, :, keep]).sum(1)
