@@ -1,6 +1,6 @@
 """Table and figure of a certified randomised network, from its record. No torch."""
 
-from wdat.report.canvas import Drawing, canvas, drawn, legend_below, look, norm, order, points
+from wdat.report.canvas import COLOURS, Drawing, drawn, legend_below, norm, outer_labels, panels, points, short
 from wdat.report.rows import norm_symbol, percent
 from wdat.report.table import tabled
 
@@ -69,37 +69,38 @@ def certified_overview(found: dict) -> tuple[list[dict], str]:
 
 
 @drawn("randomised", "{r}")
-def certified_curves(found: dict, r: float | str = 2) -> Drawing:
-    """Certified accuracy against the radius, one panel an order: one draw and vote, and both sides at the threats."""
-    orders = list(dict.fromkeys(float(c["p"]) for c in found["networks"][0]["curves"]))
-    figure, axes = canvas(1, len(orders), 2.4, sharey=True)
-    for axis, p in zip(axes[0], orders, strict=True):
-        for number, network in enumerate(found["networks"]):
-            name = f"{network['network']}, σ = {network['sigma']:g}"
+def certified_curves(found: dict, r: float | str = 2, p: float = 2) -> Drawing:
+    """Accuracy against the radius, one panel a network: before, by attack, and behind noise of each sigma, certified.
+
+    Solid: one draw, by the statement on every image; dashed: the vote. At the threats: the tighter statement and what
+    the attack through the noise leaves. Squares: the network without noise, by optimal allocation (upper bound).
+    """
+    networks = list(dict.fromkeys(network["network"] for network in found["networks"]))
+    sigmas = list(dict.fromkeys(network["sigma"] for network in found["networks"]))
+    figure, axes = panels(len(networks), 3, 1.8, sharex=True, sharey=True)
+    for axis, name in zip(axes, networks, strict=True):
+        own = [network for network in found["networks"] if network["network"] == name]
+        for network in own:
+            colour, sigma = COLOURS[sigmas.index(network["sigma"]) % len(COLOURS)], f"σ = {network['sigma']:g}"
             for curve in network["curves"]:
                 if (float(curve["p"]), float(curve["r"])) == (p, float(r)):
-                    axis.plot(
-                        curve["delta"],
-                        points(curve["every_image"]),
-                        **look(number, marks=False),
-                        label=f"{name}, one draw",
-                    )
-                    style = look(number, marks=False) | {"alpha": 0.4}
-                    axis.plot(curve["delta"], points(curve["vote"]), **style, label=f"{name}, vote")
-            own = [t for t in network["threats"] if _is(t, p, r)]
-            axis.plot(
-                [t["threat"]["delta"] for t in own], points([t["lower"] for t in own]), "^", color="black", ms=3,
-                label="tighter statement",
-            )  # fmt: skip
-            both = [t for t in network.get("bracket", {}).get("threats", []) if _is(t, p, r)]
-            if both:
-                axis.plot(
-                    [t["threat"]["delta"] for t in both], points([t["upper"] for t in both]), "v", color="black", ms=3,
-                    mfc="none", label="left by the attack",
-                )  # fmt: skip
-        axis.set(title=f"p = {order(p)}", xlabel=rf"radius $\delta$ ({norm(r)})")
-    axes[0, 0].set_ylabel("certified accuracy (%)")
-    legend_below(figure, columns=2)
+                    for key, dash, label in (("every_image", "-", "certified, one draw"), ("vote", "--", "vote")):
+                        axis.plot(curve["delta"], points(curve[key]), dash, color=colour, label=f"{label}, {sigma}")
+            attacked = network.get("bracket", {}).get("threats", [])
+            for label, rows, key, marker, inside in (
+                ("tighter statement", network["threats"], "lower", "^", colour),
+                ("left by the attack", attacked, "upper", "v", "none"),
+            ):
+                at = [row for row in rows if _is(row, p, r)]
+                axis.plot([row["threat"]["delta"] for row in at], points([row[key] for row in at]), marker, ms=3,
+                          color=colour, mfc=inside, label=f"{label}, {sigma}")  # fmt: skip
+        pairs = zip(own[0]["threats"], own[0].get("before", {}).get("threats", []), strict=False)
+        before = [(row["threat"]["delta"], old["upper"]) for row, old in pairs if _is(row, p, r)]
+        axis.plot([delta for delta, _ in before], points([upper for _, upper in before]), "s", ms=3, color="black",
+                  label="without noise, by attack")  # fmt: skip
+        axis.set(title=short(name), xlabel=rf"radius $\delta$ ({norm(r)})", ylabel="accuracy (%)")
+    outer_labels(axes)
+    legend_below(figure, columns=3)
     return figure
 
 
