@@ -7,9 +7,9 @@ import torch
 
 from wdat.report.rows import chosen_runs
 from wdat.studies import study, sweeps
-from wdat.studies.study import Sweep
+from wdat.studies.study import Measured, Study, Sweep
 from wdat.threats.ball import Threat
-from wdat.zoo.data import load_data
+from wdat.zoo.data import from_tensors, load_data
 from wdat.zoo.networks import Normalised, build
 
 
@@ -96,7 +96,12 @@ def test_the_study_measures_chooses_compares_and_resumes(digits, tmp_path):
 
 def test_networks_on_the_way_are_further_settings_of_a_method(digits, tmp_path, monkeypatch):
     # the real one: test_evaluation
-    monkeypatch.setattr(study, "autoattack_accuracy", lambda model, data, **_: {"accuracy": 0.5})
+    monkeypatch.setattr(
+        study, "autoattack_accuracy",
+        lambda model, data, **_: {
+            "accuracy": 0.5, "correct": torch.ones(len(data), dtype=torch.bool), "norms": torch.zeros(len(data)),
+        },
+    )  # fmt: skip
     models, train, test = digits
     sweep = Sweep(
         base={"objective": {"kind": "plain"}, "epochs": 1, "lr": 0.01},
@@ -131,3 +136,16 @@ def test_the_forecast_names_runs_memory_and_time(digits):
     ]
     text = sweeps.forecast(models, train, Sweep({"epochs": 2}, variants, [0, 1], [Threat(1)]))
     assert text.startswith("4 runs; the dearest, at,") and "small: " in text and "160 images" in text
+
+
+def test_what_attacks_flip_belongs_to_the_curve_of_their_run(tiny_model, tiny_data, tmp_path):
+    """As if the search had found nothing: the curve is then what W-PGD and AutoAttack flipped."""
+    data = from_tensors(*tiny_data)
+    sweep = Sweep({}, [{"name": "plain"}], [0], [Threat("1/16"), Threat("1/4")], 0.2, pointwise=["1/8"], steps=5,
+                  autoattack_images=8)  # fmt: skip
+    study = Study("tiny", tiny_model, data, data, data, sweep, tmp_path)
+    before = study._measure(tiny_model, network="tiny", variant="before", method="before", seed=None, before=True)
+    blind = Measured(before.row, torch.where(before.distance > 0, torch.inf, 0.0))
+    after = study.attack(blind, ["1/8"])
+    assert all(after["optimal"][d] <= after["w_pgd"][d] < after["clean"] for d in ("1/16", "1/4"))
+    assert after["nearest"]["1/8"] <= after["autoattack"]["1/8"] < 1 and after["autoattack_n"] == 8

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from wdat.accuracy.allocation import accuracy_curve, class_accuracy, threshold_distance
@@ -130,19 +131,32 @@ class Study:
         return found
 
     def attack(self, measured: Measured, radii: Sequence[str], published: bool = True) -> dict:
-        """What attacks say of a network measured.
+        """What attacks say of a network measured, and the minimal distances again with what they found nearer.
 
         "w_pgd": accuracy by W-PGD (ReDLR) at the threats, with "upsilon" of ReDLR, if `published`. "autoattack":
         pointwise accuracy at these radii by AutoAttack (standard) on "autoattack_n" images, and "nearest", by minimal
-        distances on the same ones.
+        distances on the same ones. So no attack of a run is below its own curve (see `points`). Comparisons stay with
+        the search alone, which all runs have.
         """
-        row, model = measured.row, self.model
+        row, model, near, told = measured.row, self.model, measured.distance.clone(), {}
         if not row["before"]:
             done = self._tuned(row.get("of", row["variant"]), row["recipe"], row["seed"])
             model = interpolate(self.model, done.model, row.get("share", 1.0))
-        return (self._published(model) if published else {}) | (
-            self._autoattack(model, measured.distance, radii) if radii else {}
-        )
+        if published:
+            found, upsilon = self._published(model)
+            told |= {"w_pgd": {d: float(part["correct"].double().mean()) for d, part in found.items()}}
+            told["upsilon"] = upsilon
+            for part in found.values():
+                near = _joined(near, part)
+        if radii:
+            index, found = self._autoattack(model, radii)
+            for part in found.values():
+                near[index] = _joined(near[index], part)
+            told |= {
+                "autoattack": {d: part["accuracy"] for d, part in found.items()}, "autoattack_n": len(index),
+                "nearest": {d: float(accuracy_curve(near[index], d, float("inf"))) for d in radii},
+            }  # fmt: skip
+        return summarise(self.test, near, self.sweep.threats, self.sweep.pointwise) | told
 
     def _tuned(self, variant: str, recipe: dict, seed: int) -> Finetuned:
         """Read from its checkpoint, if it was trained before."""
@@ -163,29 +177,22 @@ class Study:
                 row[part] = summarise(data, near[part], sweep.threats, sweep.pointwise)
         return Measured(row, near["after"])
 
-    def _published(self, model: nn.Module) -> dict:
+    def _published(self, model: nn.Module) -> tuple[dict[str, Part], float]:
         kept, first, batch_size = self._cache(model), self.sweep.threats[0], self.sweep.batch_size
         settings = {"loss": "redlr", "steps": self.sweep.steps, "batch_size": batch_size}
         with spending("evaluation"):
             found = {t.written: kept.get(attacked, self.test, threat=t, **settings) for t in self.sweep.threats}
             clean = kept.get(clean_pass, self.test, losses=("redlr",), batch_size=batch_size)
-        return {
-            "w_pgd": {written: float(part["correct"].double().mean()) for written, part in found.items()},
-            "upsilon": float(first.upsilon(norms_of(clean, "redlr", first))),
-        }
+        return found, float(first.upsilon(norms_of(clean, "redlr", first)))
 
-    def _autoattack(self, model: nn.Module, distance: Tensor, radii: Sequence[str]) -> dict:
+    def _autoattack(self, model: nn.Module, radii: Sequence[str]) -> tuple[Tensor, dict[str, Part]]:
         kept, n = self._cache(model), self.sweep.autoattack_images or len(self.test)
-        part, same = self.test.take(n, seed=0), distance[draw(len(self.test), n, 0)]
         balls = {d: Threat(d, float("inf"), self.sweep.threats[0].r) for d in radii}
         settings = {"version": "standard", "batch_size": self.sweep.batch_size}
+        part = self.test.take(n, seed=0)
         with spending("evaluation"):
             found = {d: kept.get(autoattack_accuracy, part, threat=ball, **settings) for d, ball in balls.items()}
-        return {
-            "autoattack": {d: row["accuracy"] for d, row in found.items()},
-            "autoattack_n": len(part),
-            "nearest": {d: float(accuracy_curve(same, d, float("inf"))) for d in radii},
-        }
+        return draw(len(self.test), n, 0), found
 
     def _cache(self, model: nn.Module) -> Cache:
         return Cache(self.work / "parts", model)
@@ -194,6 +201,11 @@ class Study:
 def distance(model: nn.Module, data: Data, r: float, **search: Any) -> Part:
     """Minimal distances without the points themselves, 12 kB an image: there are hundreds of runs."""
     return {"distance": minimal_distances(model, *data.stored(), r, **search).distance}
+
+
+def _joined(distance: Tensor, part: Part) -> Tensor:
+    """Distances (N,) with those at which an attack flipped an image nearer."""
+    return torch.where(part["correct"], distance, torch.minimum(distance, part["norms"].to(distance.dtype)))
 
 
 def between(variant: str, share: float) -> str:
