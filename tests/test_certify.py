@@ -383,6 +383,7 @@ def test_no_window_is_larger_than_its_layer_and_every_row_is_its_gradient(monkey
     assert max(size / layer for size, layer in sizes) <= 1
 
 
+@pytest.mark.slow
 def test_the_search_learns_how_steeply_bounds_fall(monkeypatch):
     """A power law through the last two evaluations: few evaluations an image, and each within its bracket."""
     model, x, calls, real = deep(2), images(24, (3, 16, 16)), [], crown.margin_radii
@@ -394,6 +395,7 @@ def test_the_search_learns_how_steeply_bounds_fall(monkeypatch):
     assert (certificates(model, x, y, math.inf, tolerance=0.002) <= radii / 0.94).all()
 
 
+@pytest.mark.slow
 def test_a_third_party_network_is_certified_soundly(shared: Path, png_test):
     weights = shared / "models" / "cifar_cnn_a_mix.pt"
     if not weights.is_file():

@@ -86,6 +86,7 @@ def test_an_interrupted_command_continues(place, capsys, monkeypatch):
     assert cli.main(RUN) == 0 and len(calls) == 2 * 3 + 1  # radii times losses, and the one that was interrupted
 
 
+@pytest.mark.slow
 def test_a_figure_that_fails_and_other_radii_lose_nothing(place, capsys, monkeypatch):
     """What was searched stays, and serves until something else is asked of the network."""
     assert cli.main(RUN) == 0 and "net.parts, 0." in capsys.readouterr().out

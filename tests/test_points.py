@@ -74,6 +74,7 @@ def quiet(run, *arguments, **settings):
         return run(*arguments, progress=False, **settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("r", [2.0, INF])
 def test_no_attack_is_below_the_curve(name, r):
@@ -131,6 +132,7 @@ def test_joining_keeps_the_nearest_and_the_curve_below(seed, p):
     assert left <= float(correct.double().mean())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("r", [2.0, INF])
 def test_the_set_handed_out_is_the_joined_one_and_measures_what_it_claims(r, tmp_path):
     for name in ("plain", "saturated", "quantised pixels", "quantised logits"):
