@@ -5,7 +5,8 @@ A card says what a network is and where it comes from:
     name, architecture, arguments    what `wdat.zoo.networks.build` makes: one of its networks by name, or
                                      package.module:function of your own, which is imported and called
     mean, std                        normalisation put in front, per channel; left out if the network needs none
-    weights, sha256, bytes           file name (.pt or .safetensors), its digest and, optionally, its size
+    weights, sha256, bytes           file name (.pt or .safetensors), its digest and, optionally, its size; or
+                                     package:NAME/PATH, a file that an installed package ships
     source, licence, training        who trained it, how, on what terms
     epsilon                          radius it was trained for, as written ("8/255"), if documented
     sigma                            standard deviation of the noise in front of it (`wdat.Randomised`), if any
@@ -31,7 +32,16 @@ from wdat.threats.inputs import unwrapped
 from wdat.zoo import robustbench as rb
 from wdat.zoo.networks import Normalised, build
 from wdat.zoo.noise import Randomised
-from wdat.zoo.weights import WEIGHT_FILES, check_weights, fill, numpy_numbers, read_weights, refused, sha256
+from wdat.zoo.weights import (
+    WEIGHT_FILES,
+    check_weights,
+    fill,
+    numpy_numbers,
+    read_weights,
+    refused,
+    sha256,
+    weight_file,
+)  # fmt: skip
 
 CARD = {
     "name": str, "architecture": str, "arguments": dict | None, "mean": list[Written] | None,
@@ -120,10 +130,7 @@ def _typed(card: dict[str, Any], where: str) -> dict[str, Any]:
 
 def _from_card(path: Path, root: str | Path | None) -> nn.Module:
     card = read_card(path)
-    weights = (path.parent if root is None else Path(root)) / card["weights"]
-    check_weights(
-        weights, f"put the published file there (source: {card.get('source', 'not stated')}) or pass its folder as root"
-    )
+    weights = weight_file(card["weights"], path.parent if root is None else Path(root), card.get("source"))
     size = weights.stat().st_size
     if card.get("bytes") and size != card["bytes"]:
         raise ValueError(

@@ -1,6 +1,7 @@
 """Weight files: looked at before they are opened, read without running what they hold, fitted to a network."""
 
 import hashlib
+import importlib.util
 import pickle
 import zipfile
 from collections.abc import Mapping
@@ -27,12 +28,33 @@ PREFIXES = (
     "net.",
     "network.",
 )  # of names of weights, from what was around the network
+PACKAGE = "package:"  # in a card, before PACKAGE/PATH of a file that an installed package ships
 
 
 def sha256(path: str | Path) -> str:
     """Hexadecimal sha256 of a file."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def weight_file(written: str, folder: Path, source: str | None) -> Path:
+    """Where a card's weights lie: under `folder`, or in an installed package ("package:NAME/PATH"), looked at.
+
+    The package is found, not imported. FileNotFoundError or ValueError for what is no weight file, with the remedy.
+    """
+    path = folder / written
+    remedy = f"put the published file there (source: {source or 'not stated'}) or pass its folder as root"
+    if written.startswith(PACKAGE):
+        package, _, inside = written.removeprefix(PACKAGE).partition("/")
+        remedy = f"the installed package {package} does not hold it: install the version of requirements.lock.txt again"
+        found = importlib.util.find_spec(package) if package.isidentifier() else None
+        if found is None or not found.submodule_search_locations:
+            raise FileNotFoundError(
+                f"weights {written}: no package {package!r} is installed here; run: python -m pip install {package}"
+            )
+        path = Path(next(iter(found.submodule_search_locations))) / inside
+    check_weights(path, remedy)
+    return path
 
 
 def check_weights(path: Path, remedy: str) -> None:
