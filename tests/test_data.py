@@ -1,10 +1,13 @@
 """Data sets: exact storage, splits, folders and the sentence of every bad input."""
 
 import gzip
+import pickle
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.io
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -266,6 +269,62 @@ def test_mnist_in_its_own_file_format(tmp_path):
     assert (
         np.array_equal(data.pixels[:, 0].numpy(), pixels) and data.y.tolist() == [3, 1, 2] and len(data.classes) == 10
     )
+
+
+@pytest.fixture
+def generated(monkeypatch):
+    """torchvision's own readers on files in the official form, whose checksums are of other images."""
+    for name in ("cifar", "svhn", "stl10"):
+        monkeypatch.setattr(f"torchvision.datasets.{name}.check_integrity", lambda path, md5=None: Path(path).is_file())
+    return np.random.default_rng(0)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize("name, classes", [("cifar10", 10), ("cifar100", 100)])
+def test_cifar_in_its_own_file_format(tmp_path, generated, no_network, name, classes, split):
+    """Pickled batches of rows: 1024 red, 1024 green, 1024 blue values."""
+    folder = tmp_path / {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}[name]
+    folder.mkdir()
+    files = {"cifar10": [f"data_batch_{k}" for k in range(1, 6)] + ["test_batch"], "cifar100": ["train", "test"]}[name]
+    rows = {file: generated.integers(0, 256, (3, 3072), np.uint8) for file in files}
+    labels = {file: generated.integers(0, classes, 3).tolist() for file in files}
+    names = [f"class {k:02d}" for k in range(classes)]
+    for file in files:
+        key = "labels" if name == "cifar10" else "fine_labels"
+        (folder / file).write_bytes(pickle.dumps({"data": rows[file], key: labels[file]}))
+    meta = {"cifar10": ("batches.meta", "label_names"), "cifar100": ("meta", "fine_label_names")}[name]
+    (folder / meta[0]).write_bytes(pickle.dumps({meta[1]: names}))
+    wanted = [file for file in files if ("test" in file) == (split == "test")]
+    data = load_data(name, split, tmp_path)
+    expected = np.concatenate([rows[file] for file in wanted]).reshape(-1, 3, 32, 32)
+    assert np.array_equal(data.pixels.numpy(), expected) and data.classes == tuple(names)
+    assert data.y.tolist() == [label for file in wanted for label in labels[file]]
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_svhn_in_its_own_file_format(tmp_path, generated, no_network, split):
+    """A MATLAB file, images last; the digit 0 has the label 10."""
+    pixels = generated.integers(0, 256, (32, 32, 3, 4), np.uint8)
+    scipy.io.savemat(tmp_path / f"{split}_32x32.mat", {"X": pixels, "y": np.array([[10], [1], [9], [10]])})
+    data = load_data("svhn", split, tmp_path)
+    assert np.array_equal(data.pixels.numpy(), pixels.transpose(3, 2, 0, 1))
+    assert data.y.tolist() == [0, 1, 9, 0] and data.classes == tuple("0123456789")
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_stl10_in_its_own_file_format(tmp_path, generated, no_network, split):
+    """Binary files, column by column within a channel; labels from 1."""
+    folder = tmp_path / "stl10_binary"
+    folder.mkdir()
+    pixels = {part: generated.integers(0, 256, (4, 3, 96, 96), np.uint8) for part in ("train", "test", "unlabeled")}
+    for part, own in pixels.items():
+        (folder / f"{part}_X.bin").write_bytes(own.transpose(0, 1, 3, 2).tobytes())
+        (folder / f"{part}_y.bin").write_bytes(bytes([1, 10, 3, 2]))
+    names = ["airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck"]
+    (folder / "class_names.txt").write_text("\n".join(names) + "\n")
+    data = load_data("stl10", split, tmp_path)
+    assert np.array_equal(data.pixels.numpy(), pixels[split])
+    assert data.y.tolist() == [0, 9, 2, 1] and data.classes == tuple(names)
 
 
 def test_lossless_cifar_from_a_folder(png_test, shared, tmp_path):
