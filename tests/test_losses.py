@@ -6,7 +6,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from nets import generator, quick
 
-from wdat.threats.losses import LOSSES, boosted_ce, ce, dlr, get_loss, kl, margin, negative_margin, redlr
+from wdat.threats.losses import (
+    LOSSES,
+    at_temperature,
+    boosted_ce,
+    ce,
+    dlr,
+    get_loss,
+    kl,
+    margin,
+    negative_margin,
+    redlr,
+    tempered_ce,
+)
 
 random_logits = given(seed=st.integers(0, 10**6), n=st.integers(1, 20), m=st.integers(3, 10))
 
@@ -128,6 +140,57 @@ def test_extreme_logits_stay_finite():
     for name in ("ce", "dlr", "redlr", "negative-margin"):
         assert torch.isfinite(LOSSES[name](z, y)).all() and torch.isfinite(gradient(LOSSES[name], z, y)).all()
     assert torch.isfinite(kl(z, z.flip(0))).all() and torch.isfinite(gradient(kl, z, z.detach().flip(0))).all()
+
+
+@random_logits
+@quick
+def test_tempered_cross_entropy_rises_with_that_of_divided_logits(seed, n, m):
+    """CE(z / T) = log(1 + (m - 1) exp(loss / T)): their gradients differ by a positive factor an image."""
+    z, y = logits_of(seed, n, m)
+    for t in (0.5, 1, 2, 7):
+        expected = (1 + (m - 1) * (tempered_ce(z, y, t) / t).exp()).log()
+        torch.testing.assert_close(ce(z / t, y), expected)
+        factor = t / (1 - (z / t).softmax(1).gather(1, y[:, None]))
+        slope = gradient(lambda z, y, t=t: ce(z / t, y), z, y)
+        torch.testing.assert_close(slope * factor, gradient(lambda z, y, t=t: tempered_ce(z, y, t), z, y))
+
+
+@random_logits
+@quick
+def test_limits_of_temperature(seed, n, m):
+    """0 is the margin attack, infinity the mean of the others; f / c at T is f at c T, divided by c."""
+    z, y = logits_of(seed, n, m)
+    z = z.detach().float().requires_grad_(True)
+    torch.testing.assert_close(tempered_ce(z, y, 0), negative_margin(z, y))
+    torch.testing.assert_close(gradient(lambda z, y: tempered_ce(z, y, 0), z, y), gradient(negative_margin, z, y))
+    rest = (z.sum(1) - z[range(n), y]) / (m - 1) - z[range(n), y]
+    torch.testing.assert_close(tempered_ce(z, y, torch.inf), rest, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(tempered_ce(z / 5, y, 0.3), tempered_ce(z, y, 1.5) / 5, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [0, 1e-30, 1e-6, 0.02, 0.5, 1, 3, 1e6, 1e30, torch.inf])
+@pytest.mark.parametrize("scale", [1e-3, 1, 1e4])
+def test_no_temperature_stalls_or_overflows_in_float32(temperature, scale):
+    """The gradient sums to 0 over classes and is -1 at the label, however confident the network is."""
+    z = (scale * torch.tensor([[60.0, 1, -5, 0], [0, 60, 60, 1], [7, 7, 7, 7]])).requires_grad_(True)
+    y = torch.tensor([0, 1, 2])
+    slope = gradient(lambda z, y: tempered_ce(z, y, temperature), z, y)
+    assert tempered_ce(z, y, temperature).isfinite().all() and slope.isfinite().all()
+    torch.testing.assert_close(slope[range(3), y], -torch.ones(3))
+    torch.testing.assert_close(slope.sum(1), torch.zeros(3), atol=1e-5, rtol=0)
+    two = gradient(lambda z, y: tempered_ce(z, y, temperature), z[:, :2], y.clamp_max(1))
+    assert torch.equal(two.sign()[:, :2], torch.tensor([[-1.0, 1], [1, -1], [1, -1]]))
+
+
+def test_temperatures_by_name():
+    assert get_loss("ce T=1") is ce
+    z, y = logits_of(0, 5, 4)
+    for t in (0.1, 1 / 3, 2):
+        assert torch.equal(get_loss(at_temperature(t))(z, y), tempered_ce(z, y, t))
+    with pytest.raises(ValueError, match="must be >= 0"):
+        get_loss("ce T=-1")
+    with pytest.raises(ValueError, match="is not a number"):
+        get_loss("ce T=cold")
 
 
 def test_losses_by_name():

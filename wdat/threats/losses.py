@@ -4,11 +4,15 @@ Sorted logits are written z_(1) >= z_(2) >= z_(3). DLR is from Croce and Hein, a
 part, from arXiv 2306.09844.
 """
 
+import re
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from wdat.settings import parse_number
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -46,6 +50,22 @@ def negative_margin(logits: Tensor, labels: Tensor) -> Tensor:
     return -margin(logits, labels)
 
 
+def tempered_ce(logits: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    """What cross-entropy climbs on logits / T, brought to slope 1: T log(mean_{k != y} exp(z_k / T)) - z_y.
+
+    (N, m), (N,) -> (N,). CE(z / T) = log(1 + (m - 1) exp(this / T)), so both rise together; but its gradient is
+    CE's over 1 - p_y, which underflows on confident images and stalls their signs at 0: here it is softmax_{k != y}(z /
+    T) - e_y at any T in [0, inf]. T -> 0 is `negative_margin` (ties shared), T -> inf the mean of the others; for two
+    classes T changes nothing. Temperature-PGD: Tian et al., arXiv 2105.14240; the form is ours.
+    """
+    t = min(max(temperature, 1e-20), 1e20)  # the limits, to all digits of float32
+    others = torch.ones_like(logits, dtype=torch.bool).scatter(1, labels[:, None], False)
+    top = logits.detach().masked_fill(~others, -torch.inf).amax(1, keepdim=True)
+    # mean exp - 1, without rounding where T is large; what is masked comes before expm1, whose slope may be infinite
+    grown = torch.where(others, (logits - top) / t, 0).expm1().sum(1) / (logits.shape[1] - 1)
+    return top[:, 0] + t * grown.log1p() - logits.gather(1, labels[:, None])[:, 0]
+
+
 def kl(logits: Tensor, reference: Tensor) -> Tensor:
     """KL(softmax(reference) || softmax(logits)), the TRADES term, (N, m), (N, m) -> (N,).
 
@@ -69,12 +89,24 @@ def boosted_ce(logits: Tensor, labels: Tensor) -> Tensor:
 LOSSES: dict[str, Loss] = {"ce": ce, "dlr": dlr, "redlr": redlr, "negative-margin": negative_margin, "kl": kl}
 
 
+def at_temperature(temperature: float) -> str:
+    """The name of `tempered_ce` at a temperature, as `get_loss` reads it."""
+    return f"ce T={float(temperature)!r}"
+
+
 def get_loss(loss: str | Loss) -> Loss:
-    """A loss by name, or the callable itself. ValueError lists the names."""
+    """A loss by name, or the callable itself. ValueError lists the names.
+
+    "ce T=0.1" is `tempered_ce` at that temperature; "ce T=1" is `ce` itself, bit for bit.
+    """
     if callable(loss):
         return loss
+    if found := re.fullmatch(r"ce T=(\S+)", loss):
+        temperature = parse_number(found[1])
+        if not temperature >= 0:
+            raise ValueError(f"loss {loss!r}: a temperature must be >= 0, where 0 is the margin attack")
+        return ce if temperature == 1 else partial(tempered_ce, temperature=temperature)
     if loss not in LOSSES:
-        raise ValueError(
-            f"unknown loss {loss!r}; known: {', '.join(LOSSES)}, or pass a function (logits, targets) -> (N,)"
-        )
+        known = ", ".join([*LOSSES, "ce T=0.1 (any temperature)"])
+        raise ValueError(f"unknown loss {loss!r}; known: {known}, or pass a function (logits, targets) -> (N,)")
     return LOSSES[loss]
