@@ -272,8 +272,9 @@ class Pairs(torch.utils.data.Dataset):
 @pytest.mark.parametrize(
     "data",
     [
-        lambda: (X, Y), lambda: [X, Y], Pairs, lambda: torch.utils.data.TensorDataset(X, Y),
-        lambda: torch.utils.data.DataLoader(Pairs(), 7), lambda: torch.utils.data.Subset(Pairs(), range(40)),
+        lambda: (X, Y), lambda: [X, Y], lambda: (X.numpy(), Y.numpy()), Pairs,
+        lambda: torch.utils.data.TensorDataset(X, Y), lambda: torch.utils.data.DataLoader(Pairs(), 7),
+        lambda: torch.utils.data.Subset(Pairs(), range(40)),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("threats", [BALL, str(BALL), [str(BALL)], (BALL,)], ids=type)

@@ -2,18 +2,19 @@
 
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from wdat.zoo.data import Data, from_tensors
 
-DataLike = Data | Sequence[Tensor] | Dataset | DataLoader
+DataLike = Data | Sequence[Tensor | np.ndarray] | Dataset | DataLoader
 EXPECTED = "pass wdat.load_data(...), wdat.from_tensors(x, y), a pair (x, y), a torch Dataset or a DataLoader of such"
 
 
 def as_data(data: DataLike) -> Data:
-    """A `Data`, or one from (x, y), a torch Dataset of (image, label) or a DataLoader of batches of these.
+    """A `Data`, or one from (x, y) as tensors or NumPy arrays, a torch Dataset of (image, label) or a DataLoader.
 
     A data set or a loader is gone through once, in its own order, and kept in memory (8-bit images in 8 bits), with
     the class names of its attribute `classes` if it has one. ValueError for anything else, and for items that are not
@@ -21,8 +22,8 @@ def as_data(data: DataLike) -> Data:
     """
     if isinstance(data, Data):
         return data
-    if isinstance(data, Sequence) and not isinstance(data, str) and len(data) == 2 and isinstance(data[0], Tensor):
-        return from_tensors(*data)
+    if isinstance(data, Sequence) and len(data) == 2 and all(isinstance(part, Tensor | np.ndarray) for part in data):
+        return from_tensors(*(torch.as_tensor(part) for part in data))
     if isinstance(data, IterableDataset) or not isinstance(data, Dataset | DataLoader):
         seen = f"{data!r}" if isinstance(data, str) else f"a {type(data).__name__}"
         raise ValueError(f"the data are {seen}; {EXPECTED}")
