@@ -15,7 +15,7 @@ import wdat
 from wdat import records
 from wdat.accuracy.allocation import accuracy_curve
 from wdat.randomised import counts as counting
-from wdat.randomised.attack import Averaged, attack_through, ladder, upper
+from wdat.randomised.attack import attack_through, averaged, ladder, upper
 from wdat.randomised.certificate import in_sigmas, lower_curve, lower_ends, priced, vote_radii
 from wdat.randomised.certify import certify, summary
 from wdat.randomised.counts import Counts, count
@@ -315,7 +315,7 @@ def test_attacks_stay_above_the_curve_and_move_within_the_ball():
 
 def test_the_surrogate_is_the_mean_of_its_draws():
     model, x = Randomised(relu().eval(), 0.3), images(3)
-    surrogate = Averaged(model, 5, seed=2)
+    surrogate = averaged(model, x.shape[1:], 5, seed=2)
     with torch.no_grad():
         logs = surrogate(x)
         by_hand = torch.stack([model.network(snap(x, model.step) + one).softmax(1) for one in surrogate.drawn]).mean(0)
@@ -333,7 +333,7 @@ def test_training_with_noise_is_a_setting_of_the_recipe():
     losses = [wdat.finetune(model, data, recipe, progress=False).history[0]["loss"] for recipe in (plain, noisy)]
     assert plain.noise == 0 and losses[0] != losses[1]
     with pytest.raises(ValueError, match=r"noise=0\.5"):
-        Recipe(wdat.trades("1/16"), noise=0.5)
+        Recipe(wdat.water_level(wdat.Threat("1/16")), noise=0.5)
 
 
 def test_one_call_gives_a_record(tmp_path):

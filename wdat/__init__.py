@@ -39,6 +39,9 @@ _HOME = {
     "w_trades": "training.objectives",
     "combined": "training.objectives",
     "water_level": "training.objectives",
+    "consistency": "training.objectives",
+    "macer": "training.objectives",
+    "certificate": "training.objectives",
 }
 __all__ = list(_HOME)
 

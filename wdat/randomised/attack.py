@@ -1,49 +1,37 @@
 """The upper side: an adversary who knows the network and sigma, but not the draw.
 
 The probability g of a right answer is attacked through its mean over a few fixed draws, a deterministic network
-(`Averaged`), so that every attack of `wdat.attacks` runs on it unchanged (SmoothAdv, Salman et al., arXiv 1906.04584).
-What it finds is judged by fresh draws. Images are attacked once along a ladder of radii; the W_p adversary then
-chooses for each image the rung that minimises g + lambda r^p, and a sweep over lambda is the whole curve.
+(`wdat.zoo.noise.Averaged`). What it finds is judged by fresh draws. Images are attacked once along a ladder of radii;
+the W_p adversary then chooses for each image the rung that minimises g + lambda r^p, and a sweep over lambda is the
+whole curve.
 """
 
 import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from wdat.attacks.adversarial import Adversarial
 from wdat.attacks.pgd import attack
 from wdat.randomised.counts import Counts, count
 from wdat.threats.ball import Threat
+from wdat.threats.checks import device_of
 from wdat.threats.seeds import derive_seed
 from wdat.zoo.data import Data, from_tensors
-from wdat.zoo.noise import Randomised, noise, snap, step_of, stream
+from wdat.zoo.noise import Averaged, Randomised, noise, stream
 
 AVERAGED, STEPS = 16, 20
 
 
-class Averaged(nn.Module):
-    """log of the mean softmax over m fixed draws: images (N, C, H, W) -> (N, classes), m passes an image.
-
-    The same m draws for every image and forward pass, of this seed: deterministic, and differentiable in the images.
-    Cross-entropy on it is -log of the mean probability of the right class.
-    """
-
-    def __init__(self, model: Randomised, m: int, seed: int) -> None:
-        super().__init__()
-        if m < 1:
-            raise ValueError(f"m={m} draws are averaged; at least 1 is needed")
-        self.network, self.sigma, self.m, self.seed, self.drawn = model.network, model.sigma, m, seed, None
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.drawn is None or self.drawn.shape[1:] != x.shape[1:] or self.drawn.device != x.device:
-            like = x.detach()[:1].expand(self.m, *x.shape[1:])
-            self.drawn = noise(like, self.sigma, stream(x.device, self.seed, self.m))
-        noisy = snap(x, step_of(self.sigma))[:, None] + self.drawn
-        logits = self.network(noisy.flatten(0, 1)).unflatten(0, (len(x), self.m))
-        return logits.log_softmax(2).logsumexp(1) - math.log(self.m)
+def averaged(model: Randomised, shape: Sequence[int], m: int, seed: int) -> Averaged:
+    """The mean of m draws of this seed, the same for all images of a shape (C, H, W), rounded as the network rounds."""
+    if m < 1:
+        raise ValueError(f"m={m} draws are averaged; at least 1 is needed")
+    device = device_of(model)
+    drawn = noise(torch.empty(m, *shape, device=device), model.sigma, stream(device, seed, m))
+    return Averaged(model.network, drawn, model.step)
 
 
 def attack_through(
@@ -56,8 +44,8 @@ def attack_through(
     """
     x, y = data.stored()
     return attack(
-        Averaged(model, m, seed), x, y, threat, loss=_surprise, steps=steps, radii=radii, start=start, keep="last",
-        batch_size=batch_size, progress=progress,
+        averaged(model, x.shape[1:], m, seed), x, y, threat, loss=_surprise, steps=steps, radii=radii, start=start,
+        keep="last", batch_size=batch_size, progress=progress,
     )  # fmt: skip
 
 

@@ -32,6 +32,7 @@ from wdat.training.trackers import Tracker
 from wdat.zoo.adapt import DataLike, as_data, as_data_or_none
 from wdat.zoo.data import Data, check_fit, check_outputs, check_same_classes
 from wdat.zoo.identity import identify, same
+from wdat.zoo.noise import Randomised
 
 __all__ = ["Diverged", "Finetuned", "Recipe", "finetune", "interpolate", "make_recipe"]
 
@@ -107,8 +108,8 @@ def finetune(
     Args:
         model: logits of float32 images in [0, 1]; trained on the device it is on.
         train, validation: data sets. Validation (cut from training data, never test) is only reported: clean and
-            W-PGD accuracy (10 steps, under `validation_threat`, by default the first term's) per epoch; the final
-            weights are returned, never the best ones.
+            W-PGD accuracy (10 steps, under `validation_threat`, by default the first term's) per epoch, with noise in
+            the recipe the accuracy of one draw alone; the final weights are returned, never the best ones.
         checkpoint: file to resume from and write to, after every epoch and, if given, every `checkpoint_every` steps.
             Written atomically; one of another recipe, network (`wdat.zoo.identity`), data, validation or version of the
             library is refused, naming what differs.
@@ -197,15 +198,18 @@ def finetune(
                 with watched():
                     for term, tracker in zip(objective.terms, trackers, strict=True):
                         if tracker and term.tracked == "upsilon" and recipe.upsilon.due(done, steps_per_epoch):
-                            tracker.refresh(_norms(network, train, term, recipe))
+                            tracker.refresh(_norms(recipe.behind(network, train), train, term, recipe))
                     torch.manual_seed(derive_seed(recipe.seed, done))
                     x = shift_and_flip(x, recipe.augment, recipe.flip)
-                    x = x + recipe.noise * torch.randn_like(x) if recipe.noise else x
+                    drawn = recipe.draw(x)
                     mode = network.train if recipe.layers == "all" else network.eval
                     optimiser.zero_grad(set_to_none=True)
                     micro = recipe.micro_batch
-                    for a, b, i in zip(x.split(micro), y.split(micro), index.split(micro), strict=True):
-                        loss, log = objective(network, a, b, i, trackers, teacher, mode, recipe.precision)
+                    parts = (t.split(micro) for t in (x, y, index, *drawn))
+                    for a, b, i, *xi in zip(*parts, strict=True):
+                        loss, log = objective(
+                            network, a, b, i, trackers, teacher, mode, recipe.precision, *xi, sigma=recipe.noise
+                        )
                         (loss * (len(a) / len(x))).backward()
                         for key, value in log.items():
                             sums[key] = sums.get(key, 0) + value
@@ -223,7 +227,7 @@ def finetune(
                     if validation is not None:
                         with watched():
                             threat = validation_threat or _first_threat(objective)
-                            row |= _validate(network, validation, threat, recipe.micro_batch)
+                            row |= _validate(network, validation, threat, recipe)
                     history.append(row)
                     bar.set_postfix(loss=f"{row['loss']:.3f}", accuracy=f"{row['accuracy']:.3f}")
                     sums = {}
@@ -284,11 +288,12 @@ def _first_threat(objective: Objective) -> Threat | None:
     return objective.terms[0].threat if objective.terms else None
 
 
-def _validate(network: nn.Module, data: Data, threat: Threat | None, size: int) -> dict:
+def _validate(network: nn.Module, data: Data, threat: Threat | None, recipe: Recipe) -> dict:
+    size, shown = recipe.micro_batch, Randomised(network, recipe.noise) if recipe.noise else network
     with frozen(network), torch.no_grad():
-        logits = torch.cat([network(x.to(device_of(network))) for x in data.x.split(size)])
+        logits = torch.cat([shown(x.to(device_of(network))) for x in data.x.split(size)])
     row = {"validation_accuracy": float((margin(logits, data.y.to(logits.device)) > 0).double().mean())}
-    if threat:
+    if threat and not recipe.noise:
         loss = "redlr" if logits.shape[1] > 2 else "negative-margin"
         found = w_pgd(network, data.x, data.y, threat, loss=loss, steps=10, batch_size=size)
         row["validation_w_pgd"] = found.accuracy

@@ -64,7 +64,11 @@ def _trial(network: nn.Module, recipe: Recipe, shape: Sequence[int]) -> tuple[Ca
         with frozen(network), torch.no_grad():
             y = network(x).argmax(1)
         mode = network.train if recipe.layers == "all" else network.eval
-        objective(network, x, y, torch.arange(n), recipe.trackers(n), teacher, mode, recipe.precision)[0].backward()
+        trackers, noisy = recipe.trackers(n), recipe.draw(x)
+        loss, _ = objective(
+            network, x, y, torch.arange(n), trackers, teacher, mode, recipe.precision, *noisy, sigma=recipe.noise
+        )
+        loss.backward()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 

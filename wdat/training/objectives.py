@@ -1,6 +1,6 @@
 """What training minimises: a clean term plus adversarial terms, each an inner attack and an outer loss.
 
-    clean * CE(f(x), y)  +  distil * KL(p_0(x) || p(x))  +  sum_terms weight * E[w * outer(f(x'), .)]
+    clean * CE(f(x), y)  +  distil * KL(p_0(x) || p(x))  +  sum_terms weight * E[w * outer(f(x'), .)]  +  smoothing
 
 | objective                | clean | terms                                                            |
 |--------------------------|-------|------------------------------------------------------------------|
@@ -11,12 +11,18 @@
 | `w_trades`               | 1     | the same with p < inf: eps_i = delta (||g_i||_s / upsilon)^(q-1) |
 | `combined`               | 1     | both, each with its weight                                       |
 | `water_level`            | 1     | CE at the nearest flipping point of images below the water level |
+| `consistency`            | 1     | smoothing: an image's noisy draws agree                          |
+| `macer`                  | 0     | smoothing: CE of their mean, hinge on the vote's radius          |
+| `certificate`            | 1     | smoothing: what is proved of one draw, `weight` times            |
 
-The terms, with their sources, are in `wdat.training.terms`.
+The terms, with their sources, are in `wdat.training.terms`, the last three in `wdat.training.smoothing`. With noise in
+the recipe (`Recipe.noise`) all means are over `draws` noisy copies of every image, x + xi and x' + xi with the same xi,
+and inner attacks climb through the mean of their probabilities: `at` is then SmoothAdv (Salman et al., arXiv
+1906.04584), a term with p < inf its distributional version, with budgets by image.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -27,26 +33,33 @@ from wdat.threats.ball import Threat, pixel_norm
 from wdat.threats.checks import frozen
 from wdat.threats.losses import kl
 from wdat.threats.precision import autocast
+from wdat.training.smoothing import Certificate, Consistency, Macer, Smoothing
 from wdat.training.terms import BOTH, OUTER, Term, WaterLevel
 from wdat.training.trackers import Tracker
+from wdat.zoo.noise import Averaged
 
 
 @dataclass(frozen=True)
 class Objective:
     """Clean weight, distillation weight (towards the network fine-tuning started from) and adversarial terms.
 
-    Terms of weight 0 are dropped: beta = 0 is plain fine-tuning, at its cost.
+    Terms of weight 0 are dropped: beta = 0 is plain fine-tuning, at its cost. smoothing: a loss of an image's noisy
+    draws; draws: of every image in a step. Both are for recipes with noise.
     """
 
     name: str
     terms: tuple[Term | WaterLevel, ...] = ()
     clean: float = 1.0
     distil: float = 0.0
+    smoothing: Smoothing | None = None
+    draws: int = 1
 
     def __post_init__(self) -> None:
         typed(self, "objective")
+        if self.draws < 1:
+            raise ValueError(f"draws={self.draws} noisy copies of every image; at least 1 is needed")
         object.__setattr__(self, "terms", tuple(term for term in self.terms if term.weight))
-        if self.clean < 0 or self.distil < 0 or not (self.clean or self.distil or self.terms):
+        if self.clean < 0 or self.distil < 0 or not (self.clean or self.distil or self.terms or self.smoothing):
             raise ValueError(
                 f"weights clean={self.clean}, distil={self.distil} must be >= 0, and one weight of the objective > 0"
             )
@@ -54,17 +67,19 @@ class Objective:
     @property
     def needs_clean(self) -> bool:
         """Whether the outer forward includes the clean images."""
-        return self.clean > 0 or self.distil > 0 or any(t.outer in BOTH for t in self.terms)
+        alone = self.clean > 0 or self.distil > 0 or self.smoothing is not None
+        return alone or any(t.outer in BOTH for t in self.terms)
 
     @property
     def cost(self) -> dict[str, int]:
         """Passes per image and step: input gradients, forwards alone, and full passes (with parameter gradients)."""
         inner = [t.cost for t in self.terms]
-        return {
+        once = {
             "gradients": sum(c["gradients"] for c in inner),
             "forwards": sum(c["forwards"] for c in inner) + (self.distil > 0),
             "full": len(self.terms) + self.needs_clean,
         }
+        return {kind: self.draws * count for kind, count in once.items()}
 
     def __call__(
         self,
@@ -76,40 +91,50 @@ class Objective:
         teacher: nn.Module | None = None,
         train_mode: Callable[[], object] | None = None,
         precision: str = "float32",
+        noise: Tensor | None = None,
+        sigma: float = 0.0,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of a batch, differentiable in the parameters, and the sums to log.
 
         The inner attacks see the network in eval mode; `train_mode` (default `model.train`) sets the mode of the
         outer forward. Clean and adversarial images share one forward unless batch norm would mix them. `precision`
         is that of the outer forward's layers and the teacher's; losses and parameter gradients stay in float32.
+        noise (B, draws, C, H, W), of standard deviation sigma, is added to clean and adversarial images.
         """
+        behind = model if noise is None else Averaged(model, noise)
+        draws = 1 if noise is None else noise.shape[1]
         with frozen(model):
-            found = [t.perturb(model, x, y, index, k) for t, k in zip(self.terms, trackers, strict=True)]
+            found = [t.perturb(behind, x, y, index, k) for t, k in zip(self.terms, trackers, strict=True)]
         (train_mode or model.train)()
         stacks = ([x] if self.needs_clean else []) + [f.x for f in found]
+        if noise is not None:
+            stacks = [(stack[:, None] + noise).flatten(0, 1) for stack in stacks]
+        first, rows = stacks[0], y.repeat_interleave(draws)
         if not any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in model.modules()):
             stacks = [torch.cat(stacks)] if len(stacks) > 1 else stacks
         with autocast(model, precision):
-            outputs = [part for stack in stacks for part in model(stack).float().split(len(x))]
+            outputs = [part for stack in stacks for part in model(stack).float().split(len(rows))]
         clean_logits = outputs.pop(0) if self.needs_clean else None
         loss = x.new_zeros(())
         log = {}
         if self.clean:
-            loss = loss + self.clean * F.cross_entropy(clean_logits, y)
+            loss = loss + self.clean * F.cross_entropy(clean_logits, rows)
         if self.distil:
             with torch.no_grad(), autocast(teacher, precision):
-                reference = teacher(x).float()
+                reference = teacher(first).float()
             loss = loss + self.distil * kl(clean_logits, reference).mean()
+        if self.smoothing:
+            loss = loss + self.smoothing(clean_logits.unflatten(0, (len(x), draws)), y, sigma, x[0].numel()).mean()
         for number, (term, f, logits) in enumerate(zip(self.terms, found, outputs, strict=True)):
-            values = OUTER[term.outer](logits, y, clean_logits, term.weight)
-            values = values if f.weights is None else values * f.weights
+            values = OUTER[term.outer](logits, rows, clean_logits, term.weight)
+            values = values if f.weights is None else values * f.weights.repeat_interleave(draws)
             loss = loss + term.weight * values.mean()
             log |= {f"{number}.{key}": v.detach().double() for key, v in f.log.items()}
             moved = pixel_norm(f.x - x, term.threat.r).double()
             log[f"{number}.moved^p"] = moved.pow(1.0 if term.threat.pointwise else term.threat.p).sum()
-        log["correct"] = (
-            (clean_logits if self.needs_clean else outputs[0]).argmax(1).eq(y).sum().double()
-        )  # of the clean images where they were seen
+        log["correct"] = (clean_logits if self.needs_clean else outputs[0]).argmax(1).eq(
+            rows
+        ).sum().double() / draws  # of the clean images where they were seen
         log["loss"] = loss.detach().double() * len(x)
         return loss, log
 
@@ -160,27 +185,49 @@ def water_level(threat: Threat, beta: float = 4.0, distil: float = 0.0, **settin
     return Objective("water-level", (WaterLevel(threat, beta, **settings),), distil=distil)
 
 
+@reads("objective consistency", Consistency, "weight")
+def consistency(weight: float = 10.0, draws: int = 2, **settings) -> Objective:
+    """Consistency regularisation of noisy draws. Settings: those of `Consistency`."""
+    return Objective("consistency", smoothing=Consistency(weight, **settings), draws=draws)
+
+
+@reads("objective macer", Macer, "weight")
+def macer(weight: float = 12.0, draws: int = 16, **settings) -> Objective:
+    """MACER: the vote's certified radius is trained. Settings: those of `Macer`."""
+    return Objective("macer", clean=0.0, smoothing=Macer(weight, **settings), draws=draws)
+
+
+@reads("objective certificate", Certificate, "threat", "weight")
+def certificate(threat: Threat, weight: float = 4.0, draws: int = 4, clean: float = 1.0, **settings) -> Objective:
+    """What is proved of one draw in the ball is trained. Settings: those of `Certificate`."""
+    smoothing = Certificate(threat, weight, **settings)
+    return Objective("certificate", clean=clean, smoothing=smoothing, draws=draws)
+
+
 def make_objective(settings: dict) -> Objective:
     """An objective from plain values, as notebooks and the command line give them.
 
-    {"kind": "plain" | "at" | "trades" | "mart" | "w-trades" | "combined" | "water-level", "delta": "8/255", "p": 2,
-    "r": "inf", and any further setting of that objective}. ValueError names what is unknown or missing.
+    {"kind": "plain" | "at" | "trades" | "mart" | "w-trades" | "combined" | "water-level" | "consistency" | "macer" |
+    "certificate", "delta": "8/255", "p": 2, "r": "inf", "draws": noisy copies of every image, and any further setting
+    of that objective}. ValueError names what is unknown or missing.
     """
     makers = {"plain": plain, "at": at, "trades": trades, "mart": mart, "w-trades": w_trades, "combined": combined,
-              "water-level": water_level}  # fmt: skip
+              "water-level": water_level, "consistency": consistency, "macer": macer,
+              "certificate": certificate}  # fmt: skip
     if not isinstance(settings, Mapping):
         raise ValueError(f"objective is {settings!r}; expected a mapping, such as {{kind: w-trades, delta: 8/255}}")
     rest = dict(settings)
     kind = rest.pop("kind", None)
     if kind not in makers:
         raise ValueError(f"unknown objective {kind!r}; known: {', '.join(makers)}")
-    if kind in ("w-trades", "combined", "water-level"):
+    own = {} if kind in ("consistency", "macer", "certificate") else {k: rest.pop(k) for k in ("draws",) if k in rest}
+    if kind in ("w-trades", "combined", "water-level", "certificate"):
         if "delta" not in rest:
             raise ValueError(f"objective {kind!r} needs delta")
         rest["threat"] = Threat(rest.pop("delta"), rest.pop("p", 2), rest.pop("r", "inf"))
         if kind == "combined":
             rest["delta"] = rest.pop("pointwise_delta", rest["threat"].written)
     try:
-        return makers[kind](**rest)
+        return replace(makers[kind](**rest), **own)
     except TypeError as error:
         raise ValueError(f"objective {kind!r}: {error}") from None

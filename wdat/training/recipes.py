@@ -7,16 +7,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from wdat.settings import check_names, typed
 from wdat.threats.checks import device_of
 from wdat.threats.inputs import copied
 from wdat.threats.precision import TRAINING_PRECISIONS
+from wdat.threats.seeds import derive_seed
 from wdat.training.objectives import Objective, make_objective
 from wdat.training.schedules import Schedule, get_schedule
+from wdat.training.terms import WaterLevel
 from wdat.training.trackers import Rule, Tracker
 from wdat.zoo.data import Data
+from wdat.zoo.noise import Averaged
 
 INITS = ("none", "perturb", "rerandomise")
 LAYERS = ("all", "last")
@@ -47,8 +50,8 @@ class Recipe:
         augment: largest shift in pixels of a random crop (zero padding), together with `flip`.
         flip: mirror half of the images.
         noise: standard deviation of Gaussian noise added to every image of a step, unclipped, for `wdat.Randomised` of
-            the same sigma (Cohen et al., arXiv 1902.02918); 0: none. Adversarial terms need images in [0, 1] and
-            are refused with it. Training accuracy is then that of one draw.
+            the same sigma (Cohen et al., arXiv 1902.02918); 0: none. Adversarial images are found through it, see
+            `wdat.training.objectives`. Training and validation accuracy are then those of one draw.
         seed: of order, augmentation, noise, initialisation.
 
     Every setting is read by its type (`wdat.settings`); ValueError for one that does not fit.
@@ -88,10 +91,15 @@ class Recipe:
             )
         if self.augment < 0 or not self.clip >= 0:
             raise ValueError(f"augment={self.augment}, a shift in pixels, and clip={self.clip} must be >= 0")
-        if not 0 <= self.noise <= 10 or (self.noise and self.objective.terms):
+        if not 0 <= self.noise <= 10 or (self.noise and any(isinstance(t, WaterLevel) for t in self.objective.terms)):
             raise ValueError(
-                f"noise={self.noise:g} must be a standard deviation in [0, 10], and 0 with an adversarial objective "
-                f"such as {self.objective.name!r}: train with noise by the objective plain"
+                f"noise={self.noise:g} must be a standard deviation in [0, 10], and 0 with the objective water-level, "
+                "whose nearest points have no meaning behind noise: train with noise by certificate, say"
+            )
+        if not self.noise and (self.objective.draws > 1 or self.objective.smoothing):
+            raise ValueError(
+                f"objective {self.objective.name!r} with draws={self.objective.draws} noisy copies of every image "
+                "needs the noise's standard deviation: set noise=0.25, say"
             )
         get_schedule(self.schedule)
 
@@ -104,6 +112,20 @@ class Recipe:
         """Sizes of the micro-batches that n images are trained in."""
         steps = {min(self.batch_size, n), n % self.batch_size} - {0}
         return {size for step in steps for size in (min(self.micro_batch, step), step % self.micro_batch) if size}
+
+    def draw(self, x: Tensor) -> list[Tensor]:
+        """The noise of a step for images (B, C, H, W): [(B, draws, C, H, W)], or nothing, from torch's generator."""
+        if not self.noise:
+            return []
+        return [self.noise * torch.randn(len(x), self.objective.draws, *x.shape[1:], device=x.device)]
+
+    def behind(self, network: nn.Module, train: Data) -> nn.Module:
+        """The network whose sensitivity budgets come from: with noise, the mean of the same draws at every refresh."""
+        if not self.noise:
+            return network
+        seeded = torch.Generator().manual_seed(derive_seed(self.seed, -1))
+        drawn = torch.randn(self.objective.draws, *train.pixels.shape[1:], generator=seeded)
+        return Averaged(network, self.noise * drawn.to(device_of(network)))
 
     def select(self, network: nn.Module) -> None:
         """Let autograd follow the weights that are trained, and no others."""

@@ -117,6 +117,25 @@ class Randomised(nn.Module):
         return torch.where(sure, order[:, 0], -1)
 
 
+class Averaged(nn.Module):
+    """log of the mean softmax over fixed draws: images (N, C, H, W) -> (N, classes), m passes an image.
+
+    drawn: noise (m, C, H, W), the same for every image, or (N, m, C, H, W); step: that images are rounded to (0: not),
+    see `snap`. Deterministic, and differentiable in the
+    images, so that every attack runs on it unchanged (SmoothAdv, Salman et al., arXiv 1906.04584). Cross-entropy on it
+    is -log of the mean probability of the right class.
+    """
+
+    def __init__(self, network: nn.Module, drawn: Tensor, step: float = 0.0) -> None:
+        super().__init__()
+        self.network, self.drawn, self.step = network, drawn, step
+
+    def forward(self, x: Tensor) -> Tensor:
+        noisy = (snap(x, self.step) if self.step else x)[:, None] + self.drawn
+        logits = self.network(noisy.flatten(0, 1)).unflatten(0, noisy.shape[:2]).float()
+        return logits.log_softmax(2).logsumexp(1) - math.log(noisy.shape[1])
+
+
 def check_confidence(confidence: float) -> None:
     """ValueError unless it is in (0, 1)."""
     if not 0 < confidence < 1:
