@@ -30,10 +30,12 @@ ROOMS = {
     "attacks": {"threats", "settings"},
     "accuracy": {"threats"},
     "zoo": {"threats", "records", "settings", "digest"},
+    "tickets": {"threats", "attacks", "zoo", "settings"},
     "training": {"threats", "attacks", "accuracy", "zoo", "records", "settings", "digest"},
     "randomised": {"threats", "attacks", "accuracy", "zoo", "records", "settings", "digest"},
     "studies": {
-        "threats", "attacks", "accuracy", "zoo", "training", "randomised", "records", "settings", "digest", "clock",
+        "threats", "attacks", "accuracy", "zoo", "tickets", "training", "randomised", "records", "settings", "digest",
+        "clock",
     },
     "report": {"records"},
     "reproduce": {"records", "settings", "digest"},

@@ -31,6 +31,7 @@ def run(args: argparse.Namespace) -> None:
     from wdat.training.loop import finetune, make_recipe
     from wdat.zoo.models import save_model
     from wdat.zoo.noise import Randomised
+    from wdat.zoo.sparse import masked
 
     out = Path(args.out)
     if out.suffix not in (".yaml", ".yml"):
@@ -45,6 +46,8 @@ def run(args: argparse.Namespace) -> None:
     card = getattr(model, "card", {})
     if isinstance(model, Randomised):  # what is trained is the network behind the noise; the card keeps its sigma
         model = model.network
+    if card.get("density") is not None:  # a sparse network stays so
+        model = masked(model)
     rest, held = data.split_off(args.validation, seed=0)
     done = finetune(model, rest, recipe, validation=held, checkpoint=out.with_suffix(".checkpoint"))
     card = {key: value for key, value in card.items() if key not in ("sha256", "bytes", "weights")}

@@ -10,6 +10,7 @@ A card says what a network is and where it comes from:
     source, licence, training        who trained it, how, on what terms
     epsilon                          radius it was trained for, as written ("8/255"), if documented
     sigma                            standard deviation of the noise in front of it (`wdat.Randomised`), if any
+    density                          share of weights that are not zero, of a sparse network (`wdat.masked`)
 
 Nothing is downloaded, and no folder is made while looking.
 """
@@ -28,10 +29,11 @@ from torch import nn
 from wdat.records import write_file
 from wdat.settings import Written, check_names, read
 from wdat.threats.checks import tensors_of
-from wdat.threats.inputs import unwrapped
+from wdat.threats.inputs import plain_weights, unwrapped
 from wdat.zoo import robustbench as rb
 from wdat.zoo.networks import Normalised, build
 from wdat.zoo.noise import Randomised
+from wdat.zoo.sparse import check_density, is_masked, kept, pack
 from wdat.zoo.weights import (
     WEIGHT_FILES,
     check_weights,
@@ -47,6 +49,7 @@ CARD = {
     "name": str, "architecture": str, "arguments": dict | None, "mean": list[Written] | None,
     "std": list[Written] | None, "weights": str, "sha256": str, "bytes": int | None, "source": str | None,
     "licence": str | None, "training": str | None, "epsilon": Written | None, "sigma": float | None,
+    "density": float | None,
 }  # fmt: skip
 REQUIRED = ("name", "architecture", "weights", "sha256")
 
@@ -145,6 +148,8 @@ def _from_card(path: Path, root: str | Path | None) -> nn.Module:
         )
     network = build(card["architecture"], **card.get("arguments") or {}).float()
     fill(network, read_weights(weights), weights, card["architecture"])
+    if card.get("density") is not None:
+        check_density(network, card["density"], str(weights))
     model = network if card.get("mean") is None else Normalised(card["mean"], card["std"], network)
     model.card = card
     if card.get("sigma") is not None:
@@ -202,7 +207,8 @@ def save_model(model: nn.Module, card_path: str | Path, **fields: Any) -> Path:
 
     fields: those of a card. `architecture` (a name, or "package.module:function" of yours that builds the network) and
     `arguments` are needed unless the model was loaded by `load_model`; mean and std come from a `Normalised` model,
-    sigma from a `Randomised` one. ValueError unless that architecture takes exactly these weights. Both files appear
+    sigma from a `Randomised` one, density from a masked one, of which the file holds the weights that are not zero and
+    a bit for each place. ValueError unless that architecture takes exactly these weights. Both files appear
     whole or not at all, weights first.
     """
     from safetensors.torch import save
@@ -222,6 +228,10 @@ def save_model(model: nn.Module, card_path: str | Path, **fields: Any) -> Path:
     if isinstance(model, Normalised) and not own:
         network = model.network
         fields |= {"mean": model.mean.flatten().tolist(), "std": model.std.flatten().tolist()}
+    if is_masked(network) or fields.get("density") is not None:  # counted, whatever was said
+        network = plain_weights(network)
+        found, total = kept(network)
+        fields["density"] = found / total
     if other := sorted(set(network.state_dict()) - set(tensors_of(network))):
         raise ValueError(f"{', '.join(other)} of the model (get_extra_state) is no tensor, and a weight file of a card "
                          "holds tensors only; make it a buffer, or keep the state with torch.save")  # fmt: skip
@@ -229,7 +239,7 @@ def save_model(model: nn.Module, card_path: str | Path, **fields: Any) -> Path:
     state = {key: value.detach().cpu().contiguous().clone() for key, value in network.state_dict().items()}
     with torch.random.fork_rng([]):
         fill(build(fields["architecture"], **fields.get("arguments") or {}), state, path, fields["architecture"])
-    content = save(state)
+    content = save(pack(state) if fields.get("density") is not None else state)
     weights = path.with_suffix(".safetensors")
     fields = {"name": path.stem} | fields
     fields |= {"weights": weights.name, "sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}

@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from wdat.zoo.sparse import unpacked
+
 WEIGHT_FILES = (".pt", ".pth", ".safetensors", ".ckpt", ".bin", ".tar")
 NAMES = (
     "state_dict",
@@ -119,7 +121,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         )
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            return unpacked(load_file(path))
         with numpy_numbers():
             held = torch.load(path, "cpu", weights_only=True)
     except pickle.UnpicklingError as error:
