@@ -1,5 +1,6 @@
 """Run one notebook in a fresh kernel, and make its executed copy fit to commit."""
 
+import asyncio
 import contextlib
 import json
 import os
@@ -101,19 +102,27 @@ def kernel(scratch: Path, command: str) -> Iterator[type]:
         "JUPYTER_DATA_DIR": folder,
         "JUPYTER_CONFIG_DIR": folder,
         "MPLCONFIGDIR": str(scratch.parent / "matplotlib"),
-        "PYTHONWARNINGS": "ignore:IProgress not found",  # tqdm would advise to install widgets
+        # tqdm would advise to install widgets; the tracker tells what it cleans up after an interrupt
+        "PYTHONWARNINGS": "ignore:IProgress not found,ignore:resource_tracker",
         "WDAT_COMMAND": command,
     }
 
     class Manager(AsyncKernelManager):
         @property
         def kernel_spec(self) -> KernelSpec:
-            argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+            argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=CRITICAL"]
             return KernelSpec(argv=argv, env=environment, display_name="Python 3", language="python")
 
         def __init__(self, **arguments: Any) -> None:
             super().__init__(**arguments, transport="ipc", connection_file=f"{folder}/kernel.json")
             self.shutdown_wait_time = 1.0  # half of it until SIGTERM, which ends its workers, too
+
+        async def shutdown_kernel(self, *words: Any, **options: Any) -> None:
+            left = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in left:  # an interrupt leaves them waiting for the kernel; they would complain of its end
+                task.cancel()
+            await asyncio.gather(*left, return_exceptions=True)
+            await super().shutdown_kernel(*words, **options)
 
     try:
         yield Manager
