@@ -44,7 +44,7 @@ def attack_through(
     """
     x, y = data.stored()
     return attack(
-        averaged(model, x.shape[1:], m, seed), x, y, threat, loss=_surprise, steps=steps, radii=radii, start=start,
+        averaged(model, x[:1].shape[1:], m, seed), x, y, threat, loss=_surprise, steps=steps, radii=radii, start=start,
         keep="last", batch_size=batch_size, progress=progress,
     )  # fmt: skip
 
