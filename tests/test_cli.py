@@ -110,3 +110,20 @@ def test_another_function_of_the_same_weights_is_evaluated_anew(place, monkeypat
         (row,) = json.loads((place / "own/network.json").read_text())["results"]["networks"]
         accuracy.append(row["clean"]["accuracy"])
     assert accuracy[0] < accuracy[1]
+
+
+def test_every_class_beside_the_whole(place, capsys):
+    """The classes' accuracies are those of the evaluation, their mean its accuracy; the search is not done twice."""
+    assert cli.main([*RUN, "--per-class"]) == 0
+    assert "| network | adversary | average | worst class |" in capsys.readouterr().out
+    (whole,) = json.loads((place / "results/net.json").read_text())["results"]["networks"]
+    found = json.loads((place / "results/net-classes.json").read_text())["results"]
+    (classes,) = found["networks"]
+    assert classes["clean"]["per_class"] == pytest.approx(whole["clean"]["per_class"])
+    for row, other in zip(classes["threats"][::2], whole["optimal"][0]["threats"], strict=True):
+        assert row["threat"] == other["threat"] and row["accuracy"] >= other["accuracy"] - 1e-9  # W-PGD is not in it
+        average = sum(found["share"][c] * v for c, v in row["per_class"].items())
+        assert average == pytest.approx(row["accuracy"]) and sum(row["budget"].values()) == pytest.approx(1)
+    for name in ("bars", "budget", "confusion"):
+        assert (place / f"results/net-classes-{name}.png").stat().st_size > 3000
+    assert cli.main([*RUN, "--per-class", "--p", "inf"]) == 2 and "leave --p inf out" in capsys.readouterr().err

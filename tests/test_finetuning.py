@@ -50,6 +50,20 @@ def test_rerandomising_draws_the_last_layer_anew():
     assert drawn[0][6].weight.abs().max() > 0.8 / math.sqrt(24)
 
 
+def test_from_scratch_nothing_of_the_weights_is_kept():
+    """Every layer's own initialisation, batch norm's statistics too; the same whatever the network was."""
+    model, other = batch_norm(), batch_norm(seed=1)
+    train = data(model)
+    one, two = (run(m, train, Recipe(plain(), epochs=0, init="scratch")).model for m in (model, other))
+    assert changed(weights(one), two) == []
+    assert {"0.weight", "0.bias", "6.weight", "6.bias"} <= set(changed(weights(model), one))
+    norm = next(m for m in one.modules() if isinstance(m, nn.BatchNorm2d))
+    assert torch.equal(norm.running_mean, torch.zeros_like(norm.running_mean))
+    model.own = nn.Parameter(torch.ones(1))
+    with pytest.raises(ValueError, match="own is of no layer"):
+        run(model, train, Recipe(plain(), epochs=0, init="scratch"))
+
+
 def test_perturbing_moves_every_weight_by_its_own_scale():
     model = nn.Sequential(nn.Flatten(), nn.Linear(400, 400), nn.ReLU(), nn.Linear(400, 200))
     with torch.no_grad():

@@ -323,3 +323,32 @@ def test_noise_comes_from_the_global_generator_alone():
     still(model, x, y, torch.arange(N), trackers(still))
     assert torch.equal(torch.get_rng_state(), before)
     assert generator(0).initial_seed() == 0
+
+
+# Class by class
+
+
+@pytest.mark.parametrize("make_one", [lambda **k: at(0.1, **k), lambda **k: w_trades(Threat(0.1, 2), **k)])
+def test_factors_of_one_for_every_class_change_nothing(make_one):
+    model, x, y = case()
+    plain_step = step(make_one(steps=2), model, x, y)
+    ones = step(make_one(steps=2, class_weights=[1] * 4, class_radii=[1] * 4), model, x, y)
+    assert torch.equal(plain_step[0], ones[0])
+    assert all(torch.equal(a, b) for a, b in zip(plain_step[2], ones[2], strict=True))
+
+
+def test_class_weights_and_radii_are_those_of_each_image():
+    """A weight of 0 takes a class out of the loss, a radius of 0 leaves its images where they are."""
+    model, x, y = case()
+    kept = y != 2
+    whole, _, gradients, _ = step(at(0.1, steps=2, start=0.0, class_weights=[1, 1, 0, 1]), model, x, y)
+    part, _, own, _ = step(at(0.1, steps=2, start=0.0), model, x[kept], y[kept])
+    assert float(whole) == pytest.approx(float(part) * float(kept.double().mean()))
+    same(gradients, [g * kept.double().mean() for g in own])
+    term = Term(Threat(0.1, INF), outer="ce", inner="ce", start="random", steps=3, class_radii=(0.5, 1, 0, 2))
+    moved = (term.perturb(model, x, y, torch.arange(len(x)), None).x - x).flatten(1).abs().amax(1)
+    assert (moved <= 0.1 * torch.tensor(term.class_radii)[y] + 1e-6).all() and (moved[y == 3] > 0.1).any()
+    with pytest.raises(ValueError, match="2 factors for classes, but a label is"):
+        step(at(0.1, class_weights=[1, 1]), model, x, y)
+    with pytest.raises(ValueError, match="must be >= 0"):
+        at(0.1, class_radii=[-1, 1])

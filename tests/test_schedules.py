@@ -7,7 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from nets import quick
 
-from wdat.training.schedules import SCHEDULES, constant, cosine, get_schedule, slow_start_fast_decay, step
+from wdat.training.schedules import (
+    SCHEDULES,
+    constant,
+    cosine,
+    fast_start_slow_decay,
+    geometric_start_fast_decay,
+    get_schedule,
+    slow_start_fast_decay,
+    step,
+)
 
 
 def rates(schedule, epochs: int, base: float = 1.0) -> list[float]:
@@ -31,8 +40,22 @@ def test_slow_start_fast_decay(epochs, base, part):
         assert slow_start_fast_decay(e + part, epochs, base) == lr[e]
 
 
+@given(epochs=st.integers(2, 60), base=st.floats(1e-4, 1), part=st.floats(0, 0.999))
+@quick
+def test_variants_of_slow_start_fast_decay(epochs, base, part):
+    """A ramp that doubles to the same peak; the same rates in reverse order, so that equal sums are compared."""
+    linear, half = rates(slow_start_fast_decay, epochs, base), epochs // 2
+    geometric = rates(geometric_start_fast_decay, epochs, base)
+    assert geometric[half - 1 :] == linear[half - 1 :]
+    assert all(b == pytest.approx(2 * a) for a, b in pairwise(geometric[:half]))
+    assert rates(fast_start_slow_decay, epochs, base) == linear[::-1]
+    for schedule in (geometric_start_fast_decay, fast_start_slow_decay):
+        assert schedule(epochs - 1 + part, epochs, base) == schedule(epochs - 1, epochs, base)
+
+
 def test_slow_start_fast_decay_of_one_epoch():
-    assert rates(slow_start_fast_decay, 1, 0.5) == [0.5]
+    for schedule in (slow_start_fast_decay, geometric_start_fast_decay, fast_start_slow_decay):
+        assert rates(schedule, 1, 0.5) == [0.5]
 
 
 @given(epochs=st.integers(1, 60), base=st.floats(1e-4, 1), at=st.floats(0, 0.999))

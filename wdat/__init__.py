@@ -21,6 +21,7 @@ _HOME = {
     "w_fgsm": "attacks.pgd",
     "w_pgd": "attacks.pgd",
     "w_pgd_budget": "attacks.pgd",
+    "temperature_pgd": "attacks.temperature",
     "dual_attack": "attacks.dual",
     "Pixels": "threats.images",
     "upsilon": "threats.sensitivity",

@@ -21,6 +21,7 @@ def add(sub: Any) -> None:
     )
     verb.add_argument("--autoattack", type=kind(int), default=0, metavar="N", help="AutoAttack on N images, p = inf")
     verb.add_argument("--dual", action="store_true", help="also the dual attack on the cross-entropy")
+    verb.add_argument("--per-class", action="store_true", help="who pays: every class under --p and p = inf; figures")
     verb.add_argument("--save-set", metavar="FILE", help="write the adversary's images at the first --delta")
     verb.add_argument("--out", default="results", help="folder of the record and figures (default: results)")
     verb.set_defaults(run=run)
@@ -42,6 +43,8 @@ def run(args: argparse.Namespace) -> None:
         records.check_writable(Path(args.save_set).parent)
     threats = [Threat(d, args.p, args.norm) for d in args.delta]
     p, r = threats[0].p, threats[0].r
+    if args.per_class and threats[0].pointwise:
+        raise ValueError("--per-class compares W_p with p=inf at the same radii; leave --p inf out, or name p < inf")
     model, data, name = load(args, "test")
     if "sigma" in getattr(model, "card", {}):
         raise ValueError(f"{args.model} is randomised, sigma={model.card['sigma']:g}; use: wdat certify {args.model}")
@@ -73,5 +76,21 @@ def run(args: argparse.Namespace) -> None:
     figures.bracket(record, r, p)
     figures.curves(record, r)
     print(f"record and figures: {out}/{name}.json, .pdf, .png")
+    if args.per_class:
+        _per_class(out, name, model, data, threats, {"search": search, "batch_size": args.batch_size})
     size = prune(shared["state"]) / 2**20
     print(f"kept for other radii: {shared['state']}, {size:.1f} MiB (2 GiB at most); you may delete it")
+
+
+def _per_class(out: Any, name: str, model: Any, data: Any, threats: list, settings: dict) -> None:
+    """Record, tables and figures of every class beside those of the whole."""
+    from wdat import records
+    from wdat.report import classwise as report
+    from wdat.studies.classwise import classwise
+
+    found = classwise({name: model}, data, threats, out, progress=False, **settings)
+    record = records.write(out / f"{name}-classes.json", "classwise", found)
+    print(report.disparity(record).markdown())
+    for draw in (report.bars, report.budget, report.confusion):
+        draw(record)
+    print(f"every class: {out}/{name}-classes.json; figures {name}-classes-bars, -budget, -confusion")

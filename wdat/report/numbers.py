@@ -9,6 +9,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from wdat import records
+from wdat.report.companions import COMPANIONS
 from wdat.report.quotable import QUOTABLE
 from wdat.report.randomised import certified_overview
 from wdat.report.table import tex
@@ -111,7 +112,7 @@ def numbers(folder: str | Path, keys: Collection[str] | None = None) -> dict[str
             for key in ("device", "threads", "jobs", "torch", "python")
             if key in origin
         }
-        if maker := QUOTABLE.get(record["kind"]):
+        if maker := (QUOTABLE | COMPANIONS).get(record["kind"]):
             made = maker(record["results"])
             found |= {f"{path.stem}.{key}": re.sub(r"^-(?=\d)", "−", text) for key, text in made.items()}
     found["about.minutes"] = f"{sum(seconds.values()) / 60:.0f}"

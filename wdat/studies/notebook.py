@@ -24,18 +24,18 @@ class Study:
             not needed, all).
         networks: cards (PATH/NAME.yaml below the repository) or RobustBench names; weights: folder of the weight files
             if they do not lie beside their cards.
-        dataset, threat: of RobustBench names.
+        dataset, threat: of RobustBench names. size: side in pixels of a folder's larger images; 0: as they are.
     """
 
     def __init__(
         self, out: str, work: str, from_records: bool = False, *, data: str, networks: Sequence[str] = (),
         train_root: str = "", test_root: str = "", n_train: int = 0, n_test: int = 0, weights: str = "",
-        dataset: str = "cifar10", threat: str = "Linf",
+        dataset: str = "cifar10", threat: str = "Linf", size: int = 0,
     ) -> None:  # fmt: skip
         self.root, self.from_records, self.data, self.sources = records.root(), from_records, data, list(networks)
         self.out, self.work = self.root / out, self.root / work
         self.images = {"train": (train_root, n_train), "test": (test_root, n_test)}
-        self.weights, self.where = weights, {"dataset": dataset, "threat": threat}
+        self.weights, self.where, self.size = weights, {"dataset": dataset, "threat": threat}, size or None
         print("shown from records: nothing is computed" if from_records else records.device_line(), flush=True)
 
     def _load(self, split: str) -> Data | None:
@@ -43,7 +43,7 @@ class Study:
             return None
         folder, n = self.images[split]
         name = self.root / self.data if "/" in self.data else self.data
-        return load_data(name, split, self.root / folder if folder else None, n or None)
+        return load_data(name, split, self.root / folder if folder else None, n or None, self.size)
 
     @property
     def device(self) -> torch.device:

@@ -21,7 +21,7 @@ from wdat.training.trackers import Rule, Tracker
 from wdat.zoo.data import Data
 from wdat.zoo.noise import Averaged
 
-INITS = ("none", "perturb", "rerandomise")
+INITS = ("none", "perturb", "rerandomise", "scratch")
 LAYERS = ("all", "last")
 
 
@@ -44,7 +44,8 @@ class Recipe:
         clip: largest l2 norm of a step's gradient over all weights, longer ones are scaled down to it; 0: no limit. The
             first steps of an adversarial objective from a sharp network are where a run diverges.
         init: "none", "perturb" (all weights, Gaussian noise of `init_scale` times each tensor's root mean square) or
-            "rerandomise" (the last layer's own initialisation). A trained network sits at a stationary point.
+            "rerandomise" (the last layer's own initialisation), "scratch" (every layer's: nothing of the network is
+            kept but its shape and normalisation). A trained network sits at a stationary point.
         layers: "all", or "last" for the last linear layer, the rest (batch norm too) held.
         upsilon: how upsilon is kept, a `wdat.training.trackers.Rule` or a mapping of its fields.
         augment: largest shift in pixels of a random crop (zero padding), together with `flip`.
@@ -179,7 +180,14 @@ def check_single_images(model: nn.Module, recipe: Recipe, train: Data) -> None:
 @torch.no_grad()
 def initialise(model: nn.Module, init: str, scale: float) -> None:
     """Perturb or re-randomise in place, from torch's global generator; see `Recipe`."""
-    if init == "rerandomise":
+    if init == "scratch":
+        layers = [m for m in model.modules() if hasattr(m, "reset_parameters")]
+        known = {id(p) for layer in layers for p in layer.parameters()}
+        if left := [name for name, p in model.named_parameters() if id(p) not in known]:
+            raise ValueError(f'init="scratch": {left[0]} is of no layer that draws its own weights (reset_parameters)')
+        for layer in layers:
+            layer.reset_parameters()
+    elif init == "rerandomise":
         last_layer(model).reset_parameters()
     elif init == "perturb":
         for weight in model.parameters():

@@ -34,11 +34,27 @@ def slow_start_fast_decay(progress: float, epochs: int, base: float) -> float:
     return base * (e + 1) if e < half else base * half * 0.5 ** (e - half + 1)
 
 
+def geometric_start_fast_decay(progress: float, epochs: int, base: float) -> float:
+    """The same but for the ramp, which doubles every epoch up to the same peak: the authors do not say which is theirs.
+
+    With H = epochs // 2: H * base * 2^-(H - 1 - e) for e < H.
+    """
+    e, half = int(progress), max(1, epochs // 2)
+    return base * half * 0.5 ** (half - 1 - e) if e < half else slow_start_fast_decay(progress, epochs, base)
+
+
+def fast_start_slow_decay(progress: float, epochs: int, base: float) -> float:
+    """`slow_start_fast_decay` with its epochs in reverse order: the same rates, what their order is worth."""
+    return slow_start_fast_decay(epochs - 1 - int(progress), epochs, base)
+
+
 SCHEDULES: dict[str, Schedule] = {
     "constant": constant,
     "step": step,
     "cosine": cosine,
     "slow-start-fast-decay": slow_start_fast_decay,
+    "geometric-start-fast-decay": geometric_start_fast_decay,
+    "fast-start-slow-decay": fast_start_slow_decay,
 }
 
 

@@ -9,7 +9,7 @@ Sources: Madry et al. 1706.06083; TRADES, Zhang et al. 1901.08573; MART, Wang et
 margin maximisation, Ding et al. 1812.02637, of which the water level is the distributional version.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -67,6 +67,8 @@ class Term:
         steps, step_ratio: K inner steps of step_ratio * eps_i / K.
         start: standard deviation of Gaussian noise, or "random" for a uniform draw; kept inside the eps_i-ball.
         cap: largest eps_i, or None.
+        class_weights, class_radii: factors of `weight` and of every eps_i, one for each class by label, or None. Those
+            of radii change the mean the W_p constraint is about (as CFA's do: Wei et al., arXiv 2303.14460).
         precision: "bfloat16" runs the inner attack's network in it, see `threats.precision.autocast`; gradients
             for budgets, losses, projections and every sum stay in float32.
     """
@@ -80,10 +82,14 @@ class Term:
     step_ratio: float = STEP_RATIO
     start: float | str = 1e-3
     cap: float | None = None
+    class_weights: tuple[float, ...] | None = None
+    class_radii: tuple[float, ...] | None = None
     precision: str = "float32"
 
     def __post_init__(self) -> None:
         typed(self, "objective")
+        if min(self.class_weights or (0,)) < 0 or min(self.class_radii or (0,)) < 0:
+            raise ValueError(f"class_weights={self.class_weights} and class_radii={self.class_radii} must be >= 0")
         if self.outer not in FIRST_ORDER:
             raise ValueError(f"outer loss {self.outer!r} must be one of {', '.join(FIRST_ORDER)}")
         if get_loss(self.budget_loss) is kl:
@@ -122,6 +128,8 @@ class Term:
             capped = radii > self.cap if self.cap is not None else torch.zeros_like(radii)
             radii = radii.clamp_max(self.cap) if self.cap is not None else radii
             log = {"capped": capped.sum(), "norm": norms.double().sum(), "idle": (radii == 0).sum()}
+        radii = radii if self.class_radii is None else radii * _of_classes(self.class_radii, y, radii)
+        weights = None if self.class_weights is None else _of_classes(self.class_weights, y, radii)
         targets = y
         if self.inner == "kl":
             if logits is None:
@@ -139,7 +147,14 @@ class Term:
         )  # fmt: skip
         order = self.threat.p if not self.threat.pointwise else 1.0
         log["epsilon^p"] = radii.double().pow(order).sum()
-        return Perturbed(found.x, None, log)
+        return Perturbed(found.x, weights, log)
+
+
+def _of_classes(factors: Sequence[float], y: Tensor, like: Tensor) -> Tensor:
+    """The factor of every image's class (B,). ValueError if a label has none."""
+    if int(y.max()) >= len(factors):
+        raise ValueError(f"{len(factors)} factors for classes, but a label is {int(y.max())}; give one for each class")
+    return like.new_tensor(factors)[y]
 
 
 @dataclass(frozen=True)

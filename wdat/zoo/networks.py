@@ -40,6 +40,18 @@ class Normalised(nn.Module):
         return self.network((x - self.mean) / self.std)
 
 
+class Biased(nn.Module):
+    """network(x) + bias, one number a class: answers shifted towards classes, at no cost. Attacks see the sum."""
+
+    def __init__(self, network: nn.Module, bias: Sequence[float]) -> None:
+        super().__init__()
+        self.network = network
+        self.register_buffer("bias", torch.tensor(bias, dtype=torch.float32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x) + self.bias
+
+
 @torch.no_grad()
 def fold_normalisation(model: nn.Module) -> nn.Module:
     """A `Normalised` network as layers that other tools read, equal to it up to rounding; a copy, in eval mode.

@@ -1,0 +1,102 @@
+"""Table and figures of slow start, fast decay against other schedules and training from scratch. No torch."""
+
+import numpy as np
+
+from wdat.report.canvas import GREY, Drawing, canvas, drawn, legend_below, look
+from wdat.report.rows import mean_std, norm_symbol, percent, signed
+from wdat.report.table import tabled
+
+COLUMNS = {
+    "clean": lambda m: m["clean"], "PGD": lambda m: m["pgd"], "W₂": lambda m: next(iter(m["optimal"].values())),
+    "worst class, PGD": lambda m: min(m["classes"]["pgd"].values()),
+}  # fmt: skip
+
+
+def named(found: dict) -> list[dict]:
+    """Runs as `mean_std` groups them."""
+    return [run | {"network": ""} for run in found["runs"]]
+
+
+@tabled("slow-start")
+def schedules(found: dict) -> tuple[list[dict], str]:
+    """Every variant over seeds: its cost, the last epoch, how far the best lies above it."""
+    runs, natural = named(found), found["natural"]
+    means = {name: mean_std(runs, lambda run, value=value: value(run["last"])) for name, value in COLUMNS.items()}
+    gaps, aa = mean_std(runs, lambda run: run["gap"]), mean_std(runs, lambda run: run["last"].get("autoattack"))
+    start = natural["last"]
+    rows = [
+        {"variant": "natural", "passes": "–" if natural["passes"] is None else str(natural["passes"])}
+        | {name: percent(value(start)) for name, value in COLUMNS.items()}
+    ]
+    rows[0] |= {"AutoAttack": percent(start["autoattack"])} if "autoattack" in start else {}
+    for key in means["clean"]:
+        run = next(run for run in runs if run["variant"] == key[1])
+        cells = {"variant": key[1], "passes": ("" if run["scratch"] else "+") + str(run["passes"])}
+        cells |= {name: percent(*means[name][key]) for name in COLUMNS}
+        cells |= {"AutoAttack": percent(aa[key][0])} if key in aa else {}
+        cells["best − last"] = signed(gaps[key][0])
+        rows.append(cells)
+    n = next((m["last"]["autoattack_n"] for m in (natural, *runs) if "autoattack_n" in m["last"]), 0)
+    ball = found["pointwise"]
+    caption = (
+        f"Percent correct on {found['n_test']} test images after the last epoch, mean ± standard deviation over "
+        f"{found['seeds']} seeds. Passes: forward and backward pairs a training image (+: on top of the natural "
+        f"network's). PGD: {found['steps']} steps of cross-entropy at {norm_symbol(ball['r'])} {ball['written']}; W₂: "
+        f"optimal allocation at δ = {found['threats'][0]['written']}, an upper bound"
+        + (f"; AutoAttack at the PGD radius, {n} images, the first seed" if n else "")
+        + ". Best − last: validation accuracy under attack at the best epoch minus that at the last, in points."
+    )
+    return rows, caption
+
+
+@tabled("slow-start", "best")
+def best_epochs(found: dict) -> tuple[list[dict], str]:
+    """Average and worst class at the last and at the best epoch, on test images, where both were measured."""
+    runs = [run for run in named(found) if "best" in run]
+    rows = []
+    for name in dict.fromkeys(run["variant"] for run in runs):
+        own = [run for run in runs if run["variant"] == name]
+        for when in ("last", "best"):
+            means = {
+                column: mean_std(own, lambda run, value=value, when=when: value(run[when]))["", name]
+                for column, value in COLUMNS.items()
+            }
+            rows.append({"variant": name, "epoch": when} | {column: percent(*mean) for column, mean in means.items()})
+    return rows, "As before, after the last and after the best epoch by validation images under attack."
+
+
+@drawn("slow-start", "cost")
+def cost(found: dict) -> Drawing:
+    """Accuracy against cost, clean, under PGD and under W_2: one mark a run; natural passes counted where known."""
+    natural = found["natural"]
+    figure, axes = canvas(1, 3, 2.1)
+    variants = list(dict.fromkeys(run["variant"] for run in found["runs"]))
+    for axis, (title, value) in zip(axes[0], list(COLUMNS.items())[:3], strict=True):
+        axis.axhline(100 * value(natural["last"]), color=GREY, lw=0.8, ls="--", label="natural network")
+        for number, name in enumerate(variants):
+            own = [run for run in found["runs"] if run["variant"] == name]
+            passes = [run["passes"] + (0 if run["scratch"] else natural["passes"] or 0) for run in own]
+            axis.plot(passes, [100 * value(run["last"]) for run in own], ms=3.5, label=name, **look(number, line=False))
+        axis.set(title={"W₂": r"$W_2$"}.get(title, title), xlabel="passes a training image")
+    axes[0, 0].set_ylabel("accuracy (%)")
+    legend_below(figure, columns=4)
+    return figure
+
+
+@drawn("slow-start", "epochs")
+def epochs(found: dict) -> Drawing:
+    """Learning rate, and validation accuracy clean and under attack, after every epoch: means over seeds."""
+    figure, axes = canvas(1, 3, 2.1)
+    variants = list(dict.fromkeys(run["variant"] for run in found["runs"] if run["history"]))
+    for axis, (key, label, scale) in zip(
+        axes[0], (("lr", "learning rate", 1), ("validation_accuracy", "clean, validation (%)", 100),
+                  ("validation_w_pgd", "under attack, validation (%)", 100)), strict=True,
+    ):  # fmt: skip
+        for number, name in enumerate(variants):
+            own = [run["history"] for run in found["runs"] if run["variant"] == name]
+            values = scale * np.array([[row[key] for row in history] for history in own]).mean(0)
+            axis.plot(range(1, len(values) + 1), values, label=name, **look(number, marks=False))
+        axis.set(xlabel="epoch", title=label)
+    axes[0, 0].set_yscale("log")
+    legend_below(figure, columns=4)
+    return figure
