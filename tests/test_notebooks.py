@@ -43,7 +43,9 @@ def test_every_notebook_leaves_a_record_with_its_origin(smoke):
         "01_attack_derivation-slope", "01_attack_derivation-images", "01_attack_derivation-losses", "02_sensitivity",
         "02_upsilon_rules", "03_finetuning-variants", "03_finetuning-histories", "04_five_networks", "05_bounds",
         "06_how_robust-bracket-linf", "06_how_robust-bracket-l2", "06_how_robust-curves-linf",
-        "06_how_robust-ranks-linf", "11_randomised-l2", "11_randomised-linf",
+        "06_how_robust-ranks-linf", "07_slow_start-cost", "07_slow_start-epochs", "08_classwise-bars",
+        "08_classwise-spread", "08_classwise-budget", "08_classwise-confusion", "11_randomised-l2",
+        "11_randomised-linf",
     ],
 )  # fmt: skip
 def test_every_figure_is_drawn_in_both_forms(smoke, figure):
@@ -62,6 +64,10 @@ def test_every_figure_is_drawn_in_both_forms(smoke, figure):
         "04_five_networks-attacks",
         "06_how_robust",
         "06_verification-convergence",
+        "07_slow_start",
+        "08_classwise",
+        "08_classwise-temperatures",
+        "08_worst_class",
         "11_randomised",
     ],
 )
