@@ -3,6 +3,7 @@
 import copy
 import ctypes
 import os
+import shutil
 import subprocess
 import sys
 import types
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import GELU, Conv2d, Flatten, Linear, ReLU, Sequential
 from torch.nn.utils import parametrizations, weight_norm
 
+from wdat import digest
 from wdat.studies import cache, measures
 from wdat.studies.cache import Cache, prune
 from wdat.studies.evaluation import evaluate
@@ -206,6 +208,40 @@ def test_numbers_of_another_version_of_the_library_are_not_used(data, tmp_path, 
             monkeypatch.setattr(cache, "version", lambda module: f"new {module}")
         kept.get(measures.clean_pass, data, losses=("ce",), batch_size=40)
         assert seen.count(40) == expected
+
+
+def test_numbers_outlive_a_rename_and_a_move_but_no_change_of_what_computes(data, tmp_path, monkeypatch):
+    """Of the very package, in a copy of its files."""
+    package, seen = tmp_path / "wdat", []
+    shutil.copytree(Path(cache.__file__).parents[1], package, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(digest, "__file__", str(package / "digest.py"))
+    monkeypatch.setattr(cache, "version", digest.version.__wrapped__)
+    kept = Cache(tmp_path / "state", counted(start(), seen))
+
+    def computed() -> bool:
+        before = seen.count(len(data))
+        kept.get(measures.clean_pass, data, losses=("ce",), batch_size=len(data))
+        return seen.count(len(data)) > before
+
+    def rewrite(file: str, old: str, new: str) -> None:
+        text = (package / file).read_text()
+        assert old in text
+        (package / file).write_text(text.replace(old, new))
+
+    assert computed() and not computed()
+    for file in package.rglob("*.py"):  # a function and a file, wherever they are named
+        text = file.read_text().replace("check_outputs", "check_classes").replace("wdat.threats.losses", "wdat.losses")
+        file.write_text(text)
+    (package / "threats/losses.py").rename(package / "losses.py")
+    rewrite("zoo/data.py", 'names = ", ".join(data.classes[:4])', 'shown = ", ".join(data.classes[:4])')
+    rewrite("zoo/data.py", "({names}), the network", "({shown}), the network")
+    rewrite("studies/measures.py", "per_class", "by_class")
+    assert not computed()
+    rewrite("losses.py", "import torch", "# no number is altered\nimport torch")
+    rewrite("attacks/pgd.py", "fgsm = partial(pgd, steps=1", "fgsm = partial(pgd, steps=2")
+    assert not computed()
+    rewrite("studies/measures.py", "margin(logits.detach(), y) > 0", "margin(logits.detach(), y) >= 0")
+    assert computed()
 
 
 def test_images_changed_in_place_are_others(tmp_path):

@@ -138,14 +138,17 @@ def load(source: Path) -> "NotebookNode":
 
 
 def with_new_text(source: Path, executed: Path) -> "NotebookNode":
-    """The source's prose around the code and outputs of the executed copy, when only prose has changed."""
+    """The source's text around the outputs of the executed copy, when only prose and looks have changed."""
     import nbformat
 
     old = nbformat.read(executed, as_version=4)
     ran = iter([c for c in old.cells if c.cell_type == "code"])
     cells = []
     for cell in load(source).cells:
-        cells.append(next(ran) if cell.cell_type == "code" else cell)
+        if cell.cell_type == "code":
+            done = next(ran)
+            cell |= {"outputs": done.outputs, "execution_count": done.execution_count}
+        cells.append(cell)
         if "parameters" in cell.metadata.get("tags", []):
             following = next(ran)
             if "injected-parameters" in following.metadata.get("tags", []):

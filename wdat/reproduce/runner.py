@@ -5,10 +5,11 @@ notebook that declares the parameter, one section per notebook name for its own,
 `figures/<profile>/`, scratch files (networks, checkpoints) to `.wdat/<profile>/made/`, the executed copies to
 `notebooks/NN_name.ipynb` for the default profile and `.wdat/<profile>/notebooks/` for the others.
 
-A notebook is done when it ran to its end, and stays done while its code, its parameters, the `wdat` modules it
-imports (comments and docstrings apart), the lock file, its outputs and the records and scratch files of the notebooks
-before it are the same. A run cut short is taken up with its scratch files; under other conditions they are removed
-first, so that nothing old is picked up. Data and weights from elsewhere are not watched: `force` when they change.
+A notebook is done when it ran to its end, and stays done while its code and all of `wdat` that it reaches (looks, names
+and places apart: `wdat.digest`), its parameters, the lock file, its outputs and the records and scratch files of the
+notebooks before it are the same. A run cut short is taken up with its scratch files; under other conditions they are
+removed first, so that nothing old is picked up. Data and weights from elsewhere are not watched: `force` when they
+change.
 """
 
 import ast

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from wdat.digest import library, text_digest
+from wdat.digest import reached, text_digest
 from wdat.reproduce.execution import load, relative
 
 SHOWN = {".pdf", ".png", ".tex", ".md"}  # drawn from records: outputs, but no later notebook's input
-DRAWING = "wdat/report/"  # reads records and changes no network
+DRAWING = "wdat.report"  # reads records and changes no network
 
 
 def key(
@@ -18,14 +18,16 @@ def key(
 ) -> dict[str, Any]:
     """Digests and values of all that a notebook depends on; its inputs are what `state` gives notebooks before it."""
     cells = load(sources[name]).cells
-    code = [cell.source for cell in cells if cell.cell_type == "code"]
+    code = "\n...\n".join(cell.source for cell in cells if cell.cell_type == "code")  # cells do not flow together
+    whole, definitions = reached(code)
     lock = root / "requirements.lock.txt"
     earlier = [other for other in sources if other < name and other in state]
     return {
-        "code": text_digest("\0".join(code)),
-        "text": text_digest("\0".join(cell.source for cell in cells if cell.cell_type != "code")),
+        "code": whole,
+        "computing": reached(code, apart=DRAWING)[0],
+        "definitions": definitions,  # only to say what has changed
+        "text": text_digest("\0".join(cell.source for cell in cells)),
         "parameters": json.loads(json.dumps({k: v for k, v in passed.items() if k != "jobs"})),  # alters no number
-        "library": library("\n".join(code)),
         "lock": text_digest(lock.read_text(encoding="utf-8")) if lock.is_file() else None,
         "inputs": {
             path: _content(root / path)
@@ -46,12 +48,12 @@ def reasons(root: Path, key: dict[str, Any], entry: dict[str, Any]) -> list[str]
         return sorted(k for k in old[part].keys() | key[part].keys() if old[part].get(k) != key[part].get(k))
 
     reasons = [] if entry["done"] else ["not finished"]
-    reasons += ["code changed"] * (old["code"] != key["code"])
+    if old["code"] != key["code"]:
+        reasons += _changed_code(old.get("definitions", {}), key["definitions"])
     shown = [
         f"{k}: {old['parameters'].get(k, 'unset')} → {key['parameters'].get(k, 'unset')}" for k in changed("parameters")
     ]
     reasons += [f"parameters changed ({', '.join(shown)})"] * bool(shown)
-    reasons += [f"library changed: {', '.join(modules)}" for modules in [changed("library")] if modules]
     reasons += ["requirements.lock.txt changed"] * (old["lock"] != key["lock"])
     reasons += [f"earlier results changed: {_few(paths)}" for paths in [changed("inputs")] if paths]
     if entry["done"]:
@@ -66,12 +68,7 @@ def reasons(root: Path, key: dict[str, Any], entry: dict[str, Any]) -> list[str]
 
 def same_conditions(old: dict[str, Any] | None, new: dict[str, Any]) -> bool:
     """Whether scratch files made under the old key are good under the new one: all agrees but prose and drawing."""
-
-    def essence(key: dict[str, Any]) -> dict[str, Any]:
-        library = {path: sha for path, sha in key["library"].items() if not path.startswith(DRAWING)}
-        return {part: value for part, value in key.items() if part != "text"} | {"library": library}
-
-    return old is None or essence(old) == essence(new)
+    return old is None or all(old.get(part) == new[part] for part in ("computing", "parameters", "lock", "inputs"))
 
 
 def digests(root: Path, paths: Sequence[Path]) -> dict[str, str]:
@@ -83,6 +80,14 @@ def stamps(folders: Sequence[Path]) -> dict[Path, tuple[int, int, int]]:
     """File -> time of change in ns, size in bytes, inode, of all in these folders: another stamp, written since."""
     files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
     return {path: (s.st_mtime_ns, s.st_size, s.st_ino) for path in files for s in [path.stat()]}
+
+
+def _changed_code(old: dict[str, str], new: dict[str, str]) -> list[str]:
+    """Which code has changed, in words: what is new or different, or else what is missing."""
+    names = [name for name, said in new.items() if said not in old.values()]
+    names = names or [name for name, said in old.items() if said not in new.values()]
+    library = [name for name in names if name]
+    return ["code changed"] * ("" in names) + [f"library changed: {_few(library)}"] * bool(library) or ["code changed"]
 
 
 def _content(path: Path) -> str | None:

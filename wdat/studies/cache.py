@@ -76,7 +76,7 @@ class Cache:
             return self._counted(function, data, settings, expected)
         images = data.sha256
         logits = self._answers(data, images)
-        what = f"{function.__module__}.{function.__qualname__} {version(function.__module__)}"
+        what = version(f"{function.__module__}.{function.__qualname__}")
         given = value_digest(list(bound.arguments.items())[2:])
         key = text_digest(f"{what} {self.made_of} {images} {data.classes} {given}")[:32]
         for number in itertools.count():  # networks that are made of the same and answer otherwise

@@ -308,7 +308,8 @@ def _identity(
     facts = {key: repr(value) for key, value in asdict(replace(recipe, objective=Objective(""))).items()}
     return facts | {
         "objective": repr(recipe.objective), "network": made_of, "logits": logits, "data": train.sha256,
-        "validation": f"{validation.sha256} {threat!r}" if validation else "none", "library": version(__name__),
+        "validation": f"{validation.sha256} {threat!r}" if validation else "none",
+        "library": version(f"{__name__}.finetune"),
     }  # fmt: skip
 
 
