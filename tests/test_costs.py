@@ -116,14 +116,14 @@ def test_a_training_step_costs_what_its_objective_says(objective, make):
 
 
 def test_an_evaluation_makes_no_other_passes_than_its_parts():
-    """Clean pass: one forward, a backward for each loss; then each attack, and the search for both of its orders."""
+    """Clean pass: one forward, a backward for each loss; each attack, a single step, the search for both its orders."""
     model, x, y = case(smooth, n=N)
     data = from_tensors(x, y, classes=list("abcd"))
     losses, threats = ("redlr", "ce"), (Threat(0.1, 2), Threat(0.2, 2), Threat(0.1, INF))
     with counting(model) as counts:
         found = evaluate(model, data, threats, losses=losses, steps=3, search={"steps": 4}, progress=False)
     (exact,) = found["optimal"]
-    attacks = sum(row["passes"] for row in found["attacks"])
+    attacks = sum(row["passes"] for row in found["attacks"] + found["single_step"])
     assert sum(counts.values()) == round(N * (1 + len(losses) + attacks + exact["passes"]))
     assert all(row["passes"] == 2 * 3 + 1 for row in found["attacks"] if row["loss"] == "ce")
     assert all(1 < row["passes"] < 2 * 3 + 1 for row in found["attacks"] if row["loss"] == "redlr")

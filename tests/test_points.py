@@ -179,6 +179,40 @@ def test_quantised_pixels_no_longer_look_robust():
     assert plain["findings"] == [] and plain["clean"]["zero_gradients"] == 0
 
 
+RIPPLES = {"before": lambda x: x + 0.004 * (2 * math.pi * 255 * x).sin()}  # as 8-bit pixels see it, a factor of 7
+
+
+def test_steps_that_weaken_the_attack_are_said():
+    """Gradients that are right at the 8-bit images alone: 50 small steps lose what one large step finds."""
+    x = images(32, (1, 8, 8)).mul(255).round() / 255
+    for r, delta in ((INF, 1 / 8), (2.0, 0.6)):
+        for misled, network in ((True, RIPPLES), (False, {})):
+            model = Around(**network)
+            with torch.no_grad():
+                data = from_tensors(x, model(x).argmax(1), classes=list("abcd"))
+            threats = [Threat(delta / 2, 2, r), Threat(delta, INF, r)]
+            found = quiet(evaluate, model, data, threats, losses=("redlr",), search={"steps": 5}, optimal=r == INF)
+            once, often = (pgd(model, data.x, data.y, delta, r, loss="redlr", steps=steps) for steps in (1, 50))
+            weakened = int((often.correct & ~once.correct).sum())
+            assert weakened > 3 if misled else weakened == 0
+            (row,) = found["single_step"]
+            assert row["weakened"] == weakened and row["n"] == 32 and row["clean"] == 1
+            said = f"{weakened} of 32 correctly classified images are flipped by one step"
+            assert any(said in sentence for sentence in found["findings"]) == misled
+            for curve in found.get("optimal", ()):  # what the single step flips counts
+                assert curve["threats"][1]["accuracy"] <= once.accuracy
+
+
+def test_ordinary_networks_are_not_accused():
+    for name in ("plain", "steep", "float16 logits", "float16 pixels"):
+        for seed in range(3):
+            data = case(name, 48, seed)[1]
+            found = quiet(evaluate, Around(**NETWORKS[name], seed=seed), data, [Threat(1 / 8, INF), Threat(0.6, 2, 2)],
+                          losses=("redlr",), steps=9, optimal=False)  # fmt: skip
+            assert [row["weakened"] for row in found["single_step"]] == [0, 0]
+    assert "single_step" not in quiet(evaluate, *case("plain"), [Threat(0.1)], losses=("ce",), steps=1)
+
+
 def test_saturation_no_longer_hides_what_an_attack_finds():
     """tanh(100 z), p = inf, delta = 1/8: the attack left 0.15 of the images, the curve of the same record 0.85."""
     model, data = case("saturated", 40)

@@ -8,7 +8,8 @@ the sensitivity of all images sets each one's move.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,10 +21,19 @@ from wdat.accuracy.bounds import ratio_bounds
 from wdat.attacks.autoattack import suite
 from wdat.settings import Order, reads
 from wdat.studies.allocated import allocated, allocated_certificates, handed_out
-from wdat.studies.cache import Cache, distances_in_parts, nearest, part_size, search_settings
+from wdat.studies.cache import Cache, Part, distances_in_parts, nearest, part_size, search_settings
 from wdat.studies.certificates import announce, certified_in_parts
-from wdat.studies.measures import attacked, autoattack_accuracy, clean_pass, dual_attacked, norms_of, per_class
-from wdat.studies.points import NearestPoints, findings
+from wdat.studies.measures import (
+    attacked,
+    autoattack_accuracy,
+    clean_numbers,
+    clean_pass,
+    dual_attacked,
+    norms_of,
+    per_class,
+    single_step,
+)  # fmt: skip
+from wdat.studies.points import STEPPED, NearestPoints, findings
 from wdat.threats.ball import Threat, as_threat, as_threats, plain_number
 from wdat.threats.inputs import as_model, taking
 from wdat.threats.losses import get_loss
@@ -86,7 +96,7 @@ def evaluate(
     Returns: a dict of plain numbers, ready for `wdat.records.write`: "clean", "sensitivity", "attacks", "optimal",
         "certified", "autoattack", "dual". Accuracies are fractions. The distances behind "optimal" hold every attack's
         flips (`wdat.studies.points`), so no attack is below the curve. "findings": sentences about gradients that say
-        nothing and searches that lost to an attack, which are also warned of.
+        nothing, steps that weaken an attack and searches that lost to one, which are also warned of.
     Raises: ValueError with number and remedy for unusable images, labels, logits, gradients or settings.
     """
     classes = check_fit(model, data, threats)
@@ -118,10 +128,12 @@ def evaluate(
     pointwise = [t for t in threats if t.pointwise] if autoattacked else []
     if pointwise:
         suite(autoattack_version, None, classes)
-    some = {name: draw(len(data), min(n, len(data)), 0) for name, n in (("c", certified), ("a", autoattacked)) if n}
+    asked = {"c": certified, "a": autoattacked, "s": STEPPED if steps > 1 else 0}
+    some = {name: draw(len(data), min(n, len(data)), 0) for name, n in asked.items() if n}
     planned = [
         (clean_pass, 1, len(data), {"losses": losses}),
         (attacked, len(threats) * len(losses) + budget_attack * len(joint), len(data), {"steps": steps}),
+        (single_step, len(norms), len(some.get("s", ())), {"steps": steps}),
         (dual_attacked, dual * len(joint), len(data), {"steps": steps}),
         (nearest, optimal * len(norms), len(data), search),
         (autoattack_accuracy, len(pointwise), len(some.get("a", ())), {}),
@@ -134,7 +146,7 @@ def evaluate(
         clean = kept.get(clean_pass, data, losses=tuple(losses), batch_size=batch_size)
         result = {
             "n": len(data),
-            "clean": _clean(clean, data, losses),
+            "clean": clean_numbers(clean, data, losses),
             "sensitivity": [
                 {"loss": name, "p": plain_number(t.p), "r": plain_number(t.r), "value": _upsilon(clean, name, t)}
                 for name in losses
@@ -156,8 +168,14 @@ def evaluate(
                 found = kept.get(dual_attacked, data, threat=threat, steps=steps, batch_size=batch_size,
                                  known=points.searched if points else None)  # fmt: skip
                 result.setdefault("dual", []).append({"threat": threat.describe(), **_joined(found, points)})
+        for r in norms if steps > 1 else ():
+            ball = replace(max((t for t in threats if t.r == r), key=lambda t: t.delta), p=float("inf"))
+            row = _of_some(kept, single_step, data, some["s"], near.get(r), threat=ball, loss=losses[0], steps=steps,
+                           batch_size=batch_size)  # fmt: skip
+            result.setdefault("single_step", []).append(row)
         for threat in pointwise:
-            row = _autoattack(kept, data, some["a"], threat, autoattack_version, batch_size, near.get(threat.r))
+            row = _of_some(kept, autoattack_accuracy, data, some["a"], near.get(threat.r), threat=threat,
+                           version=autoattack_version, batch_size=batch_size)  # fmt: skip
             result.setdefault("autoattack", []).append(row)
         for row, threat in zip(result.get("autoattack", []), pointwise, strict=True):
             if optimal:  # once everything is joined, the other radii too
@@ -198,25 +216,6 @@ def _nearest(
 
 def _upsilon(clean: dict[str, Tensor], loss: str, threat: Threat) -> float:
     return float(threat.upsilon(norms_of(clean, loss, threat)))
-
-
-def _clean(clean: dict[str, Tensor], data: Data, losses: Sequence[str]) -> dict:
-    """What `clean_pass` says of accuracy and losses, and how many images' gradients are 0 for every loss."""
-    correct = clean["correct"]
-    zero = correct & torch.stack([clean[f"norms.{name}.1"] == 0 for name in losses]).all(0)
-    return {
-        "accuracy": float(correct.double().mean()),
-        "per_class": per_class(correct, data.y, data.classes),
-        "losses": {name: _levels(clean[f"values.{name}"], correct) for name in losses},
-        "zero_gradients": int(zero.sum()),
-    }
-
-
-def _levels(values: Tensor, correct: Tensor) -> dict[str, float | None]:
-    """V(0), the mean loss, and W(0), that of the misclassified images (None if there are none)."""
-    values = values.double()
-    wrong = values[~correct]
-    return {"v0": float(values.mean()), "w0": float(wrong.mean()) if len(wrong) else None}
 
 
 def _bounds(clean: dict, row: dict, upsilon: float, delta: float) -> dict | None:
@@ -262,12 +261,12 @@ def _attack(
     return row | ({"highest_loss": found["highest"]} if name == "w-pgd" else {})
 
 
-def _autoattack(
-    kept: Cache, data: Data, index: Tensor, threat: Threat, version: str, batch_size: int, points: NearestPoints | None
+def _of_some(
+    kept: Cache, function: Callable[..., Part], data: Data, index: Tensor, points: NearestPoints | None, **settings
 ) -> dict:
-    part, settings = data.at(index), {"threat": threat, "version": version, "batch_size": batch_size}
-    found = kept.get(autoattack_accuracy, part, **settings, known=points.searched[index] if points else None)
-    return {"n": len(part), **_joined(found, points, index)}
+    """What a measure finds of the images at `index`, its points joined to the rest."""
+    part, known = data.at(index), points.searched[index] if points else None
+    return {"n": len(part), **_joined(kept.get(function, part, **settings, known=known), points, index)}
 
 
 @taking(model=as_model, data=as_data, threat=as_threat)

@@ -62,6 +62,25 @@ def clean_pass(
     return result
 
 
+def clean_numbers(clean: dict[str, Tensor], data: Data, losses: Sequence[str]) -> dict:
+    """What `clean_pass` says of accuracy and losses, and how many images' gradients are 0 for every loss."""
+    correct = clean["correct"]
+    zero = correct & torch.stack([clean[f"norms.{name}.1"] == 0 for name in losses]).all(0)
+    return {
+        "accuracy": float(correct.double().mean()),
+        "per_class": per_class(correct, data.y, data.classes),
+        "losses": {name: _levels(clean[f"values.{name}"], correct) for name in losses},
+        "zero_gradients": int(zero.sum()),
+    }
+
+
+def _levels(values: Tensor, correct: Tensor) -> dict[str, float | None]:
+    """V(0), the mean loss, and W(0), that of the misclassified images (None if there are none)."""
+    values = values.double()
+    wrong = values[~correct]
+    return {"v0": float(values.mean()), "w0": float(wrong.mean()) if len(wrong) else None}
+
+
 def norms_of(clean: dict[str, Tensor], loss: str, threat: Threat) -> Tensor:
     """Dual norms (N,) of a loss's gradients, in the pixel norm of a threat, from what `clean_pass` returned."""
     return clean[f"norms.{loss}.{threat.s:g}"]
@@ -88,6 +107,25 @@ def attacked(
         "highest": float(found.history[:, 1].max()),
         "passes": found.passes,
     }
+
+
+@costs(lambda steps, **_: 3 + 2 * steps + 1)
+def single_step(
+    model: nn.Module, data: Data, threat: Threat, loss: str, steps: int, batch_size: int, known: Tensor | None = None
+) -> dict:
+    """One full step of PGD beside many steps in the same ball (p = inf): "weakened", the images only the one flips.
+
+    More steps must not weaken an attack (Carlini et al., arXiv 1902.06705): where they do, gradients lead astray. With
+    the single step's `nearer_points`.
+    """
+    once, often = (
+        attack(model, *data.stored(), threat, loss=loss, steps=count, batch_size=batch_size) for count in (1, steps)
+    )
+    return {
+        "threat": threat.describe(), "loss": loss, "steps": steps, "clean": float(often.history[0, 0]),
+        "weakened": int((often.correct & ~once.correct).sum()), "passes": once.passes + often.passes,
+        **nearer_points(once.x, once.norms, once.correct, known),
+    }  # fmt: skip
 
 
 def _dual_passes(steps: int, **_: object) -> int:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from wdat.attacks.nearest import Nearest
 
-LOST = 0.05  # of the images, from which on it is said that attacks beat the search
+LOST = 0.05  # of the images, from which on it is said that attacks beat the search, or fewer steps more of them
+STEPPED = 64  # images, in each pixel norm, of which it is seen whether more steps weaken the attack
 
 
 def nearer_points(x: Tensor, norms: Tensor, correct: Tensor, known: Tensor | None) -> dict:
@@ -68,8 +69,8 @@ class NearestPoints:
 def findings(result: dict, correct: int) -> list[str]:
     """What an evaluation shows of gradients that say nothing, in sentences: what was seen, and what it means.
 
-    After the advice of AutoAttack's authors: no zero gradients, accuracy that reaches 0 at large radii, and no search
-    without gradients that wins.
+    After the advice of AutoAttack's authors: no zero gradients, accuracy that reaches 0 at large radii, more steps that
+    do not weaken an attack, and no search without gradients that wins.
     """
     said, zero = [], result["clean"]["zero_gradients"]
     if zero:
@@ -77,8 +78,16 @@ def findings(result: dict, correct: int) -> list[str]:
             f"{zero} of {correct} correctly classified images have zero gradients: attacks by gradients say nothing of "
             "them, their accuracies are too high"
         )
+    for row in result.get("single_step", []):
+        threat, right = row["threat"], round(row["clean"] * row["n"])
+        if row["weakened"] > LOST * right:
+            said.append(
+                f"{row['weakened']} of {right} correctly classified images are flipped by one step of PGD "
+                f"({_norm(threat['r'])}, {threat['written']}, {row['loss']}) and left right by {row['steps']} steps: "
+                "gradients lead astray on the way, attacks by gradients are weak here, their accuracies too high"
+            )
     for row in result.get("optimal", []):
-        norm = f"l{row['r'] if row['r'] == 'inf' else format(row['r'], 'g')}"
+        norm = _norm(row["r"])
         if row["silent"]:
             said.append(
                 f"{row['silent']} of {correct} correctly classified images have gradients that say nothing ({norm}): "
@@ -95,3 +104,7 @@ def findings(result: dict, correct: int) -> list[str]:
                 f"({norm}); the curve counts what they found, a longer search (restarts, tight) may find more"
             )
     return said
+
+
+def _norm(r: float | str) -> str:
+    return f"l{float(r):g}"
