@@ -23,6 +23,7 @@ orders = [2, 4, "inf"]  # Wasserstein orders p
 losses = ["ce", "dlr", "redlr"]
 deltas = ["1/160", "1/80", "1/40", "1/20", "1/10"]  # radii of the ball, in pixel units of [0, 1]
 steps = 50  # of W-PGD
+batch_size = 128
 jobs = 0  # runs at the same time; 0: as many as cores and memory allow
 out = "figures/digits"
 work = ".wdat/digits/made"
@@ -70,7 +71,7 @@ print(budgets)
 record = study.record(
     "01_attack_derivation", "attack-theory", experiments.attack_theory, study.first, study.test, r=parse_number(r),
     orders=[parse_number(p) for p in orders], losses=losses, deltas=deltas, steps=steps,
-    jobs=jobs,
+    batch_size=batch_size, jobs=jobs,
 )  # fmt: skip
 
 # %% [markdown]

@@ -70,7 +70,8 @@ by_hand = (log_p.exp() * (log_p - net(beside).log_softmax(1))).sum(1)
 assert torch.allclose(kl(net(beside), net(x)), by_hand, atol=1e-6)
 
 # %%
-sweep = Sweep(base, variants, seeds, [Threat(d, 2, r) for d in deltas], **measure)
+shown = shown or [variant["name"] for variant in variants[:6]]
+sweep = Sweep(base, variants, seeds, [Threat(d, 2, r) for d in deltas], watched=shown, **measure)
 if not from_records:
     print(sweeps.forecast(study.networks, study.train, sweep))
 record = study.record(

@@ -63,7 +63,7 @@ assert abs(found.r_bar_l - by_hand) < 1e-9
 # %%
 record = study.record(
     "05_bounds", "evaluation", experiments.across_networks, study.networks, study.test,
-    [Threat(d, 2, r) for d in deltas], study.work / "05", losses=losses, steps=steps, search=search, orders=[2],
+    [Threat(d, 2, r) for d in deltas], study.work / "evaluation", losses=losses, steps=steps, search=search, orders=[2],
     curve=61, batch_size=batch_size, jobs=jobs,
 )  # fmt: skip
 

@@ -319,8 +319,10 @@ def test_what_was_used_longest_ago_is_pruned_first(data, tmp_path):
     for number, size in enumerate((4, 5, 6)):
         kept.get(measures.clean_pass, data.take(size), losses=("ce",))
         for file in tmp_path.iterdir():
-            os.utime(file, (file.stat().st_atime, file.stat().st_mtime - 10 * (3 - number)))
+            os.utime(file, (file.stat().st_atime - 10 * (3 - number), file.stat().st_mtime))
+    written = {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
     kept.get(measures.clean_pass, data.take(4), losses=("ce",))  # used again: now the last
+    assert written == {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()}  # it was not written again
     sizes = sorted(file.stat().st_size for file in tmp_path.iterdir())
     assert prune(tmp_path) == sum(sizes)
     assert prune(tmp_path, sum(sizes) - 1) < sum(sizes) and len(list(tmp_path.iterdir())) == 2

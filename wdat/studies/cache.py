@@ -16,6 +16,7 @@ import contextlib
 import inspect
 import itertools
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,7 @@ class Cache:
                 raise ValueError(f"state file {file} can not be read; delete it to start anew") from error
             if agrees:
                 with contextlib.suppress(OSError):  # a folder may be read only
-                    os.utime(file)  # the last use, for `prune`
+                    os.utime(file, ns=(time.time_ns(), file.stat().st_mtime_ns))  # the last use, for `prune`
                 if self.bar is not None:
                     self.bar.total -= expected  # what costs nothing must not make the rest look cheap
                     self.bar.refresh()
@@ -153,7 +154,7 @@ class Cache:
 def prune(folder: str | Path, most: int = KEPT) -> int:
     """Delete the results used longest ago until the rest takes at most so many bytes; returns what it takes."""
     total, files = 0, [(file.stat(), file) for file in Path(folder).glob("*.pt")]
-    for stat, file in sorted(files, key=lambda pair: pair[0].st_mtime_ns, reverse=True):
+    for stat, file in sorted(files, key=lambda pair: pair[0].st_atime_ns, reverse=True):
         total += stat.st_size
         if total > most:
             total -= stat.st_size

@@ -181,7 +181,7 @@ def histories(found: dict, names: Sequence[str] = ()) -> Drawing:
             runs.setdefault(run["variant"], run)
     runs = {name: runs[name] for name in (names or list(runs)[:6])}
     columns = (
-        ("validation, clean (%)", lambda row: 100 * row["validation_accuracy"]),
+        ("validation, clean (%)", lambda row: 100 * row.get("validation_accuracy", np.nan)),
         ("validation, W-PGD (%)", lambda row: 100 * row.get("validation_w_pgd", np.nan)),
         (r"tracked $\Upsilon$", lambda row: _of_terms(row, "upsilon")),
         ("gradient norm, relative", lambda row: _of_terms(row, "norm_ratio")),
