@@ -83,8 +83,9 @@ def summary(
 ) -> dict:
     """What follows from counts: see `certify`."""
     k, n, level = counts.right.double(), counts.draws.double(), (1 - confidence) / 2
+    guesses = plug_in(counts, threats)
     ends = lower_ends(counts.right, counts.draws, level / len(k))
-    z, guess = torch.special.ndtri(ends), torch.special.ndtri((k + 0.5) / (n + 1))
+    z = torch.special.ndtri(ends)
     place = {"sigma": counts.sigma, "pixels": counts.pixels}
     result = {
         "sigma": counts.sigma, "n": len(k), "confidence": confidence,
@@ -93,7 +94,7 @@ def summary(
         "disagree": float((2 * k * (n - k) / (n * (n - 1))).mean()),
         "threats": [], "curves": [],
     }  # fmt: skip
-    for threat in threats:
+    for threat, guess in zip(threats, guesses, strict=True):
         delta, p, at = threat.delta, threat.p, {**place, "r": threat.r}
         each = float(lower_curve(z, [delta], p, **at))
         mean = mean_bound(counts, float(in_sigmas([delta], counts.sigma, threat.r, counts.pixels)), p,
@@ -103,7 +104,7 @@ def summary(
             "lower": max(each, mean), "statement": MEAN if mean > each else EACH,
             "every_image": each, "mean_alone": mean,
             "vote": float(accuracy_curve(vote_radii(ends, **at), delta, p)),
-            "plug_in": float(lower_curve(guess, [delta], p, **at)),
+            "plug_in": guess,
             "population": _population(ends, threat, each, counts),
         })  # fmt: skip
     for r in sorted({t.r for t in threats}) if curve else ():
@@ -115,6 +116,13 @@ def summary(
                 "vote": accuracy_curve(vote_radii(ends, r=r, **place), grid, p).tolist(),
             })  # fmt: skip
     return result
+
+
+def plug_in(counts: Counts, threats: Sequence[Threat]) -> list[float]:
+    """What (k + 1/2) / (n + 1) right draws of each image would give at each threat: no bound, but near the curve."""
+    z = torch.special.ndtri((counts.right.double() + 0.5) / (counts.draws + 1))
+    place = {"sigma": counts.sigma, "pixels": counts.pixels}
+    return [float(lower_curve(z, [t.delta], t.p, r=t.r, **place)) for t in threats]
 
 
 def _population(ends: Tensor, threat: Threat, each: float, counts: Counts) -> list[float]:

@@ -258,6 +258,27 @@ def _verification_numbers(results: dict) -> dict[str, str]:
     }
 
 
+def _frontier_numbers(results: dict) -> dict[str, str]:
+    """At each radius what every method proves more than the first, at its sigma, mean over seeds, most first."""
+    found = {"seeds": str(len({run["seed"] for run in results["runs"]})), "validation": str(results["n_validation"])}
+    written = [threat["written"] for threat in results["threats"]]
+    places, proved = _places(written), {}
+    for choice in results["chosen"]:
+        key = (choice["network"], choice["method"], choice["sigma"])
+        runs = [run for run in results["runs"] if (run["network"], run["method"], run["sigma"]) == key]
+        number = written.index(choice["threat"]["written"])
+        mean = float(np.mean([run["test"]["lower"][number] for run in runs]))
+        proved.setdefault(choice["threat"]["written"], {}).setdefault(choice["method"], []).append(mean)
+    for delta, methods in proved.items():
+        means = {method: float(np.mean(values)) for method, values in methods.items()}
+        first, base = next(iter(means.items()))
+        ranked = sorted((method for method in means if method != first), key=means.get, reverse=True)
+        gains = ", ".join(f"{method} {signed(means[method] - base)}" for method in ranked)
+        for place in places[delta]:
+            found |= {f"{place}.delta": delta, f"{place}.first": percent(base), f"{place}.gains": gains}
+    return found
+
+
 QUOTABLE: dict[str, Callable[[dict], dict[str, str]]] = {
     "pretraining": lambda results: {"networks": str(len(results["networks"]))},
     "attack-theory": _theory_numbers,
@@ -266,4 +287,5 @@ QUOTABLE: dict[str, Callable[[dict], dict[str, str]]] = {
     "finetuning": _finetuning_numbers,
     "evaluation": _evaluation_numbers,
     "verification": _verification_numbers,
+    "frontier": _frontier_numbers,
 }

@@ -198,7 +198,7 @@ def macer(weight: float = 12.0, draws: int = 16, **settings) -> Objective:
 
 
 @reads("objective certificate", Certificate, "threat", "weight")
-def certificate(threat: Threat, weight: float = 4.0, draws: int = 4, clean: float = 1.0, **settings) -> Objective:
+def certificate(threat: Threat, weight: float = 4.0, draws: int = 2, clean: float = 1.0, **settings) -> Objective:
     """What is proved of one draw in the ball is trained. Settings: those of `Certificate`."""
     smoothing = Certificate(threat, weight, **settings)
     return Objective("certificate", clean=clean, smoothing=smoothing, draws=draws)
