@@ -11,7 +11,7 @@ from pathlib import Path
 from wdat import records
 from wdat.report.companions import COMPANIONS
 from wdat.report.quotable import QUOTABLE
-from wdat.report.randomised import certified_overview
+from wdat.report.randomised import certified_overview, proved
 from wdat.report.table import tex
 from wdat.report.tables import best_proposed, overview
 
@@ -27,6 +27,7 @@ def publish(root: str | Path, profile: str) -> None:
         best_proposed(folder / "04_five_networks.json")
     if (folder / "11_randomised.json").is_file():
         certified_overview(folder / "11_randomised.json")
+        proved(folder / "11_randomised.json")
     if profile == "digits" and (folder / "06_how_robust.json").is_file():
         five_lines(folder / "06_how_robust.json", "trades", "2/16")
         where = f"{found['about.device']}, runs at once: {found.get('about.jobs', '1')}; less where they resumed"

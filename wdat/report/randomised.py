@@ -1,6 +1,21 @@
 """Table and figure of a certified randomised network, from its record. No torch."""
 
-from wdat.report.canvas import COLOURS, Drawing, drawn, legend_below, norm, outer_labels, panels, points, short
+import numpy as np
+
+from wdat.report.canvas import (
+    COLOURS,
+    GREEN,
+    GREY,
+    ORANGE,
+    Drawing,
+    drawn,
+    legend_below,
+    norm,
+    outer_labels,
+    panels,
+    points,
+    short,
+)
 from wdat.report.rows import norm_symbol, percent
 from wdat.report.table import tabled
 
@@ -101,6 +116,39 @@ def certified_curves(found: dict, r: float | str = 2, p: float = 2) -> Drawing:
         axis.set(title=short(name), xlabel=rf"radius $\delta$ ({norm(r)})", ylabel="accuracy (%)")
     outer_labels(axes)
     legend_below(figure, columns=3)
+    return figure
+
+
+@drawn("randomised", "proved")
+def proved(found: dict, r: float | str = 2, p: float = 2) -> Drawing:
+    """What attack leaves of each network, and of it after W-TRADES, and what is proved of it behind noise.
+
+    Squares and circles: optimal allocation, upper bounds. Lines: certified for one draw, lower bounds, at each radius
+    the largest of the sigmas, by the statement on every image at once; triangles: by the tighter statement.
+    """
+    names = list(dict.fromkeys(network["network"] for network in found["networks"]))
+    figure, axes = panels(len(names), 3, 1.9, sharex=True, sharey=True)
+    for axis, name in zip(axes, names, strict=True):
+        own = [network for network in found["networks"] if network["network"] == name]
+        marks = (("before", "s", GREY, "left by attack: as published"),
+                 ("tuned", "o", ORANGE, "left by attack: W-TRADES"))  # fmt: skip
+        for key, marker, colour, label in marks:
+            if left := own[0].get(key):
+                rows = [row for row in left["threats"] if _is(row, p, r)]
+                x, y = [0.0, *(t["threat"]["delta"] for t in rows)], [left["clean"], *(t["upper"] for t in rows)]
+                axis.plot(x, points(y), marker, ms=4, color=colour, label=label)
+        curves = [
+            curve for network in own for curve in network["curves"]
+            if (float(curve["p"]), float(curve["r"])) == (p, float(r))
+        ]  # fmt: skip
+        best = np.max([curve["every_image"] for curve in curves], axis=0)
+        axis.plot(curves[0]["delta"], points(best), color=GREEN, label="proved behind noise: every image")
+        rows = [[row for row in network["threats"] if _is(row, p, r)] for network in own]
+        x, y = [t["threat"]["delta"] for t in rows[0]], np.max([[t["lower"] for t in at] for at in rows], axis=0)
+        axis.plot(x, points(y), "^", ms=5, color=GREEN, label="proved behind noise: tighter statement")
+        axis.set(title=short(name), xlabel=rf"radius $\delta$ ($W_2$, {norm(r)})", ylabel="accuracy (%)", ylim=(0, 100))
+    outer_labels(axes)
+    legend_below(figure, columns=2)
     return figure
 
 

@@ -1,4 +1,4 @@
-"""Published networks against the same networks behind noise: what attack leaves of one, what is proved of the other."""
+"""Published networks and W-TRADES against the same networks behind noise: left by attack, and proved."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,18 +27,29 @@ def randomised(
 
     "networks": a row for each network and sigma as `wdat.randomised.certify.certify` gives it (settings: its own), and
     "before", of the network as it was: "clean" accuracy and what optimal allocation over minimal distances leaves at
-    each threat, an upper bound. recipe: as for `make_recipe`, its noise set to sigma; search: of minimal distances.
+    each threat, an upper bound; "tuned", the same of it fine-tuned by W-TRADES at the middle l2 threat (of all, where
+    none is l2) by the same recipe. recipe: as for `make_recipe`, its noise set to sigma; search: of minimal distances.
     """
     shared = {"test": test, "threats": threats, "work": work, "batch_size": batch_size}
-    before = [Run(name, _before, {**shared, "name": name, "model": m, "search": search}) for name, m in models.items()]
+    left = {**shared, "search": search}
+    before = [Run(name, _before, {**left, "name": name, "model": model}) for name, model in models.items()]
     known = dict(zip(models, run_all(before, jobs, desc="before", memory=resident()), strict=True))
+    own = [t for t in threats if t.r == 2] or list(threats)
+    ball = own[(len(own) - 1) // 2]
+    objective = {"kind": "w-trades", "delta": ball.written, "p": ball.p, "r": ball.r, "steps": 5}
+    tuned = {**left, "train": train, "recipe": {**recipe, "objective": objective, "init": "perturb"}, "seed": seed}
+    calls = [Run(f"{name}, W-TRADES", _tuned, {**tuned, "name": name, "model": m}) for name, m in models.items()]
+    tuned = dict(zip(models, run_all(calls, jobs, desc="W-TRADES", memory=resident()), strict=True))
     given = {**shared, "train": train, "recipe": recipe, "seed": seed, "settings": settings}
     calls = [
         Run(f"{name}, sigma={sigma:g}", _behind_noise, {**given, "name": name, "model": model, "sigma": sigma})
         for name, model in models.items() for sigma in sigmas
     ]  # fmt: skip
     found = run_all(calls, jobs, desc="noise", memory=resident())
-    return {"n": len(test), "networks": [{**row, "before": known[row["network"]]} for row in found]}
+    return {
+        "n": len(test),
+        "networks": [{**row, "before": known[row["network"]], "tuned": tuned[row["network"]]} for row in found],
+    }  # fmt: skip
 
 
 def _before(
@@ -53,6 +64,15 @@ def _before(
         clean = float((found.distance > 0).double().mean())
         row |= {t: float(accuracy_curve(found.distance, t.delta, t.p)) for t in threats if t.r == r}
     return {"clean": clean, "threats": [{"threat": t.describe(), "upper": row[t]} for t in threats]}
+
+
+def _tuned(name: str, model: nn.Module, train: Data, work: Path, recipe: dict, seed: int, **left) -> dict:
+    """What attack leaves of the network fine-tuned by the recipe."""
+    name = f"{name}-tuned"
+    with spending("training"):
+        chosen = make_recipe(recipe, seed)
+        done = finetune(model, train, chosen, checkpoint=work / f"{name}.checkpoint", progress=False)
+    return _before(name, done.model, work=work, **left)
 
 
 def _behind_noise(
