@@ -5,7 +5,7 @@
 # radius, or with budgets by image), consistency of an image's draws, MACER's radius, and the certificate of notebook 11
 # itself as objective; all at equal passes, each with its setting chosen on validation images.
 #
-# *Place in the paper: 6.9 Trained for the noise; third-party networks: 7.*
+# *Place in the paper: 6.11 Trained for the noise; third-party networks: 7.*
 # *Time: digits 3 min, zoo hours on a CPU.*
 
 # %% tags=["parameters"]
