@@ -10,6 +10,7 @@ from nets import generator, images, labels, quick, relu
 
 from wdat.accuracy.allocation import accuracy_curve, class_accuracy, threshold_distance
 from wdat.accuracy.classes import class_budgets, flipped_mass
+from wdat.report.companions import COMPANIONS
 from wdat.studies.checkpoints import Measures, trained
 from wdat.studies.classwise import classwise
 from wdat.studies.worst_class import Rounds, chosen_bias, class_radii, class_weights, standing_classes, worst_class
@@ -95,6 +96,10 @@ def test_confusions_and_classes_add_up(case, tmp_path):
     average = [row["accuracy"] for row in network["along"]]
     assert average == sorted(average, reverse=True) and average[0] == network["clean"]["accuracy"]
     assert all(row["worst"] <= row["accuracy"] <= row["best"] for row in network["along"])
+    told = COMPANIONS["classwise"](found)
+    assert told["temperature.small.gain.mean"] == f"{100 * (one['accuracy'] - other['worst']):.1f}"
+    values = network["threats"][0]["per_class"].values()
+    assert told["w2.small.gap.high"] == f"{100 * (max(values) - min(values)):.1f}" and told["small.delta"] == "0.05"
     with pytest.raises(ValueError, match="one pixel norm"):
         classwise({"net": model}, data, [Threat(0.1, 2, 2), Threat(0.1, 2)], tmp_path)
     with pytest.raises(ValueError, match="p < inf"):
@@ -156,3 +161,6 @@ def test_methods_of_the_worst_class_start_alike_and_are_attacked_as_they_are(cas
         assert measured["optimal"]["0.03"] <= measured["clean"] and measured["nearest"] <= measured["pgd"]
         assert set(measured["classes"]) == {"clean", "pgd", "optimal"}
     assert found["runs"][1]["factors"] != found["runs"][5]["factors"]
+    none, biased = ([run["measured"]["pgd"] for run in found["runs"][k::4]] for k in (0, 3))
+    change = sum(b - a for a, b in zip(none, biased, strict=True)) / 2
+    assert COMPANIONS["worst-class"](found)["logit-bias.pgd.change"].startswith(f"{100 * change:+.1f} ±")

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from wdat.report.canvas import GREY, Drawing, canvas, drawn, legend_below, look
+from wdat.report.canvas import COLOURS, GREY, SYMBOLS, Drawing, canvas, drawn, legend_below, look
 from wdat.report.rows import mean_std, norm_symbol, percent, signed
 from wdat.report.table import tabled
 
@@ -67,20 +67,29 @@ def best_epochs(found: dict) -> tuple[list[dict], str]:
 
 @drawn("slow-start", "cost")
 def cost(found: dict) -> Drawing:
-    """Accuracy against cost, clean, under PGD and under W_2: one mark a run; natural passes counted where known."""
+    """Accuracy against cost, clean, under PGD and under W_2: one mark a run; natural passes counted where known.
+
+    Settings of one variant, such as epochs from scratch, share a mark.
+    """
     natural = found["natural"]
     figure, axes = canvas(1, 3, 2.1)
-    variants = list(dict.fromkeys(run["variant"] for run in found["runs"]))
+    variants = list(dict.fromkeys(_method(run) for run in found["runs"]))
     for axis, (title, value) in zip(axes[0], list(COLUMNS.items())[:3], strict=True):
         axis.axhline(100 * value(natural["last"]), color=GREY, lw=0.8, ls="--", label="natural network")
         for number, name in enumerate(variants):
-            own = [run for run in found["runs"] if run["variant"] == name]
+            own = [run for run in found["runs"] if _method(run) == name]
             passes = [run["passes"] + (0 if run["scratch"] else natural["passes"] or 0) for run in own]
-            axis.plot(passes, [100 * value(run["last"]) for run in own], ms=3.5, label=name, **look(number, line=False))
+            mark = {"marker": SYMBOLS[(number + number // len(COLOURS)) % len(SYMBOLS)]}
+            values = [100 * value(run["last"]) for run in own]
+            axis.plot(passes, values, ms=3.5, label=name, **(look(number, line=False) | mark))
         axis.set(title={"W₂": r"$W_2$"}.get(title, title), xlabel="passes a training image")
     axes[0, 0].set_ylabel("accuracy (%)")
     legend_below(figure, columns=4)
     return figure
+
+
+def _method(run: dict) -> str:
+    return run["variant"].split(" (")[0]
 
 
 @drawn("slow-start", "epochs")
@@ -97,6 +106,6 @@ def epochs(found: dict) -> Drawing:
             values = scale * np.array([[row[key] for row in history] for history in own]).mean(0)
             axis.plot(range(1, len(values) + 1), values, label=name, **look(number, marks=False))
         axis.set(xlabel="epoch", title=label)
-    axes[0, 0].set_yscale("log")
+    axes[0, 0].set(yscale="log", ylim=(max(run["lr"] for run in found["runs"]) / 300, None))
     legend_below(figure, columns=4)
     return figure
