@@ -5,9 +5,15 @@ import torch
 from nets import images, relu
 from torch import nn
 
+from wdat import records
 from wdat.attacks.pgd import pgd
 from wdat.attacks.temperature import TEMPERATURES, temperature_pgd
+from wdat.report import figures
+from wdat.report.rows import loss_name
+from wdat.studies.evaluation import evaluate
+from wdat.threats.ball import Threat
 from wdat.threats.losses import at_temperature
+from wdat.zoo.data import from_tensors
 
 
 class Scaled(nn.Module):
@@ -82,3 +88,15 @@ def test_radii_of_images_stay_their_own(case):
     assert (found.norms <= radii).all() and (found.norms > 0.1).any()
     with pytest.raises(ValueError, match="no temperature"):
         temperature_pgd(model, x, y, 0.1, temperatures=())
+
+
+def test_an_evaluation_takes_a_temperature_by_name_and_its_figures_show_it(case, tmp_path):
+    model, x, y = case
+    losses, threat = ("redlr", at_temperature(0.1)), Threat("0.05")
+    found = evaluate(model, from_tensors(x, y), [threat], losses=losses, steps=3, curve=5, progress=False)
+    assert {row["loss"] for row in found["attacks"]} == set(losses)
+    record = records.write(
+        tmp_path / "own.json", "evaluation", {"n": len(x), "networks": [{"network": "own", **found}]}
+    )
+    figures.curves(record, "inf")
+    assert (tmp_path / "own-curves-linf.png").is_file() and loss_name(losses[1]) == "CE T=0.1"

@@ -15,10 +15,10 @@ from wdat.report.canvas import (
     panels,
     short,
 )
-from wdat.report.rows import LOSS_NAMES, mean_std, norm_symbol, percent, signed
+from wdat.report.rows import loss_name, mean_std, norm_symbol, percent, signed
 from wdat.report.table import tabled
 
-PGD = f"PGD ({LOSS_NAMES['ce']})"
+PGD = f"PGD ({loss_name('ce')})"
 
 
 def spread_of(row: dict) -> dict:

@@ -10,6 +10,12 @@ BEST = "best proposed"
 SHOWN = {"before": "pre-trained"}  # names in records -> names shown
 
 
+def loss_name(loss: str) -> str:
+    """A loss of a record as figures and tables call it; one with a setting, "ce T=0.1", and any other as it is."""
+    kind, _, setting = loss.partition(" ")
+    return " ".join(filter(None, (LOSS_NAMES.get(kind, kind), setting)))
+
+
 def shown(name: str) -> str:
     """A method or variant of a record as figures and tables call it."""
     return SHOWN.get(name, name)

@@ -6,13 +6,13 @@ Each function takes the path of one record: NAME.json -> NAME.md and NAME.tex (o
 from collections.abc import Callable
 
 from wdat.report.rows import (
-    LOSS_NAMES,
     ball,
     best_rows,
     chosen_runs,
     dual_rows,
     evaluation_rows,
     failure_rows,
+    loss_name,
     mean_std,
     norm_name,
     norm_symbol,
@@ -277,7 +277,7 @@ def failures(found: dict) -> tuple[list[dict], str]:
     frame: dict[tuple[str, str], dict[str, str]] = {}
     for row in failure_rows(found):
         cells = frame.setdefault((row["network"], row["norm"]), {"network": row["network"], "norm": row["norm"]})
-        cells[LOSS_NAMES.get(row["loss"], row["loss"])] = (
+        cells[loss_name(row["loss"])] = (
             f"{row['written']} ({row['bound']:.2f} > {row['ratio']:.2f})" if row["written"] else "–"
         )
     caption = "Smallest radius measured at which R^l exceeds the ratio by optimal allocation (R^l > R); – if at none."

@@ -18,7 +18,7 @@ from wdat.report.canvas import (
     points,
     short,
 )
-from wdat.report.rows import LOSS_NAMES
+from wdat.report.rows import loss_name
 
 
 @drawn("attack-theory", "slope")
@@ -35,9 +35,9 @@ def theory(found: dict) -> Drawing:
         for place, (key, name) in enumerate((("w_fgsm", "W-FGSM"), ("w_pgd", "W-PGD"), ("dual", "dual attack"))):
             if all(point.get(key) for point in row["points"]):
                 axis.plot(delta, [p[key]["loss"] for p in row["points"]], **look(place), label=name)
-        axis.set(title=f"{LOSS_NAMES[row['loss']]}, p = 2", xlabel=r"radius $\delta$")
+        axis.set(title=f"{loss_name(row['loss'])}, p = 2", xlabel=r"radius $\delta$")
         rest = np.array([p["w_fgsm"]["loss"] - row["v0"] - p["delta"] * row["upsilon_box"] for p in row["points"]])
-        last.loglog(delta, np.abs(rest), **look(number + 3), label=f"remainder, {LOSS_NAMES[row['loss']]}")
+        last.loglog(delta, np.abs(rest), **look(number + 3), label=f"remainder, {loss_name(row['loss'])}")
     axes[0, 0].set_ylabel("mean loss")
     guide = np.array([delta.min(), delta.max()])
     last.loglog(guide, np.abs(rest[-1]) * (guide / guide[-1]) ** 2, "-", color=GREY, lw=1, label="slope 2")
@@ -78,7 +78,7 @@ def losses(found: dict) -> Drawing:
         for number, row in enumerate(row for row in found["theory"] if float(row["p"]) == p):
             delta = [0, *(point["delta"] for point in row["points"])]
             accuracy = [found["accuracy"], *(point["w_pgd"]["accuracy"] for point in row["points"])]
-            axis.plot(delta, points(accuracy), **look(number), label=LOSS_NAMES[row["loss"]])
+            axis.plot(delta, points(accuracy), **look(number), label=loss_name(row["loss"]))
         axis.set(title=f"W-PGD, p = {order(p)}", xlabel=r"radius $\delta$", ylabel="adversarial accuracy (%)")
     axis = axes[0, -1]
     for number, row in enumerate(row for row in found["theory"] if float(row["p"]) == orders[0]):
@@ -102,7 +102,7 @@ def sensitivity(found: dict) -> Drawing:
             own.sort(key=lambda row: float(row["p"]))
             axis.plot(range(len(own)), [row["upsilon"] for row in own], **look(number), label=short(name))
             axis.set_xticks(range(len(own)), [order(row["p"]) for row in own])
-        axis.set(title=LOSS_NAMES[loss], xlabel="Wasserstein order p", ylabel=r"sensitivity $\Upsilon$", yscale="log")
+        axis.set(title=loss_name(loss), xlabel="Wasserstein order p", ylabel=r"sensitivity $\Upsilon$", yscale="log")
         plain_log(axis.yaxis)
     axis = axes[0, -1]
     for number, name in enumerate(names):

@@ -19,7 +19,7 @@ from wdat.report.canvas import (
     points,
     short,
 )
-from wdat.report.rows import CERTIFIED, LOSS_NAMES, OPTIMAL
+from wdat.report.rows import CERTIFIED, OPTIMAL, loss_name
 
 ATTACK_NAMES = {"w-pgd": "W-PGD", "w-pgd-budget": "W-PGD-Budget"}
 MARKERS = {
@@ -95,7 +95,7 @@ def bracket(found: dict, r: float | str = "inf", p: float = 2) -> Drawing:
         for (name, loss), marker in MARKERS.items():
             own = _attacks(network, r, loss, p, name)
             if own:
-                label = f"{'PGD' if name == 'w-pgd' and p == float('inf') else ATTACK_NAMES[name]}, {LOSS_NAMES[loss]}"
+                label = f"{'PGD' if name == 'w-pgd' and p == float('inf') else ATTACK_NAMES[name]}, {loss_name(loss)}"
                 _dots(axis, own, marker, ORANGE, label)
         _dots(axis, [a for a in network.get("autoattack", []) if float(a["threat"]["r"]) == float(r)], "*", PINK,
               r"AutoAttack, $p = \infty$" + _part(network.get("autoattack", []), found["n"]))  # fmt: skip
