@@ -20,7 +20,8 @@ def publish(root: str | Path, profile: str) -> None:
     """After a run: the numbers of the paper from the profile's records, and the tables of the README."""
     root = Path(root)
     folder = root / "figures" / profile
-    found = numbers(folder, cited(root / "paper").get(profile, ())) if any(folder.glob("[0-9][0-9]_*.json")) else {}
+    if any(folder.glob("[0-9][0-9]_*.json")):
+        numbers(folder, cited(root / "paper").get(profile, ()))
     if (folder / "06_how_robust.json").is_file():
         overview(folder / "06_how_robust.json")
     if (folder / "04_five_networks.json").is_file():
@@ -30,9 +31,6 @@ def publish(root: str | Path, profile: str) -> None:
         proved(folder / "11_randomised.json")
     if profile == "digits" and (folder / "06_how_robust.json").is_file():
         five_lines(folder / "06_how_robust.json", "trades", "2/16")
-        where = f"{found['about.device']}, runs at once: {found.get('about.jobs', '1')}; less where they resumed"
-        took = f"The last runs of the notebooks took {found['about.minutes']} minutes on {where}.\n"
-        records.write_file(folder / "06_how_robust-took.md", took)
     if (root / "README.md").is_file():
         fill(root / "README.md")
 

@@ -22,7 +22,7 @@ from wdat.threats.sensitivity import dual_norms, upsilon_of_norms
 from wdat.training.loop import finetune
 from wdat.training.memory import forward_equivalents
 from wdat.training.memory import training_cost as cost_estimate
-from wdat.training.recipes import make_recipe
+from wdat.training.recipes import Recipe, make_recipe
 from wdat.zoo.data import Data
 from wdat.zoo.models import save_model
 from wdat.zoo.networks import Normalised, build
@@ -44,9 +44,11 @@ def pretrain(
     A recipe is `Recipe` as plain values: {"objective": {...}, "epochs": ..., "lr": ..., ...}; "from": NAME starts at
     the network of an earlier recipe instead of a fresh one. Each resumes from its own checkpoint.
     """
-    made: dict[str, tuple[nn.Module, dict]] = {}
+    made, order = {}, list(recipes)  # networks with their rows, by name
     mean, std = train.x.mean((0, 2, 3)).tolist(), train.x.std((0, 2, 3)).tolist()
     card = {"architecture": architecture, "arguments": arguments, "mean": mean, "std": std}
+    read = {n: make_recipe({k: v for k, v in own.items() if k != "from"}, seed) for n, own in recipes.items()}
+    recipes = dict(sorted(recipes.items(), key=lambda pair: -read[pair[0]].epochs))  # the longest run starts first
     while waiting := {name: own for name, own in recipes.items() if name not in made}:
         ready = {name: own for name, own in waiting.items() if own.get("from") in (None, *made)}
         if not ready:
@@ -54,27 +56,24 @@ def pretrain(
             raise ValueError(f"recipe {name!r} starts from {own['from']!r}; recipes that can: {', '.join(recipes)}")
         calls = []
         for name, own in ready.items():
-            settings, start = dict(own), own.get("from")
-            settings.pop("from", None)
+            start = own.get("from")
             if start is None:
                 with torch.random.fork_rng():
-                    torch.manual_seed(derive_seed(seed, -1000 - list(recipes).index(name)))
+                    torch.manual_seed(derive_seed(seed, -1000 - order.index(name)))
                     network = Normalised(mean, std, build(architecture, **arguments)).to(device)
             else:
                 network = made[start][0]
-            path = folder / f"{name}.yaml"
-            settings = {"path": path, "model": network, "start": start, "train": train, "settings": settings}
-            calls.append(Run(name, _pretrained, {**settings, "seed": seed, "card": card}))
+            given = {"path": folder / f"{name}.yaml", "model": network, "start": start, "train": train}
+            calls.append(Run(name, _pretrained, {**given, "recipe": read[name], "card": card}))
         found = run_all(calls, jobs, desc="networks", memory=resident(), progress=progress)
         made |= zip(ready, found, strict=True)
-    return {"networks": [made[name][1] for name in recipes]}
+    return {"networks": [made[name][1] for name in order]}
 
 
 def _pretrained(
-    path: Path, model: nn.Module, start: str | None, train: Data, settings: dict, seed: int, card: dict
+    path: Path, model: nn.Module, start: str | None, train: Data, recipe: Recipe, card: dict
 ) -> tuple[nn.Module, dict]:
     """The network and its row of the record; its card and weights at `path`, its checkpoint beside them."""
-    recipe = make_recipe(settings, seed)
     with spending("training"):
         done = finetune(model, train, recipe, checkpoint=path.with_suffix(".checkpoint"), progress=False)
     training = f"{recipe.objective.name}, {recipe.epochs} epochs, {recipe.schedule}" + (f", from {start}" * bool(start))

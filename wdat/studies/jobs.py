@@ -86,8 +86,10 @@ def run_all(
                 tqdm.write(f"the worker of run {killed[-1]} was killed; out of memory? The other runs go on")
             bar.set_postfix_str(_left(measured, len(runs), jobs), refresh=False)
             bar.update()
+    wall, inside = time.perf_counter() - begun, sum(measured)
+    clock.add({"lists": wall, "runs": inside, "longest": max(measured, default=0.0)}, jobs)
     if jobs > 1:
-        clock.add({"waiting": max(jobs * (time.perf_counter() - begun) - sum(measured), 0.0)}, jobs)
+        clock.add({"waiting": max(jobs * wall - inside, 0.0)})
     if killed:
         raise WorkerKilled(
             f"{len(killed)} of {len(runs)} runs lost their worker: {', '.join(killed)}; out of memory? The others are "

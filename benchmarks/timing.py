@@ -1,0 +1,124 @@
+"""How long `make reproduce` takes on how many cores: timed with one run at once and with several, and a model for more.
+
+`python -m benchmarks.timing` makes every notebook of a profile anew, with several runs at once and then with one, and
+writes `timing.json` with the machine, and from it a table and the README's line. On a machine with other work the times
+mean nothing: its load before each run is recorded, and a busy one is said.
+
+The model: what a notebook does outside its lists of runs (start of a kernel, loading, drawing) takes as long on any
+machine; its runs are spread over the cores, but no list ends before its longest run; and where all cores are busy, a
+run takes longer (shared caches, memory, clock) by a factor measured once, of all runs together.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from wdat import records
+from wdat.report.numbers import fill
+from wdat.report.table import tabled
+from wdat.reproduce.runner import reproduce
+
+HERE = Path(__file__).parent
+MORE = (4, 8, 16)  # cores that the model speaks of
+BUSY = 0.3  # of a core, from which on a machine is not quiet
+
+Parts = dict[str, dict[str, float]]  # by notebook: seconds "serial", in "runs" added up, of the "longest" of each list
+
+
+def parts(state: dict[str, dict]) -> Parts:
+    """What each notebook's last run consisted of, from the runner's state."""
+    found = {}
+    for name, entry in state.items():
+        spent = entry["spent"]
+        serial = entry["seconds"] - spent.get("lists", 0)
+        found[name] = {"serial": serial, "runs": spent.get("runs", 0), "longest": spent.get("longest", 0)}
+    return found
+
+
+def slowdown(one: Parts, many: Parts) -> float:
+    """By how much runs take longer among others than alone, of the notebooks timed both ways."""
+    return sum(many[name]["runs"] for name in one) / sum(own["runs"] for own in one.values())
+
+
+def alone(one: Parts, many: Parts) -> Parts:
+    """Parts with one run at once: as timed, or by the slow-down of the others where only `many` has the notebook."""
+    factor = slowdown(one, many)
+    scaled = {n: own | {key: own[key] / factor for key in ("runs", "longest")} for n, own in many.items()}
+    return scaled | one
+
+
+def seconds(notebooks: Parts, cores: int, factor: float) -> float:
+    """By the model. factor: of the slow-down, which one core does not have."""
+    factor = factor if cores > 1 else 1.0
+    return sum(own["serial"] + factor * max(own["longest"], own["runs"] / cores) for own in notebooks.values())
+
+
+def timed(profile: str, jobs: int, only: Sequence[str] | None) -> tuple[dict[str, dict], float]:
+    """The state of the notebooks made anew, and the machine's load before."""
+    load = os.getloadavg()[0]
+    if load > BUSY:
+        print(f"load {load:.2f} before the run with {jobs} at once: busy, its times mean little", flush=True)
+    made = reproduce(profile, only, force=True, jobs=jobs)
+    state = json.loads((records.root() / ".wdat" / profile / "state.json").read_text())
+    return {name: state[name] for name in made}, load
+
+
+def results(one: dict[str, dict], many: dict[str, dict], jobs: int, loads: Sequence[float]) -> dict:
+    """Measured and modelled seconds by cores. "measured" with one core only where every notebook was timed so."""
+    factor, whole = slowdown(parts(one), parts(many)), alone(parts(one), parts(many))
+    measured = {jobs: sum(entry["seconds"] for entry in many.values())}
+    if one.keys() == many.keys():
+        measured[1] = sum(entry["seconds"] for entry in one.values())
+    first = measured.get(1, seconds(whole, 1, factor))
+    rows = []
+    for cores in sorted({1, jobs, *MORE}):
+        model = seconds(whole, cores, factor)
+        faster = first / measured.get(cores, model)
+        rows.append({"cores": cores, "measured": measured.get(cores), "model": model, "efficiency": faster / cores})
+    return {"jobs": jobs, "loads": list(loads), "slowdown": factor, "notebooks": whole, "rows": rows}
+
+
+@tabled("timing")
+def table(found: dict) -> tuple[list[dict[str, str]], str]:
+    """Minutes by cores: measured, by the model, and what share of the cores was of use."""
+    rows = [
+        {
+            "cores": str(row["cores"]),
+            "minutes, measured": "–" if row["measured"] is None else f"{row['measured'] / 60:.1f}",
+            "minutes, by the model": f"{row['model'] / 60:.1f}", "efficiency": f"{row['efficiency']:.2f}",
+        }
+        for row in found["rows"]
+    ]  # fmt: skip
+    return rows, f"All notebooks of the profile; runs among others take {found['slowdown']:.2f} times as long as alone."
+
+
+def sentence(record: dict) -> str:
+    """The README's line."""
+    rows, jobs = {row["cores"]: row for row in record["results"]["rows"]}, record["results"]["jobs"]
+    one = f"{(rows[1]['measured'] or rows[1]['model']) / 60:.0f} on one" + " (by the model)" * (not rows[1]["measured"])
+    more = ", ".join(f"{rows[cores]['model'] / 60:.0f} on {cores}" for cores in MORE)
+    took = f"{rows[jobs]['measured'] / 60:.0f} minutes on {jobs} cores of {record['provenance']['device']}"
+    return f"`make reproduce` took {took}, {one}; by the model of `benchmarks/timing.py` {more}.\n"
+
+
+def main() -> None:
+    """Time a profile and write the record."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--profile", default="digits")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at once (default: 2)")
+    parser.add_argument("--one", nargs="*", help="notebooks also timed with one run at once (default: all)")
+    args = parser.parse_args()
+    many, busy = timed(args.profile, args.jobs, None)
+    one, idle = timed(args.profile, 1, args.one or None)
+    config = {"profile": args.profile, "jobs": args.jobs, "one": sorted(one)}
+    path = records.write(HERE / "timing.json", "timing", results(one, many, args.jobs, [busy, idle]), config, "cpu")
+    print(table(path).markdown())
+    records.write_file(HERE / "timing-took.md", sentence(records.read(path)))
+    for page in (HERE / "README.md", records.root() / "README.md"):
+        fill(page)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""The model of how long a profile takes on how many cores, on made-up seconds."""
+
+import pytest
+
+from benchmarks import timing
+
+
+def entry(serial, runs, jobs, slower=1.0):
+    """A notebook's state whose one list of equal runs was computed by `jobs` workers."""
+    rounds = -(-runs // jobs)
+    spent = {"lists": 10 * rounds * slower, "runs": 10 * runs * slower, "longest": 10 * slower * (runs > 0)}
+    return {"seconds": serial + spent["lists"], "spent": spent}
+
+
+def state(jobs, slower=1.0):
+    return {"00_a": entry(5, 12, jobs, slower), "01_b": entry(7, 2, jobs, slower), "02_c": entry(3, 0, jobs, slower)}
+
+
+def test_the_model_gives_back_what_was_measured_and_ends_at_serial_parts_and_longest_runs():
+    found = timing.results(state(1), state(2, 1.2), 2, [0, 0])
+    rows = {row["cores"]: row for row in found["rows"]}
+    assert found["slowdown"] == pytest.approx(1.2)
+    assert rows[1]["measured"] == rows[1]["model"] == pytest.approx(15 + 140)
+    assert rows[2]["measured"] == pytest.approx(15 + 1.2 * 70) and rows[2]["model"] == pytest.approx(15 + 1.2 * 70)
+    assert rows[2]["efficiency"] == pytest.approx(155 / 99 / 2)
+    assert rows[4]["measured"] is None and rows[4]["model"] == pytest.approx(15 + 1.2 * (30 + 10))
+    assert rows[16]["model"] == pytest.approx(15 + 1.2 * (10 + 10))  # the longest run of each list
+    assert rows[8]["efficiency"] > rows[16]["efficiency"]
+
+
+def test_notebooks_timed_only_among_others_are_scaled_by_those_timed_both_ways():
+    one = {"00_a": state(1)["00_a"]}
+    found = timing.results(one, state(2, 1.5), 2, [0, 0])
+    assert found["notebooks"]["01_b"] == pytest.approx({"serial": 7, "runs": 20, "longest": 10})
+    rows = {row["cores"]: row for row in found["rows"]}
+    assert rows[1]["measured"] is None and rows[1]["model"] == pytest.approx(155)  # as if timed
+    said = timing.sentence({"results": found, "provenance": {"device": "a CPU"}})
+    assert said == (
+        "`make reproduce` took 2 minutes on 2 cores of a CPU, 3 on one (by the model); by the model of "
+        "`benchmarks/timing.py` 1 on 4, 1 on 8, 1 on 16.\n"
+    )
