@@ -95,7 +95,7 @@ def plain_pgd(rows: list[dict]) -> dict:
 @drawn("classwise", "bars")
 def bars(found: dict) -> Drawing:
     """Accuracy of every class: clean, pointwise and distributional at the first radius; dotted: the averages."""
-    figure, axes = panels(len(found["networks"]), 2, 1.6, sharey=True)
+    figure, axes = panels(len(found["networks"]), 2, 1.4, sharex=True, sharey=True)
     for axis, network in zip(axes, found["networks"], strict=True):
         own, pointwise = twins(network)[0]
         names = list(network["clean"]["per_class"])

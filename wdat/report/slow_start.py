@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from wdat.report.canvas import COLOURS, GREY, SYMBOLS, Drawing, canvas, drawn, legend_below, look
+from wdat.report.canvas import COLOURS, GREY, SYMBOLS, Drawing, canvas, drawn, legend_below, look, plain_log
 from wdat.report.rows import mean_std, norm_symbol, percent, signed
 from wdat.report.table import tabled
 
@@ -107,5 +107,6 @@ def epochs(found: dict) -> Drawing:
             axis.plot(range(1, len(values) + 1), values, label=name, **look(number, marks=False))
         axis.set(xlabel="epoch", title=label)
     axes[0, 0].set(yscale="log", ylim=(max(run["lr"] for run in found["runs"]) / 300, None))
+    plain_log(axes[0, 0].yaxis)
     legend_below(figure, columns=4)
     return figure
