@@ -11,12 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from nets import NORMS, ORDERS, batch_norm, counting, exact, generator, images, labels, linear, quick, relu, smooth
 from torch import nn
+from transport import wasserstein_distance
 
 from wdat.attacks.dual import dual_attack
 from wdat.attacks.loop import projected_gradient
 from wdat.attacks.nearest import minimal_distances
 from wdat.attacks.pgd import attack, random_start, w_fgsm, w_pgd, w_pgd_budget
-from wdat.threats.ball import Threat, per_image, pixel_norm, project, wasserstein_distance
+from wdat.threats.ball import Threat, per_image, pixel_norm, project
 from wdat.threats.checks import frozen
 from wdat.threats.images import Pixels
 from wdat.threats.losses import ce, get_loss, margin, redlr

@@ -10,8 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from nets import NORMS, ORDERS, generator, images, norms_of, quick
+from transport import wasserstein_distance
 
-from wdat.threats.ball import Threat, parse_number, per_image, pixel_norm, power_mean, project, wasserstein_distance
+from wdat.threats.ball import Threat, parse_number, per_image, pixel_norm, power_mean, project
 
 INF = math.inf
 shapes = st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 5))

@@ -1,4 +1,4 @@
-"""Exact distributional accuracy from minimal distances: every radius delta and every order p at once, no model.
+"""Optimal allocation: accuracy from distances to nearest adversarial examples, at every radius delta and order p.
 
 Let d_i be the smallest r-norm displacement that makes image i misclassified: 0 if it is wrong already, inf if nothing
 flips it. Under 0-1 loss the best adversary in the ball W_p(P, Q) <= delta solves a fractional knapsack: every image is
@@ -8,7 +8,8 @@ The accuracy that is left is also the maximum of a dual over one scalar t,
     A_delta = max_{t > 0} mean min(1, (d/t)^p) - (delta/t)^p,
 
 whose maximiser is the water level, the largest distance paid for. p = inf is the pointwise threat, A = mean(d > delta).
-Exact distances give A_delta itself; distances found by an attack bound it from above, certified radii from below.
+Distances found by an attack are too long, so what they leave is an upper bound on A_delta; certified radii are too
+short and give a lower bound. A_delta lies in the bracket between.
 
 Distances are (N,) and non-negative. Radii `deltas` are a number, a fraction as text such as "8/255", a sequence of
 them or a tensor; results are float64 and have their shape. p is in [1, inf]. Powers are summed in the log domain, so
@@ -33,8 +34,8 @@ ROUNDING = 1e-12  # relative; a budget met up to rounding is met
 def accuracy_curve(distances: Tensor, deltas: RadiusGrid, p: float, split: bool = True) -> Tensor:
     """Accuracy left by the optimal adversary of each radius: (N,), deltas -> float64 of the shape of deltas.
 
-    split=True is the exact A_delta, where the adversary may split the mass of one image; split=False lets it move
-    whole images only, which leaves at most 1/N more. Non-increasing in delta, non-decreasing in p; delta = 0 gives the
+    split=True lets the adversary split the mass of one image, as the ball allows; split=False moves whole images only,
+    which leaves at most 1/N more. Non-increasing in delta, non-decreasing in p; delta = 0 gives the
     clean accuracy, a huge delta the share of images that nothing flips. Duplicating the data set changes nothing.
     """
     d, deltas, p = _checked(distances, deltas, p)
@@ -151,44 +152,23 @@ def adversarial_set(x: Tensor, x_flip: Tensor, distances: Tensor, delta: float |
     return AdversarialSet(points, flipped, split, split_x, mass, accuracy, float(power_mean(cost, p)))
 
 
-def confidence_band(
-    distances: Tensor, deltas: RadiusGrid, p: float, level: float = 0.95, uniform: bool = False
-) -> tuple[Tensor, Tensor]:
+def confidence_band(distances: Tensor, deltas: RadiusGrid, p: float, level: float = 0.95) -> tuple[Tensor, Tensor]:
     """Lower and upper confidence limits of the population's A_delta from N independent test images.
 
     (N,), deltas -> two float64 tensors like deltas, in [0, 1]. Only the sampling of images is covered: distances found
     by an attack still bound the exact ones from above.
 
-    uniform=False: for each delta by itself, asymptotically. A_delta is a maximum over t of means of
+    For each delta by itself, asymptotically. A_delta is a maximum over t of means of
     phi_t(d) = min(1, (d/t)^p) minus constants, so by the envelope theorem its first-order error is that of the mean at
     the optimal t (Danskin; Shapiro, Dentcheva and Ruszczynski, *Lectures on Stochastic Programming*, theorem 5.7): a
     normal interval with the variance of phi at the water level. A bootstrap would estimate the same limit by chance.
     As in Agresti and Coull (1998), z^2/2 images each at distance 0 and inf are added first, which keeps the coverage
     near accuracies 0 and 1; p = inf is then exactly their interval for a proportion.
-
-    uniform=True: for all delta and all p together, at every N. With probability `level` the empirical distribution of
-    d is within e = sqrt(log(2/(1-level))/(2N)) of the true one (Dvoretzky, Kiefer and Wolfowitz with Massart's
-    constant, 1990) and A_delta is monotone in d: the worst case has mass e more at distance 0, which is A_delta - e;
-    the best has the nearest mass e at inf, which is e + A at the radius (delta^p + what that mass cost)^(1/p).
     """
     if not 0 < level < 1:
         raise ValueError(f"confidence level={level} must be between 0 and 1, for example 0.95")
     d, deltas, p = _checked(distances, deltas, p)
     n = len(d)
-    if uniform:
-        e = math.sqrt(math.log(2 / (1 - level)) / (2 * n))
-        curve = accuracy_curve(d, deltas, p)
-        low, high = curve - e, curve + e
-        spared = (n * e - torch.arange(n, dtype=torch.float64, device=d.device)).clamp(0, 1)  # share of each image
-        nearest = torch.where(spared > 0, d, 0)
-        if e >= 1 or nearest.isinf().any():
-            high = torch.ones_like(deltas)
-        elif math.isfinite(p) and nearest.max() > 0:
-            cost = power_mean(nearest * spared.pow(1 / p), p)
-            largest = torch.maximum(deltas, cost)
-            reach = largest * ((deltas / largest).pow(p) + (cost / largest).pow(p)).pow(1 / p)
-            high = accuracy_curve(d, reach, p) + e
-        return low.clamp(0, 1), high.clamp(0, 1)
     z = math.sqrt(2) * float(torch.special.erfinv(torch.tensor(level, dtype=torch.float64)))
     t, _ = _water(d, deltas, p)
     total = n + z * z

@@ -9,7 +9,7 @@ is no larger than that of f over its part z >= 0. Whatever the ascent finds is a
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -101,8 +101,7 @@ class Ball:
         optimiser = torch.optim.Adam([{"params": alpha, "lr": 0.1}, {"params": beta, "lr": 0.05}], maximize=True)
         best, score = parts, torch.zeros_like(parts.alpha)
         for _ in range(steps):
-            now = Parts(parts.rival, parts.sign, alpha, beta, parts.bound)
-            bound = self.lower(now, intercept)
+            bound = self.lower(replace(parts, alpha=alpha, beta=beta), intercept)
             optimiser.zero_grad()
             (*gradients, weight) = torch.autograd.grad(bound.sum(), (alpha, beta, intercept))
             better = bound.detach() > best.bound
@@ -144,9 +143,8 @@ class Ball:
         return best[0].joined(best[1])
 
     def _half(self, parts: Parts, column: Tensor, side: float) -> Parts:
-        sign = parts.sign.scatter(1, column[:, None], side)
-        half = Parts(parts.rival, sign, parts.alpha, parts.beta, parts.bound)
-        return Parts(parts.rival, sign, parts.alpha, parts.beta, torch.maximum(self.lower(half), parts.bound))
+        half = replace(parts, sign=parts.sign.scatter(1, column[:, None], side))
+        return replace(half, bound=torch.maximum(self.lower(half), parts.bound))
 
 
 @torch.no_grad()
@@ -163,7 +161,7 @@ def prove(
     end = time.monotonic() + seconds
     ball = Ball(steps, x, y, radius, r, bounds)
     parts = ball.root()
-    parts = Parts(*list(vars(parts).values())[:-1], ball.lower(parts))
+    parts = replace(parts, bound=ball.lower(parts))
     parts, steps_now = parts[parts.bound <= slack], ASCENT["root"]
     size = PARTS * (32 if x.is_cuda else 1)
     while len(parts.rival):

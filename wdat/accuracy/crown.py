@@ -54,7 +54,6 @@ def margin_radii(
     radius: Tensor,
     r: float,
     slack: float,
-    method: str,
     outer: LayerBounds | None,
 ) -> tuple[Tensor, LayerBounds]:
     """Distance at which the linear bounds of the margins, valid within `radius` (B,), fall to `slack`: (B,).
@@ -63,7 +62,7 @@ def margin_radii(
     first-order distance, the smallest of (margin - slack) / ||gradient||_s (longer where the box is in the way).
     Also returns the hidden bounds, for use as `outer` at a smaller radius.
     """
-    bounds = hidden_bounds(steps, x, radius, r, method, outer)
+    bounds = hidden_bounds(steps, x, radius, r, outer)
     lines = {i: relu_lines(*bound) for i, bound in bounds.items()}
     linear, constant = substitute(steps, len(steps) - 1, margin_rows(y, steps[-1].shape[0], x.dtype), lines)
     a, near = linear.a.flatten(1), x.flatten(1)[linear.image]
@@ -81,18 +80,7 @@ def _fixed_point(first: Tensor, deficit: Tensor, radius: Tensor, power: Tensor) 
 
 
 @taking(model=as_model, x=as_tensor, y=as_tensor)
-def certified_radii(
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    r: float,
-    *,
-    slack: float = 1e-4,
-    tolerance: float = 0.02,
-    method: str = "crown",
-    batch_size: int = 32,
-    progress: bool = False,
-) -> Tensor:
+def certified_radii(model: nn.Module, x: Tensor, y: Tensor, r: float, **settings) -> Tensor:
     """Radii (N,) float64 such that no x' in [0, 1] with ||x' - x_i||_r <= radius_i is predicted other than y_i.
 
     x: float32 (N, C, H, W) in [0, 1]; y: int64 (N,); r: 2 or inf. 0 for misclassified images and for
@@ -106,13 +94,12 @@ def certified_radii(
 
     The bounds linearised for a ball of radius e hold in it, hence certify min(e, the distance t(e) where they cross the
     slack); the best e solves t(e) = e and is found within a relative `tolerance` (which costs tightness, not soundness)
-    in about four evaluations an image. method: "crown", or "interval" for a cheap and far looser proof (the hidden
-    bounds by interval arithmetic). Cost: one substitution for each undecided hidden neuron, for networks of some ten
-    thousand neurons. Layers that are not supported raise ValueError. The model is copied and left as it was.
+    in about four evaluations an image. Cost: one substitution for each undecided hidden neuron, for networks of some
+    ten thousand neurons. Layers that are not supported raise ValueError. The model is copied and left as it was.
+
+    settings: `slack`, `tolerance`, `batch_size` and `progress` of `certified_search`.
     """
-    return certified_search(
-        model, x, y, r, slack=slack, tolerance=tolerance, method=method, batch_size=batch_size, progress=progress
-    )[0]
+    return certified_search(model, x, y, r, **settings)[0]
 
 
 def certified_search(
@@ -123,7 +110,6 @@ def certified_search(
     *,
     slack: float = 1e-4,
     tolerance: float = 0.02,
-    method: str = "crown",
     batch_size: int = 32,
     scale: float = math.inf,
     progress: bool = False,
@@ -134,8 +120,6 @@ def certified_search(
     """
     classes = check_model(model, x, y)
     r = parse_norm(r)
-    if method not in ("crown", "interval"):
-        raise ValueError(f"unknown method {method!r}; known: crown, interval")
     if not (slack > 0 and 0 < tolerance < 1):
         raise ValueError(f"slack={slack} must be > 0 logits and tolerance={tolerance} in (0, 1)")
     device = device_of(model)
@@ -143,18 +127,14 @@ def certified_search(
     if steps[-1].shape[0] != classes:
         raise ValueError(f"the traced network has {steps[-1].shape[0]} outputs, the model {classes}")
     with frozen(model), torch.no_grad():
-        index = (
-            torch.cat([model(part.to(device)).argmax(1) for part in x.split(batch_size)])
-            .cpu()
-            .eq(y.cpu())
-            .nonzero()[:, 0]
-        )
+        predicted = torch.cat([model(part.to(device)).argmax(1).cpu() for part in x.split(batch_size)])
+    index = (predicted == y.cpu()).nonzero()[:, 0]
     radii, distances = (torch.zeros(len(x), dtype=torch.float64) for _ in range(2))
     cap = 1.0 if math.isinf(r) else math.sqrt(x[0].numel())  # no two images are further apart
     with torch.no_grad(), tqdm(total=len(index), disable=not progress, desc="certify", unit="image") as bar:
         for part in index.split(batch_size) if len(index) else ():
             images, labels = x[part].to(device, torch.float64), y[part].to(device)
-            found, first = _search(steps, images, labels, r, slack, tolerance, method, scale, cap)
+            found, first = _search(steps, images, labels, r, slack, tolerance, scale, cap)
             radii[part], distances[part] = found.cpu(), first.cpu()
             bar.update(len(part))
             if math.isinf(scale):
@@ -175,13 +155,12 @@ def _search(
     r: float,
     slack: float,
     tolerance: float,
-    method: str,
     scale: float,
     cap: float,
 ) -> tuple[Tensor, Tensor]:
     """Certified radii of one batch, and the first-order distances that bound the search."""
     nothing = x.new_zeros(len(x))
-    first, bounds = margin_radii(steps, x, y, nothing, r, slack, method, None)
+    first, bounds = margin_radii(steps, x, y, nothing, r, slack, None)
     first = first.clamp_max(cap)
     outer = {i: (torch.full_like(low, -math.inf), torch.full_like(low, math.inf)) for i, (low, _) in bounds.items()}
     reach, best, power = torch.full_like(first, math.inf), nothing.clone(), torch.full_like(first, 5.0)
@@ -197,7 +176,7 @@ def _search(
             i: (torch.where(inside, low[active], -math.inf), torch.where(inside, high[active], math.inf))
             for i, (low, high) in outer.items()
         }
-        t, bounds = margin_radii(steps, x[active], y[active], e, r, slack, method, known)
+        t, bounds = margin_radii(steps, x[active], y[active], e, r, slack, known)
         for i, (low, high) in bounds.items():
             outer[i][0][active], outer[i][1][active] = low, high
         reach[active] = e

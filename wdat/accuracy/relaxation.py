@@ -205,12 +205,12 @@ def _unit_rows(step: Step, where: tuple[Tensor, ...], sign: Tensor) -> Rows:
 
 
 def hidden_bounds(
-    steps: list[Step], x: Tensor, radius: Tensor, r: float, method: str = "crown", outer: LayerBounds | None = None
+    steps: list[Step], x: Tensor, radius: Tensor, r: float, outer: LayerBounds | None = None
 ) -> LayerBounds:
     """Bounds (low, high), each (B, C, H, W), on the input of every ReLU over the r-balls of radius (B,) around x.
 
-    "interval": interval arithmetic alone. "crown": the neurons it leaves with both signs are bounded again by
-    substitution, and the better bound of each side is kept. outer: bounds known to hold, to start from.
+    The neurons that interval arithmetic leaves with both signs are bounded again by substitution, and the better bound
+    of each side is kept. outer: bounds known to hold, to start from.
     """
     e = radius.view(-1, 1, 1, 1)
     low, high = (x - e).clamp_min(0), (x + e).clamp_max(1)
@@ -223,15 +223,14 @@ def hidden_bounds(
         low, high = centre - half, centre + half
         if outer is not None:
             low, high = torch.maximum(low, outer[i][0]), torch.minimum(high, outer[i][1])
-        if method == "crown":
-            # The side nearer to 0 first: it decides most neurons, and only the lines of the others need both sides.
-            sign = torch.where(low + high < 0, -1.0, 1.0).to(x)
-            for side in (sign, -sign):
-                for some in _undecided(low, high, _rows_at_once(steps[:i], x.is_cuda)):
-                    rows = _unit_rows(step, some, side)
-                    found = infimum(*substitute(steps, step.parents[0], rows, lines), x, radius, r)
-                    low[some] = torch.where(side[some] > 0, torch.maximum(low[some], found), low[some])
-                    high[some] = torch.where(side[some] < 0, torch.minimum(high[some], -found), high[some])
+        # The side nearer to 0 first: it decides most neurons, and only the lines of the others need both sides.
+        sign = torch.where(low + high < 0, -1.0, 1.0).to(x)
+        for side in (sign, -sign):
+            for some in _undecided(low, high, _rows_at_once(steps[:i], x.is_cuda)):
+                rows = _unit_rows(step, some, side)
+                found = infimum(*substitute(steps, step.parents[0], rows, lines), x, radius, r)
+                low[some] = torch.where(side[some] > 0, torch.maximum(low[some], found), low[some])
+                high[some] = torch.where(side[some] < 0, torch.minimum(high[some], -found), high[some])
         bounds[i], lines[i] = (low, high), relu_lines(low, high)
         intervals.append(interval(step, [((low + high) / 2, (high - low) / 2)]))
     return bounds

@@ -103,19 +103,22 @@ def dual_attack(
     Costs len(ladder) * (ladder_steps + 1) + steps + 1 forward and nearly as many backward passes an image. `ladder`
     are radii in units of delta, ascending and positive; an image can not get more than the last. p = inf is PGD.
     """
-    settings = {"loss": loss, "keep": "loss", "batch_size": batch_size, "progress": progress}
+
+    def inside(radii: Tensor, steps: int) -> Adversarial:
+        settings = {"loss": loss, "keep": "loss", "batch_size": batch_size, "progress": progress}
+        return attack(model, x, y, threat, radii=radii.to(x.device), steps=steps, **settings)
+
     rungs = torch.tensor([0.0, *ladder], dtype=torch.float64)
     if not len(ladder) or not (rungs.diff() > 0).all() or float(rungs[-1]) < 1:
         raise ValueError(f"ladder {tuple(ladder)} must ascend from above 0 to at least 1 (in units of delta)")
     if threat.pointwise or threat.delta == 0:
         radii = torch.full((len(x),), threat.delta, device=x.device)
-        return DualAttack(attack(model, x, y, threat, steps=steps, radii=radii, **settings), radii, 0.0, float("nan"))
-    curves = []
-    for rung in rungs[1:].tolist():
-        radii = torch.full((len(x),), rung * threat.delta, device=x.device)
-        curves.append(attack(model, x, y, threat, steps=ladder_steps, radii=radii, **settings))
-    clean = attack(model, x, y, threat, steps=1, radii=torch.zeros(len(x), device=x.device), **settings)
-    losses = torch.stack([clean.values, *(c.values for c in curves)], 1)
+        return DualAttack(inside(radii, steps), radii, 0.0, float("nan"))
+    curves = [
+        inside(torch.full((len(x),), rung * threat.delta), ladder_steps if rung else 1).values
+        for rung in rungs.tolist()
+    ]
+    losses = torch.stack(curves, 1)
     radii, multiplier, value = price(losses, rungs * threat.delta, threat.delta, threat.p)
     radii = (radii * (1 - 1e-7)).float().to(x.device)
-    return DualAttack(attack(model, x, y, threat, steps=steps, radii=radii, **settings), radii, multiplier, value)
+    return DualAttack(inside(radii, steps), radii, multiplier, value)

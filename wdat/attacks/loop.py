@@ -23,6 +23,7 @@ from wdat.threats.losses import Loss, margin
 from wdat.threats.precision import autocast
 from wdat.threats.sensitivity import input_gradient
 
+ALL = slice(None)  # rows of a batch
 POLISH = 0.2  # of the steps, the last ones, stay in float32
 
 
@@ -44,8 +45,7 @@ def projected_gradient(
 class State:
     """What is held of the set from step to step: the images' tensors where these are, numbers where the model is.
 
-    Each is one tensor of the whole set: small ones of every batch, kept from step to step, would break up the memory
-    that batches come back to.
+    One tensor each: small ones, kept batch by batch, would break up the memory that batches come back to.
     """
 
     current: Tensor  # the iterate (N, C, H, W)
@@ -53,7 +53,7 @@ class State:
     best: Tensor  # the iterate to return; the same memory as `current` until it has to be another
     directions: Tensor  # of one step: signs (r = inf) as int8
     broken: Tensor  # whether the first gradients are NaN or infinite, which would move no image
-    rows: list[Tensor | None]  # those to look at again in each batch; None: all
+    rows: list[Tensor | slice]  # those to look at again in each batch
     values: Tensor | None = None  # losses (N,)
     logits: Tensor | None = None  # (N, m)
     norms: Tensor | None = None  # dual norms (N,), where they are used
@@ -130,7 +130,7 @@ class Run:
                 part.copy_(x)
         directions = torch.empty_like(current, dtype=torch.int8 if self.threat.s == 1 else None)
         broken = torch.zeros((), dtype=torch.bool, device=self.device)
-        return State(current, current, current, directions, broken, [None] * len(self.sizes))
+        return State(current, current, current, directions, broken, [ALL] * len(self.sizes))
 
     def _parts(self, tensor: Tensor) -> tuple[Tensor, ...]:
         return tensor.split(self.sizes)
@@ -139,19 +139,18 @@ class Run:
         """Losses and logits of the iterate and, but for the last, its directions. Images at rest keep theirs."""
         state, done = self.state, 0
         if step == self.exact:
-            state.rows = [None] * len(self.sizes)
+            state.rows = [ALL] * len(self.sizes)
             state.values = state.logits = state.norms = None
         for size, rows in zip(self.sizes, state.rows, strict=True):
-            if rows is None or len(rows):
+            if rows is ALL or len(rows):
                 self._look_at(slice(done, done + size), rows, step)
             if self.bar is not None:
                 self.bar.update(size)
             done += size
 
-    def _look_at(self, part: slice, rows: Tensor | None, step: int) -> None:
+    def _look_at(self, part: slice, rows: Tensor | slice, step: int) -> None:
         """The same of one batch, or of some rows of it."""
-        state, targets = self.state, _some(self.targets[part], rows).to(self.device)
-        x = _some(state.current[part], rows)
+        state, targets, x = self.state, self.targets[part][rows].to(self.device), self.state.current[part][rows]
         if step == self.steps:
             logits = self._forward(x)
             values, norms = self.loss(logits, targets), None
@@ -245,7 +244,7 @@ class Run:
         if norms is not None:  # it leaves nothing but nothing where it is
             still = still & (norms.to(self.device) == 0)
         rest = [(~part).nonzero()[:, 0].to(self.home) for part in self._parts(still)]
-        self.state.rows = [rows if len(rows) < n else None for rows, n in zip(rest, self.sizes, strict=True)]
+        self.state.rows = [rows if len(rows) < n else ALL for rows, n in zip(rest, self.sizes, strict=True)]
 
     def _project(self, norms: Tensor | None) -> None:
         """Make images in the ball of displacements, whose norms are given under the joint constraint."""
@@ -275,19 +274,14 @@ class Run:
         return Adversarial(best, logits, values, correct, norms, distance, history, passes)
 
 
-def _some(x: Tensor, rows: Tensor | None) -> Tensor:
-    return x if rows is None else x[rows]
+def _put(kept: Tensor, rows: Tensor | slice, fresh: Tensor) -> None:
+    """Write rows of `kept`, wherever the fresh ones are."""
+    if rows is not ALL:
+        rows, fresh = rows.to(kept.device), fresh.to(kept.device, kept.dtype)
+    kept[rows] = fresh
 
 
-def _put(kept: Tensor, rows: Tensor | None, fresh: Tensor) -> None:
-    """Write rows of `kept`, None for all, wherever the fresh ones are."""
-    if rows is None:
-        kept.copy_(fresh)
-    else:
-        kept[rows.to(kept.device)] = fresh.to(kept.device, kept.dtype)
-
-
-def _hold(n: int, part: slice, rows: Tensor | None, kept: Tensor | None, fresh: Tensor) -> Tensor:
+def _hold(n: int, part: slice, rows: Tensor | slice, kept: Tensor | None, fresh: Tensor) -> Tensor:
     """The tensor of all n images, made with its first rows, with fresh ones written into a part of it."""
     kept = fresh.new_empty(n, *fresh.shape[1:]) if kept is None else kept
     _put(kept[part], rows, fresh)

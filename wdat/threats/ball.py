@@ -209,7 +209,7 @@ class Threat:
         """W_p cost of moving images by `norms` (N,): (mean norms^p)^(1/p), the largest for p = inf. Scalar float64.
 
         This is the cost of the coupling image -> its own copy: an upper bound on W_p between the two empirical
-        measures, and what membership of the ball is judged by. `wasserstein_distance` gives the optimum.
+        measures, and what membership of the ball is judged by.
         """
         return power_mean(norms, self.p)
 
@@ -240,41 +240,7 @@ def as_threat(threat: Threat | str) -> Threat:
     return threat
 
 
-def as_threat_or_none(threat: Threat | str | None) -> Threat | None:
-    """The same, where a threat may be left out."""
-    return None if threat is None else as_threat(threat)
-
-
 def as_threats(threats: "Threat | str | Iterable[Threat | str]") -> tuple[Threat, ...]:
     """One threat or several, each as `as_threat` takes it."""
     single = isinstance(threats, Threat | str) or not isinstance(threats, Iterable)
     return tuple(as_threat(threat) for threat in ([threats] if single else threats))
-
-
-def wasserstein_distance(x: Tensor, y: Tensor, other: Tensor, other_y: Tensor, p: float, r: float) -> float:
-    """Exact W_p between two labelled empirical measures of N images each; inf if the label counts differ.
-
-    Optimal assignment within each label (SciPy), so O(N_c^2) memory and O(N_c^3) time per class: small sets.
-    For p = inf the bottleneck is found by bisection over the costs. Shapes (N, ...), (N,); any p in [1, inf].
-    """
-    from scipy.optimize import linear_sum_assignment
-
-    if not torch.equal(y.sort().values, other_y.sort().values):
-        return math.inf
-    costs = []
-    for label in y.unique():
-        a, b = x[y == label].flatten(1).double(), other[other_y == label].flatten(1).double()
-        cost = torch.cdist(a, b, p=r, compute_mode="donot_use_mm_for_euclid_dist").cpu().numpy()
-        if math.isfinite(p):
-            rows, columns = linear_sum_assignment(cost**p)
-            costs.append(torch.from_numpy(cost[rows, columns]))
-            continue
-        levels = sorted(set(cost.ravel()))
-        low, high = 0, len(levels) - 1
-        while low < high:  # smallest level at which a perfect matching exists
-            middle = (low + high) // 2
-            blocked = (cost > levels[middle]).astype(float)
-            rows, columns = linear_sum_assignment(blocked)
-            low, high = (low, middle) if blocked[rows, columns].sum() == 0 else (middle + 1, high)
-        costs.append(torch.tensor([levels[low]]))
-    return float(power_mean(torch.cat(costs), p))

@@ -63,6 +63,11 @@ def as_tensor(x: Any) -> Any:
     return x.clone() if x.is_inference() else x.detach()
 
 
+def optional(reader: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """The same reader where the argument may be left out: None stays None."""
+    return lambda given: None if given is None else reader(given)
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """The network whose weights these are: inside torch.compile, DataParallel and `Called`."""
     for name in ("_orig_mod", "function", "module"):

@@ -18,9 +18,9 @@ from tqdm.auto import tqdm
 from wdat.attacks.pgd import w_pgd
 from wdat.digest import version
 from wdat.records import write_tensors
-from wdat.threats.ball import Threat, as_threat_or_none, per_image
+from wdat.threats.ball import Threat, as_threat, per_image
 from wdat.threats.checks import device_of, frozen, tensors_of
-from wdat.threats.inputs import as_model, aside, copied, plain_weights, taking, unwrapped
+from wdat.threats.inputs import as_model, aside, copied, optional, plain_weights, taking, unwrapped
 from wdat.threats.losses import ce, margin
 from wdat.threats.seeds import derive_seed
 from wdat.threats.sensitivity import dual_norms, input_gradient
@@ -29,7 +29,7 @@ from wdat.training.objectives import Objective
 from wdat.training.recipes import Recipe, check_single_images, initialise, make_recipe
 from wdat.training.schedules import get_schedule
 from wdat.training.trackers import Tracker
-from wdat.zoo.adapt import DataLike, as_data, as_data_or_none
+from wdat.zoo.adapt import DataLike, as_data
 from wdat.zoo.data import Data, check_fit, check_outputs, check_same_classes
 from wdat.zoo.identity import identify, same
 from wdat.zoo.noise import Randomised
@@ -88,7 +88,7 @@ def interpolate(before: nn.Module, after: nn.Module, share: float) -> nn.Module:
     return found
 
 
-@taking(model=as_model, train=as_data, validation=as_data_or_none, validation_threat=as_threat_or_none)
+@taking(model=as_model, train=as_data, validation=optional(as_data), validation_threat=optional(as_threat))
 def finetune(
     model: nn.Module,
     train: DataLike,

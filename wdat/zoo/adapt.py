@@ -40,11 +40,6 @@ def as_data(data: DataLike) -> Data:
     return from_tensors(x, y, type(source).__name__, getattr(source, "classes", None))
 
 
-def as_data_or_none(data: object) -> Data | None:
-    """The same, where data may be left out."""
-    return None if data is None else as_data(data)
-
-
 def _pair(item: object, batches: bool) -> tuple[Tensor, Tensor]:
     if not isinstance(item, Iterable) or isinstance(item, Tensor | str) or len(pair := tuple(item)) != 2:
         raise ValueError(f"an item of the data is a {type(item).__name__}; expected a pair (images, labels)")

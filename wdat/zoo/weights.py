@@ -14,22 +14,10 @@ from torch import Tensor, nn
 from wdat.zoo.sparse import unpacked
 
 WEIGHT_FILES = (".pt", ".pth", ".safetensors", ".ckpt", ".bin", ".tar")
-NAMES = (
-    "state_dict",
-    "model_state_dict",
-    "model",
-    "net",
-    "network",
-    "ema",
-    "weights",
-)  # what state dictionaries lie under
-PREFIXES = (
-    "module.",
-    "_orig_mod.",
-    "model.",
-    "net.",
-    "network.",
-)  # of names of weights, from what was around the network
+# what state dictionaries lie under
+NAMES = ("state_dict", "model_state_dict", "model", "net", "network", "ema", "weights")
+# of names of weights, from what was around the network
+PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.")
 PACKAGE = "package:"  # in a card, before PACKAGE/PATH of a file that an installed package ships
 
 
