@@ -4,10 +4,15 @@ import json
 
 import pytest
 import torch
+from torch import nn
 
 import wdat
 from wdat import cli
-from wdat.randomised import counts
+from wdat.randomised import attack, counts
+from wdat.randomised.attack import autoattacked
+from wdat.report.randomised import choice_in_words
+from wdat.studies.proving import proved
+from wdat.training.objectives import plain
 from wdat.zoo.networks import build
 
 RUN = ["certify", "net.yaml", "--data", "digits", "--n", "12", "--draws", "100", "--delta", "1/16", "1/4"]
@@ -68,6 +73,59 @@ def test_a_killed_run_goes_on(place, monkeypatch, capsys):
     assert once["results"] == whole["results"]
     batches = len(drawn)
     assert cli.main(words) == 0 and len(drawn) == batches  # nothing is drawn twice
+
+
+def test_an_attack_through_the_noise_is_not_made_twice(place, monkeypatch, capsys):
+    made = []
+    original = attack.attack_through
+
+    def interrupted(*given, **settings):
+        made.append(1)
+        if len(made) == 4:
+            raise KeyboardInterrupt
+        return original(*given, **settings)
+
+    monkeypatch.setattr(attack, "attack_through", interrupted)
+    words = [*RUN, "--sigma", "0.3", "--attacked", "4"]
+    assert cli.main(words) == 130
+    assert cli.main(words) == 0 and len(made) == 4 + 5  # three of eight rungs were there
+    assert cli.main([*words, "--out", "whole"]) == 0
+    once, whole = (json.loads((place / o / "net-certified.json").read_text()) for o in ("results", "whole"))
+    assert once["results"] == whole["results"] and len(made) == 9 + 8
+
+
+def test_what_proves_most_is_said(place, capsys):
+    """Of a linear network relaxations are exact, and much noise proves less; noise where they can not read a layer."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        line = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).eval()
+    data = wdat.load_data("digits", "train").take(300, seed=0)
+    line = wdat.finetune(line, data, wdat.Recipe(plain(), epochs=20, lr=0.1), progress=False).model
+    test, threats = wdat.load_data("digits", "test").take(20, seed=0), [wdat.Threat("1/8", 2, 2)]
+    found = proved(line, test, threats, 2.0, state=place / "a", draws=100, progress=False)
+    choice = found["choice"]
+    assert choice["chosen"] == "relaxation" and choice["relaxation"][0] > max(choice["one draw"][0], choice["vote"][0])
+    w, x = line[1].weight.double(), test.x.flatten(1).double()
+    logits = x @ w.T + line[1].bias.double()
+    own = torch.nn.functional.one_hot(test.y, 10).bool()
+    gaps = (logits[own][:, None] - logits) / (w[test.y][:, None] - w).norm(dim=2)
+    exact = wdat.accuracy_curve(gaps.masked_fill(own, torch.inf).amin(1).clamp_min(0).detach(), 1 / 8, 2)
+    assert found["relaxation"]["n"] == 20
+    assert float(exact) - 0.03 < found["relaxation"]["lower"][0] < float(exact) + 0.1  # above: pixels end at 0 and 1
+    told = choice_in_words(found)
+    assert "relaxation" in told and f"{100 * choice['one draw'][0]:.1f}" in told
+    found = proved(nn.Sequential(line, nn.Softplus()), test, threats, 0.2, state=place / "b", draws=100, progress=False)
+    assert found["choice"]["relaxation"] is None and found["choice"]["chosen"] in ("one draw", "vote")
+    assert found["choice"]["why"] in choice_in_words(found) and "relaxation" not in found
+
+
+def test_autoattack_in_its_randomised_setting_is_reported(place, capsys):
+    pytest.importorskip("pyautoattack")
+    model = wdat.Randomised(wdat.load_model("net.yaml"), 0.1)
+    data = wdat.load_data("digits", "test").take(2, seed=0)
+    found = autoattacked(model, data, wdat.Threat("8/255", "inf"), draws=100)
+    clean = counts.count(model, data, draws=100, progress=False).accuracy
+    assert found["n"] == 2 and found["version"] == "rand" and 0 <= found["accuracy"] <= clean + 0.1
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from wdat.attacks.pgd import bring_inside
 from wdat.threats.ball import Threat
-from wdat.threats.checks import check_model, check_radius, device_of, frozen
+from wdat.threats.checks import check_images, check_labels, check_model, check_radius, device_of, frozen
 from wdat.threats.inputs import as_model, as_tensor, taking
 
 SUITES = {"standard": ("apgd-ce", "apgd-t", "fab-t", "square"), "rand": ("apgd-ce", "apgd-dlr")}
@@ -59,7 +59,13 @@ def autoattack(
     """
     import pyautoattack
 
-    classes = check_model(model, x, y)
+    if version == "rand":  # a network that draws is not a function of the image
+        check_images(x)
+        with frozen(model), torch.no_grad():
+            classes = model(x[:1].to(device_of(model))).shape[1]
+        check_labels(y, len(x), classes)
+    else:
+        classes = check_model(model, x, y)
     version, attacks = suite(version, attacks, classes)
     check_radius(Threat(delta, r=r), x.shape[1:])
     device = device_of(model)

@@ -17,6 +17,14 @@ def add(sub: Any) -> None:
     verb.add_argument("--norm", default="2", help="pixel norm, 2 or inf (default: 2)")
     verb.add_argument("--confidence", type=kind(float), default=0.999, help="of all that is said (default: 0.999)")
     verb.add_argument("--attacked", type=kind(int), default=0, metavar="N", help="also attack N images: a bracket")
+    verb.add_argument(
+        "--autoattack", type=kind(int), default=0, metavar="N",
+        help="also AutoAttack, its randomised setting, at linf 8/255 on N images",
+    )  # fmt: skip
+    verb.add_argument(
+        "--certified-minutes", type=kind(float), default=10.0, metavar="M",
+        help="the most that relaxations take, where they prove more than noise (default: 10)",
+    )  # fmt: skip
     verb.add_argument("--seed", type=kind(int), default=0)
     verb.add_argument("--out", default="results", help="folder of the record and figures (default: results)")
     verb.set_defaults(run=run)
@@ -27,18 +35,18 @@ def run(args: argparse.Namespace) -> None:
     from pathlib import Path
 
     from wdat import records
-    from wdat.randomised.certify import certify
     from wdat.report import randomised
+    from wdat.studies.proving import proved
     from wdat.threats.ball import Threat
 
     out = Path(args.out)
     records.check_writable(out)
     threats = [Threat(d, args.p, args.norm) for d in args.delta]
     model, data, name = load(args, "test")
-    found = certify(
+    found = proved(
         model, data, threats, args.sigma, draws=args.draws, confidence=args.confidence, curve=61,
         orders=sorted({1.0, threats[0].p, float("inf")}), attacked=args.attacked, batch_size=args.batch_size,
-        seed=args.seed, state=out / f"{name}.draws",
+        seed=args.seed, state=out / f"{name}.draws", autoattack=args.autoattack, minutes=args.certified_minutes,
     )  # fmt: skip
     record = records.write(
         out / f"{name}-certified.json", "randomised", {"n": len(data), "networks": [{"network": name, **found}]},
@@ -48,5 +56,6 @@ def run(args: argparse.Namespace) -> None:
     )  # fmt: skip
     print(randomised.certified(record).markdown())
     randomised.certified_curves(record, threats[0].r)
+    print(randomised.choice_in_words(found))
     print(f"of two draws of an image one is right and one is wrong with probability {found['disagree']:.3f}")
     print(f"record, table and figure: {record.with_suffix('')}*; draws are kept in {out / name}.draws")

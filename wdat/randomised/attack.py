@@ -7,13 +7,15 @@ whole curve.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from wdat.attacks.adversarial import Adversarial
+from wdat.attacks.autoattack import autoattack
 from wdat.attacks.pgd import attack
 from wdat.randomised.counts import Counts, count
 from wdat.threats.ball import Threat
@@ -23,6 +25,7 @@ from wdat.zoo.data import Data, from_tensors
 from wdat.zoo.noise import Averaged, Randomised, noise, stream
 
 AVERAGED, STEPS = 16, 20
+Kept = Callable[..., dict]  # (function, data, **settings) -> function(network, data, **settings), or what it was
 
 
 def averaged(model: Randomised, shape: Sequence[int], m: int, seed: int) -> Averaged:
@@ -53,30 +56,60 @@ def _surprise(logits: Tensor, labels: Tensor) -> Tensor:
     return -logits.gather(1, labels[:, None])[:, 0]
 
 
+def rung(
+    network: nn.Module, data: Data, sigma: float, threat: Threat, start: Tensor | str, seed: int, m: int, steps: int,
+    batch_size: int,
+) -> dict[str, Tensor]:  # fmt: skip
+    """`attack_through` inside threat.delta of every image: its images "x" and "norms", as a cache keeps them."""
+    each = torch.full((len(data),), threat.delta)
+    found = attack_through(
+        Randomised(network, sigma), data, threat, m=m, steps=steps, seed=seed, batch_size=batch_size, radii=each,
+        start=start,
+    )  # fmt: skip
+    return {"x": found.x, "norms": found.norms.double().cpu()}
+
+
 def ladder(
     model: Randomised, data: Data, radii: Sequence[float], r: float, *, m: int = AVERAGED, steps: int = STEPS,
-    draws: int = 500, seed: int = 0, batch_size: int = 16, progress: bool = True,
+    draws: int = 500, seed: int = 0, batch_size: int = 16, kept: Kept | None = None, state: str | Path | None = None,
+    progress: bool = True,
 ) -> tuple[Tensor, list[Counts]]:  # fmt: skip
     """Attack every image at every radius, each from the one before: moves (R + 1, N), fresh counts of each rung.
 
     The first rung is the clean images. moves: the r-norms of the displacements. Each rung has other draws to climb by
-    and, in `count`, a pilot to choose rungs by and a main pass to judge them by.
+    and, in `count`, a pilot to choose rungs by and a main pass to judge them by. kept: computes rungs, or has them;
+    state: of `count`.
     """
+    settings = {"sigma": model.sigma, "m": m, "steps": steps, "batch_size": batch_size}
     norms, rungs, start = [torch.zeros(len(data), dtype=torch.float64)], [data], "clean"
     for number, radius in enumerate(tqdm(radii, "attack", unit="radius", disable=not progress), 1):
-        each = torch.full((len(data),), float(radius))
-        found = attack_through(
-            model, data, Threat(radius, math.inf, r), m=m, steps=steps, seed=derive_seed(seed, number),
-            batch_size=batch_size, radii=each, start=start,
-        )  # fmt: skip
-        start = found.x
-        norms.append(found.norms.double().cpu())
-        rungs.append(from_tensors(found.x, data.y, "attacked", data.classes))
+        own = {"threat": Threat(radius, math.inf, r), "start": start, "seed": derive_seed(seed, number)}
+        found = (kept or _computed(model.network))(rung, data, **settings, **own)
+        start = found["x"]
+        norms.append(found["norms"])
+        rungs.append(from_tensors(start, data.y, "attacked", data.classes))
     counts = [
-        count(model, rung, draws=draws, seed=derive_seed(seed, "judge", number), progress=False)
-        for number, rung in enumerate(rungs)
+        count(model, images, draws=draws, seed=derive_seed(seed, "judge", number), state=state, progress=False)
+        for number, images in enumerate(rungs)
     ]
     return torch.stack(norms), counts
+
+
+def _computed(network: nn.Module) -> Kept:
+    return lambda function, data, **settings: function(network, data, **settings)
+
+
+def autoattacked(
+    model: Randomised, data: Data, threat: Threat, *, draws: int = 500, seed: int = 0, batch_size: int = 64
+) -> dict:  # fmt: skip
+    """AutoAttack's setting for randomised networks (p = inf; means over draws), judged by fresh draws.
+
+    "accuracy": of one draw on what it finds, an upper bound on the pointwise accuracy; "n", "threat", "version".
+    """
+    x = autoattack(model, data.x, data.y, threat.delta, threat.r, version="rand", seed=seed, batch_size=batch_size)
+    found = from_tensors(x, data.y, "attacked", data.classes)
+    judged = count(model, found, draws=draws, seed=derive_seed(seed, "autoattack"), progress=False)
+    return {"threat": threat.describe(), "version": "rand", "n": len(data), "accuracy": judged.accuracy}
 
 
 def upper(moves: Tensor, counts: Sequence[Counts], threat: Threat, level: float) -> dict[str, float]:

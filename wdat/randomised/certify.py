@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from wdat.accuracy.allocation import accuracy_curve
-from wdat.randomised.attack import ladder, upper
+from wdat.randomised.attack import Kept, ladder, upper
 from wdat.randomised.certificate import distinct, dual, in_sigmas, lower_curve, lower_ends, vote_radii
 from wdat.randomised.counts import Counts, count
 from wdat.randomised.means import adaptive, bracketed, mean_bound
@@ -40,6 +40,7 @@ def certify(
     curve: int = 0,
     spread: bool = False,
     attacked: int = 0,
+    kept: Kept | None = None,
     batch_size: int = 256,
     seed: int = 0,
     state: str | Path | None = None,
@@ -56,6 +57,7 @@ def certify(
             the number of threats, to statements on the mean alone.
         curve: this many radii from 0 to 1.5 times the largest delta of each pixel norm, for all `orders`.
         attacked: attack this many images (drawn with seed 0; all if there are fewer) through the noise.
+        kept: what computes these attacks or has them, such as `Cache(state, network).get` of `wdat.studies.cache`.
 
     Returns: plain numbers, ready for `wdat.records.write`. "accuracy" of one draw, "disagree", and for each threat
         "lower", the tighter of "every_image" and "mean_alone", with its name in "statement"; "vote", the same for the
@@ -74,7 +76,8 @@ def certify(
     if attacked:
         index = draw(len(data), min(attacked, len(data)), 0)
         noisy = model if isinstance(model, Randomised) else Randomised(model, counts.sigma)
-        result["bracket"] = _bracket(noisy, data.at(index), counts.at(index), threats, confidence, progress)
+        own = {"kept": kept, "state": state, "progress": progress}
+        result["bracket"] = _bracket(noisy, data.at(index), counts.at(index), threats, confidence, **own)
     return result
 
 
@@ -134,14 +137,14 @@ def _population(ends: Tensor, threat: Threat, each: float, counts: Counts) -> li
 
 
 def _bracket(
-    model: Randomised, data: Data, counts: Counts, threats: Sequence[Threat], confidence: float, progress: bool
+    model: Randomised, data: Data, counts: Counts, threats: Sequence[Threat], confidence: float, **ladder_settings
 ) -> dict:  # fmt: skip
     """Both sides on the same images; attacks go from half the smallest delta to four times the largest."""
     own, highs = summary(counts, threats, confidence)["threats"], {}
     for r in {t.r for t in threats}:
         deltas = [t.delta for t in threats if t.r == r and t.delta > 0] or [0.1]
         rungs = torch.logspace(math.log10(min(deltas) / 2), math.log10(4 * max(deltas)), RUNGS).tolist()
-        moves, judged = ladder(model, data, rungs, r, progress=progress)
+        moves, judged = ladder(model, data, rungs, r, **ladder_settings)
         highs |= {t: upper(moves, judged, t, 1 - confidence) for t in threats if t.r == r}
     rows = [
         {"threat": row["threat"], "lower": row["lower"], "upper": high["accuracy"], **high}

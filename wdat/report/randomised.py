@@ -152,5 +152,32 @@ def proved(found: dict, r: float | str = 2, p: float = 2) -> Drawing:
     return figure
 
 
+def choice_in_words(found: dict) -> str:
+    """Which way of proving was chosen, with the numbers of all; relaxations of the whole set and AutoAttack, if any."""
+    choice, deltas = found["choice"], " / ".join(row["threat"]["written"] for row in found["threats"])
+
+    def numbers(values: list[float]) -> str:
+        return " / ".join(percent(value) for value in values)
+
+    relaxed = f"a relaxation of the network without noise {numbers(choice['relaxation'] or [])}"
+    if choice["relaxation"] is None:
+        relaxed = f"relaxations can not read the network ({choice['why']})"
+    lines = [
+        f"at {deltas}, on {choice['n']} images, %: one draw {numbers(choice['one draw'])}, the vote "
+        f"{numbers(choice['vote'])}, {relaxed}; most is proved by: {choice['chosen']}"
+    ]
+    if whole := found.get("relaxation"):
+        lines.append(
+            f"relaxation, proved of the network without noise on all {found['n']} images ({whole['n']} reached in "
+            f"time, the others count as lost), %: {numbers(whole['lower'])}"
+        )
+    if attack := found.get("autoattack"):
+        lines.append(
+            f"AutoAttack ({attack['version']}) at l{attack['threat']['r']} {attack['threat']['written']} leaves one "
+            f"draw {percent(attack['accuracy'])} % of {attack['n']} images, pointwise"
+        )
+    return "\n".join(lines)
+
+
 def _is(row: dict, p: float, r: float | str) -> bool:
     return (float(row["threat"]["p"]), float(row["threat"]["r"])) == (p, float(r))

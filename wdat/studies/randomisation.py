@@ -9,7 +9,7 @@ from torch import nn
 from wdat.accuracy.allocation import accuracy_curve
 from wdat.clock import spending
 from wdat.randomised.certify import certify
-from wdat.studies.cache import distances
+from wdat.studies.cache import Cache, distances
 from wdat.studies.jobs import Run, resident, run_all
 from wdat.threats.ball import Threat
 from wdat.training.loop import finetune
@@ -87,5 +87,8 @@ def _behind_noise(
     with spending("evaluation"), torch.no_grad():
         noisy = Randomised(tuned.model, sigma)
         state = stem.with_name(f"{stem.name}.draws")
-        found = certify(noisy, test, threats, batch_size=batch_size, seed=seed, state=state, progress=False, **settings)
+        found = certify(
+            noisy, test, threats, kept=Cache(state, tuned.model).get, batch_size=batch_size, seed=seed, state=state,
+            progress=False, **settings,
+        )  # fmt: skip
     return {"network": name, **found}
