@@ -1,0 +1,159 @@
+"""Counting draws against a plain loop and against the published procedure: `python -m benchmarks.certify`.
+
+The procedure of Cohen, Rosenfeld and Kolter (arXiv 1902.02918, figure "certify"): image by image, n0 draws select a
+class, n further draws are counted, and the Clopper-Pearson lower end of its share, by scipy, gives a radius or an
+abstention. All get the same draws of every image and the same confidence. Times are those of the process, the ratios
+within a round, their median over the rounds.
+
+Writes certify.json and its tables beside this file, and the tables into README.md.
+"""
+
+import argparse
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from scipy.stats import beta, norm
+from torch import Tensor, nn
+
+from benchmarks.counting import Clock, timed
+from wdat import records
+from wdat.accuracy.allocation import accuracy_curve
+from wdat.randomised.certify import summary
+from wdat.randomised.counts import Counts, count
+from wdat.report import numbers
+from wdat.report.rows import percent
+from wdat.report.table import tabled
+from wdat.threats.ball import Threat
+from wdat.training.loop import finetune
+from wdat.training.recipes import make_recipe
+from wdat.zoo.data import Data, load_data
+from wdat.zoo.networks import build
+
+HERE = Path(__file__).parent
+SELECT, CONFIDENCE = 100, 0.999  # n0; of each image in the published procedure
+
+
+@torch.no_grad()
+def answers(model: nn.Module, x: Tensor, sigma: float, draws: int, batch: int) -> Tensor:
+    """How often each class came among noisy copies of one image (C, H, W): int64 (classes,)."""
+    found = 0
+    for start in range(0, draws, batch):
+        copies = x.expand(min(batch, draws - start), *x.shape)
+        votes = model(copies + sigma * torch.randn_like(copies)).argmax(1)
+        found = found + votes.bincount(minlength=10)
+    return found
+
+
+def plain(model: nn.Module, data: Data, sigma: float, draws: int, batch: int) -> Tensor:
+    """Right answers of every image, in a loop over images: what one writes first."""
+    return torch.stack([answers(model, x, sigma, draws, batch)[y] for x, y in zip(data.x, data.y, strict=True)])
+
+
+def published(model: nn.Module, data: Data, sigma: float, draws: int, batch: int) -> Tensor:
+    """Certified l2 radii of the vote (N,), 0 where it abstains or is wrong, from n0 + n = draws draws an image."""
+    radii = []
+    for x, y in zip(data.x, data.y, strict=True):
+        top = int(answers(model, x, sigma, SELECT, batch).argmax())
+        k, n = int(answers(model, x, sigma, draws - SELECT, batch)[top]), draws - SELECT
+        low = float(beta.ppf(1 - CONFIDENCE, k, n - k + 1)) if k else 0.0
+        radii.append(sigma * float(norm.ppf(low)) if low > 0.5 and top == int(y) else 0.0)
+    return torch.tensor(radii, dtype=torch.float64)
+
+
+def measure(model: nn.Module, data: Data, sigma: float, draws: int, batch: int, rounds: int) -> list[dict]:
+    """Draws a second of the three, and how many times the plain loop's time they take."""
+    work: dict[str, Callable] = {
+        "plain loop over images": plain, "published procedure": published,
+        "counts": lambda model, data, sigma, draws, batch: count(
+            model, data, sigma, draws=draws, batch_size=batch, progress=False
+        ),
+    }  # fmt: skip
+    clock, laps = Clock(torch.device("cpu")), []
+    for _ in range(rounds):
+        laps.append(
+            {name: timed(clock, lambda f=f: f(model, data, sigma, draws, batch))[1] for name, f in work.items()}
+        )
+    return [
+        {
+            "work": name, "draws_per_second": len(data) * draws / statistics.median(lap[name] for lap in laps),
+            "ratio": statistics.median(lap[name] / lap["plain loop over images"] for lap in laps),
+        }
+        for name in work
+    ]  # fmt: skip
+
+
+def curves(model: nn.Module, data: Data, sigma: float, draws: int, batch: int, deltas: list[str]) -> list[dict]:
+    """Certified at equal draws: pointwise (p = inf) and in W_2, by the published radii, our vote and one draw."""
+    radii = published(model, data, sigma, draws, batch)
+    found: Counts = count(model, data, sigma, draws=draws, batch_size=batch, progress=False)
+    rows = []
+    for p in ("inf", 2):
+        threats = [Threat(delta, p, 2) for delta in deltas]
+        for threat, own in zip(threats, summary(found, threats, CONFIDENCE)["threats"], strict=True):
+            rows.append({
+                "threat": threat.describe(), "published": float(accuracy_curve(radii, threat.delta, threat.p)),
+                "vote": own["vote"], "one_draw": own["lower"],
+            })  # fmt: skip
+    return rows
+
+
+@tabled("certify-benchmark")
+def speeds(found: dict) -> tuple[list[dict], str]:
+    """Draws a second."""
+    rows = [
+        {"work": r["work"], "draws a second": f"{r['draws_per_second']:,.0f}", "time, to the loop": f"{r['ratio']:.2f}"}
+        for r in found["speeds"]
+    ]
+    return rows, f"{found['n']} digits, {found['draws']} draws of each, batches of {found['batch']}, one thread."
+
+
+@tabled("certify-benchmark", "curves")
+def proved(found: dict) -> tuple[list[dict], str]:
+    """What is certified at equal draws."""
+    rows = [
+        {
+            "p": "∞" if row["threat"]["p"] == "inf" else f"{row['threat']['p']:g}", "δ": row["threat"]["written"],
+            "published procedure": percent(row["published"]), "vote": percent(row["vote"]),
+            "one draw": percent(row["one_draw"]),
+        }
+        for row in found["curves"]
+    ]  # fmt: skip
+    return rows, f"Certified accuracy in l2, percent, σ = {found['sigma']:g}, {found['draws']} draws of each image."
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command; see --help."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.certify", description=__doc__.splitlines()[0])
+    parser.add_argument("--images", type=int, default=200)
+    parser.add_argument("--draws", type=int, default=1100, help=f"of each image, {SELECT} of them to select")
+    parser.add_argument("--sigma", type=float, default=0.25)
+    parser.add_argument("--batch", type=int, default=500)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=20, help="that the network is trained, with noise")
+    parser.add_argument("--deltas", nargs="+", default=["1/8", "1/4", "1/2"])
+    parser.add_argument("--out", type=Path, default=HERE / "certify.json")
+    chosen = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    recipe = make_recipe(
+        {"objective": {"kind": "plain"}, "epochs": chosen.epochs, "lr": 0.05, "noise": chosen.sigma}, 0
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = finetune(build("digits_cnn"), load_data("digits", "train"), recipe, progress=False).model
+        data = load_data("digits", "test").take(chosen.images, seed=0)
+        given = (model, data, chosen.sigma, chosen.draws, chosen.batch)
+        results = {
+            "n": len(data), "draws": chosen.draws, "batch": chosen.batch, "sigma": chosen.sigma,
+            "speeds": measure(*given, chosen.rounds), "curves": curves(*given, chosen.deltas),
+        }  # fmt: skip
+    config = {key: value for key, value in vars(chosen).items() if key != "out"}
+    path = records.write(chosen.out, "certify-benchmark", results, config)
+    print(speeds(path).markdown(), proved(path).markdown(), sep="\n")
+    if path.parent == HERE:
+        numbers.fill(HERE / "README.md")
+
+
+if __name__ == "__main__":
+    main()
