@@ -41,8 +41,8 @@ def proved(
     """
     base = model.network if isinstance(model, Randomised) else model
     drawn = {"draws": draws, "batch_size": batch_size, "seed": seed, "state": state}
-    counts = count(model, data, sigma, **drawn)
     found = certify(model, data, threats, sigma, kept=Cache(state, base).get, **drawn, **settings)
+    counts = count(model, data, sigma, **drawn, progress=False)  # those of before
     index = draw(len(data), min(PILOT, len(data)), 0)
     found["choice"] = _choice(base, data.at(index), counts.at(index), threats, state)
     if found["choice"]["chosen"] == RELAXATION:
