@@ -149,16 +149,16 @@ def _theory(
         with spending("evaluation"):
             one = w_fgsm(model, data.x, data.y, ball, keep="last", **settings)
             many = w_pgd(model, data.x, data.y, ball, steps=steps, **settings)
-            most = many
-            if loss != "redlr":
-                most = w_pgd(model, data.x, data.y, ball, steps=steps, keep="loss", **settings)
+            highest = many.loss if loss == "redlr" else float(many.history[:, 1].max())
+            if loss != "redlr" and ball.pointwise:  # whose images keep iterates of their own
+                highest = w_pgd(model, data.x, data.y, ball, steps=steps, keep="loss", **settings).loss
             dual = None
             if loss == "ce" and not ball.pointwise:
                 dual = dual_attack(model, data.x, data.y, ball, steps=steps, **settings).adversarial
         row["points"].append({
             "delta": ball.delta, "written": delta,
             "w_fgsm": {"loss": one.loss, "accuracy": one.accuracy, "distance": one.distance},
-            "w_pgd": {"loss": most.loss, "accuracy": many.accuracy, "distance": many.distance},
+            "w_pgd": {"loss": highest, "accuracy": many.accuracy, "distance": many.distance},
             "dual": {"loss": dual.loss, "accuracy": dual.accuracy, "distance": dual.distance} if dual else None,
             "wasted": _wasted(many.norms, clean["correct"], threat.p),
         })  # fmt: skip
