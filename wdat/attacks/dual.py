@@ -1,4 +1,4 @@
-"""A first-order attack on the loss that spends its budget where the dual says, not where clean gradients point.
+"""The dual attack: a first-order attack on the loss whose radii come from the dual, not from clean gradients.
 
 V(delta) = sup_{W_p(P, Q) <= delta} E_Q[J] = inf_{l >= 0} l delta^p + E sup_{x'} [J(x') - l ||x' - x||_r^p]
 (Blanchet and Murthy, arXiv 1604.01446, theorem 1; Gao and Kleywegt, arXiv 1604.02199). The inner supremum depends on
@@ -32,7 +32,7 @@ class DualAttack:
     Attributes:
         adversarial: the attacked images, what the model says of them, their W_p distance <= delta and mean loss.
         radii: (N,) budget of every image; (mean radii^p)^(1/p) = delta unless no image gains from more.
-        multiplier: the dual variable l, price of a unit of ||x' - x||^p in loss (0 for p = inf).
+        multiplier: the dual multiplier l, the loss that a unit of ||x' - x||^p must gain (0 for p = inf).
         estimate: the dual's value with the measured curves, an estimate of V(delta), not a bound (nan for p = inf).
     """
 
@@ -98,7 +98,7 @@ def dual_attack(
     batch_size: int = 128,
     progress: bool = False,
 ) -> DualAttack:
-    """Raise the mean loss of a whole set within W_p <= delta, by prices. Shapes and errors as `pgd.attack`.
+    """Raise the mean loss of a whole set within W_p <= delta, by the dual. Shapes and errors as `pgd.attack`.
 
     Costs len(ladder) * (ladder_steps + 1) + steps + 1 forward and nearly as many backward passes an image. `ladder`
     are radii in units of delta, ascending and positive; an image can not get more than the last. p = inf is PGD.

@@ -1,10 +1,10 @@
 """The one projected-gradient loop: look at the iterate, keep the best, move, and project what has left the ball.
 
 n steps cost n forward and backward passes for the input gradient, and one forward pass to judge the last iterate:
-loss, accuracy and gradient come from the same forward. Under ReDLR, whose gradient ends at a flip, images that rest
-cost none until they move again. Images stay on the device they were given on; only a batch at a time visits the
-model's. There they are held once more as attacked and, under the joint constraint, as they were best and as signs of
-one step (a byte each). Source: arXiv 2306.09844, section 5.
+loss, accuracy and gradient come from the same forward. The gradient of ReDLR is 0 at misclassified images: these cost
+no pass until a projection moves them. Images stay on the device they were given on; only a batch at a time is copied to
+the model's. Memory: the attacked images and, under the joint constraint, the best iterate and the signs of one step (a
+byte each). Source: arXiv 2306.09844, section 5.
 """
 
 import math
@@ -24,7 +24,7 @@ from wdat.threats.precision import autocast
 from wdat.threats.sensitivity import input_gradient
 
 ALL = slice(None)  # rows of a batch
-POLISH = 0.2  # of the steps, the last ones, stay in float32
+POLISH = 0.2  # share of the steps, at the end, that are made in float32
 
 
 def projected_gradient(
@@ -45,7 +45,7 @@ def projected_gradient(
 class State:
     """What is held of the set from step to step: the images' tensors where these are, numbers where the model is.
 
-    One tensor each: small ones, kept batch by batch, would break up the memory that batches come back to.
+    One tensor of the whole set each: small ones, kept batch by batch, would fragment the memory.
     """
 
     current: Tensor  # the iterate (N, C, H, W)
@@ -136,7 +136,7 @@ class Run:
         return tensor.split(self.sizes)
 
     def look(self, step: int) -> None:
-        """Losses and logits of the iterate and, but for the last, its directions. Images at rest keep theirs."""
+        """Losses and logits of the iterate and, but for the last, its directions; only of images that have moved."""
         state, done = self.state, 0
         if step == self.exact:
             state.rows = [ALL] * len(self.sizes)
@@ -239,9 +239,9 @@ class Run:
             self._project(norms)
 
     def _settle(self, norms: Tensor | None) -> None:
-        """Which images to look at again, given the norms of displacements that a joint projection will scale."""
+        """Choose the images to look at again; norms: of the displacements, if a joint projection will scale them."""
         still = self.state.values == 0
-        if norms is not None:  # it leaves nothing but nothing where it is
+        if norms is not None:  # the projection moves every image whose displacement is not 0
             still = still & (norms.to(self.device) == 0)
         rest = [(~part).nonzero()[:, 0].to(self.home) for part in self._parts(still)]
         self.state.rows = [rows if len(rows) < n else ALL for rows, n in zip(rest, self.sizes, strict=True)]

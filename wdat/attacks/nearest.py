@@ -3,7 +3,7 @@
 min ||x' - x||_r over x' in [0, 1] with m(x') < 0, where m = z_y - max_{k != y} z_k. A distance found this way is an
 upper bound on the exact one, so the accuracies allocated from it are upper bounds on A_delta.
 
-How is in `search`, and where it is helped by AutoAttack in `proposals`.
+The search itself is in `search`; what AutoAttack adds to it, in `proposals`.
 """
 
 import math

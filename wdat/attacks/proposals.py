@@ -1,7 +1,7 @@
-"""Where a search by gradients is not trusted, or not enough: attacks of AutoAttack propose points, the search judges.
+"""Attacks of AutoAttack that propose nearer points: for the tight search, and where gradients say nothing.
 
-AutoAttack (Croce and Hein, arXiv 2003.01690) by the package `pyautoattack`, imported only when asked to. Its random
-starts are seeded and torch's generator is left as found.
+AutoAttack (Croce and Hein, arXiv 2003.01690) by the package `pyautoattack`, imported only when asked to. What it
+proposes counts once the search has judged it. Its random starts are seeded, torch's generator is left as found.
 """
 
 import math

@@ -2,11 +2,15 @@
 
 The search takes gradients at points near the boundary and moves onto the linearised boundary m + <g, x' - x_t> = 0
 inside the box, from the current point and from the clean image, and mixes the two: linearise and project as in
-DeepFool (Moosavi-Dezfooli et al., arXiv 1511.04599) and FAB (Croce and Hein, arXiv 1907.02044). Ours are the class it
-heads for, chosen once (choosing right is worth many steps) by walking some steps towards every class nearly the nearest
-as seen from the image; the running mean of gradients, which remembers ever more of them (the boundary of a ReLU network
-has kinks, where the last gradient alone zigzags; under r = inf each zigzag flips pixels); and the schedule of mixture
-and overshoot. The constants were chosen on 200 training images each of eight (network, norm), among them digits.
+DeepFool (Moosavi-Dezfooli et al., arXiv 1511.04599) and FAB (Croce and Hein, arXiv 1907.02044). Three things are added:
+
+- One target class an image. All classes whose linearised distance is close to the smallest are tried for a few steps;
+  the search goes on towards the one that came nearest.
+- A running mean of gradients, with more weight on the past at later steps. The boundary of a ReLU network has kinks, at
+  which the last gradient alone makes the search zigzag.
+- A schedule for the mixture and for the overshoot beyond the boundary.
+
+The constants were chosen on 200 training images each of eight pairs of network and norm, digits among them.
 """
 
 import math
@@ -23,8 +27,8 @@ MEMORY = (0.1, 0.9)  # weight of the past in the running mean of gradients, at t
 MIXTURE = 0.8  # weight of the step from the clean image, falling to 0 as the root of the steps left
 # beyond the linearised boundary, before a first flip (then growing), and after it (falling to 0)
 OVERSHOOT = (0.06, 0.015)
-TRIAL = 6  # first steps, from the clean image alone; they are walked towards every class in question
-RIVALRY = 1.15  # a class is in question up to this multiple of the nearest one's linearised distance
+TRIAL = 6  # first steps, from the clean image alone; they are made towards every possible target class
+RIVALRY = 1.15  # a target class is possible up to this multiple of the smallest linearised distance
 # A point is misclassified if its class does not win strictly: margin <= 0, a tie included, as attacks count. A flip
 # whose margin is not below -SLACK * max|z| may not survive another batch size or device: it is only a first one.
 SLACK = 1e-6
@@ -112,7 +116,7 @@ class Search:
         return half
 
     def choose(self, steps: int) -> tuple[Tensor, Tensor, Tensor, int]:
-        """The class each image heads for: of those nearly the nearest as seen from it, the nearest after a trial.
+        """The target class of each image: among those with close linearised distances, the nearest after a few steps.
 
         Returns the classes, the points and running gradients that the trial ended with, and the steps it took.
         """

@@ -1,6 +1,6 @@
 """Checks before use, and leaving a model as it was found. Every error says what was seen and what to do.
 
-A check that holds reads its numbers at once: a GPU waits for each reading.
+A check that passes reads its numbers in one transfer, since a GPU waits for each.
 """
 
 import math

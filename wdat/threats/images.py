@@ -57,8 +57,8 @@ def check_set(x: Images, y: Tensor) -> None:
 class Joined:
     """Rows found batch after batch, by name: each name a tensor of all n images from the first batch on.
 
-    Kept one by one, rows would be there twice while they are joined, and small ones, made between the large tensors of
-    a batch, would break up the memory that the next batches come back to.
+    A list of rows would need twice the memory while it is joined, and its small tensors, made between the large ones of
+    each batch, would fragment the memory.
     """
 
     def __init__(self, n: int) -> None:
