@@ -4,7 +4,8 @@ import base64
 
 import nbformat
 
-FIGURES, TABLES = ("figures.", "report.certified_curves("), ("tables.", "report.certified(")
+FIGURES = ("figures.", "report.certified_curves(", "report.density(", "report.kernel(")
+TABLES = ("tables.", "report.certified(", "report.tickets(")
 
 
 def check_outputs(executed: nbformat.NotebookNode) -> int:

@@ -296,7 +296,7 @@ def test_other_errors_of_a_step_stay_what_they_are(monkeypatch):
     def refuse(*_):
         raise ValueError("something else")
 
-    monkeypatch.setattr("wdat.training.loop._norms", refuse)
+    monkeypatch.setattr("wdat.training.loop.training_norms", refuse)
     with pytest.raises(ValueError, match="something else") as caught:
         run(model, data(model), Recipe(w_trades(THREAT, steps=2), **QUICK))
     assert not isinstance(caught.value, Diverged)

@@ -1,6 +1,7 @@
 """Tangent kernels against explicit Jacobians and steps, masks that hold, the search, sparse networks on disk."""
 
 import copy
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from torch import nn
 from tuning import QUICK, THREAT, data, run
 
 import wdat
+from wdat.report.tickets import ticket_numbers
+from wdat.studies.tickets import tickets
 from wdat.threats.ball import Threat
 from wdat.threats.inputs import plain_weights
 from wdat.tickets.kernels import functional, kernel_distance, kernel_times, product, tangent_kernel, tangents
@@ -331,3 +334,37 @@ def test_the_command_keeps_a_sparse_network_sparse(sparse, tmp_path):
     before, after = prunable(plain_weights(held)), prunable(wdat.load_model(out))
     pairs = zip(before.values(), after.values(), strict=True)  # names differ by the normalisation around
     assert all(((a == 0) == (b == 0)).all() and not torch.equal(a, b) for a, b in pairs)
+
+
+# The study
+
+
+def test_a_study_of_tickets_measures_what_it_masks_and_resumes(tmp_path, monkeypatch):
+    settings = {
+        "architecture": "digits_cnn", "arguments": {"width": 4}, "searches": {"ticket": "W_inf linf 2/16"},
+        "search": {"iterations": 2, "batch_size": 8, "steps": 1}, "densities": [0.5], "pointwise": ["1/16"],
+        "recipe": {"objective": {"kind": "plain"}, "epochs": 2, "batch_size": 32, "lr": 0.05, "clip": 1},
+        "watched": 3, "epochs": [2], "distances": {"steps": 2, "rivals": 1}, "device": torch.device("cpu"),
+    }  # fmt: skip
+    data = [wdat.load_data("digits", split, n=n) for split, n in (("train", 64), ("test", 30))]
+    study = partial(tickets, *data, [Threat("1/16")], tmp_path, **settings)
+    found = study([0])
+    rows = {row["method"]: row for row in found["rows"]}
+    assert list(rows) == ["dense", "random", "magnitude", "SNIP", "ticket"]
+    total = rows["dense"]["prunable"]
+    assert rows["dense"]["kept"] == total and [p["to_dense"] for p in rows["dense"]["kernel"]] == [0, 0]
+    for name, row in rows.items():
+        assert name == "dense" or abs(row["kept"] - total / 2) <= 2
+        assert row["kernel"][0]["moved"] == 0 < row["kernel"][1]["moved"] and row["kernel"][1]["epoch"] == 2
+        assert name == "dense" or row["kernel"][0]["to_dense"] > 0.05
+        assert row["optimal"]["1/16"] <= row["pointwise"]["1/16"] <= row["clean"]
+    monkeypatch.setattr("wdat.studies.tickets.finetune", None)  # nothing is trained again
+    assert study([0]) == found
+    numbers = ticket_numbers(found)
+    for column, value in (("clean", rows["SNIP"]["clean"]), ("optimal", rows["SNIP"]["optimal"]["1/16"])):
+        assert numbers[f"SNIP.large.{column}"] == f"{100 * value:.1f}"
+    assert float(numbers["random.sparse.clean.below"]) == pytest.approx(
+        100 * (rows["random"]["clean"] - rows["dense"]["clean"]), abs=0.06
+    )
+    with pytest.raises(ValueError, match="a search is called 'SNIP', as a baseline is"):
+        tickets(*data, [Threat("1/16")], tmp_path, [0], **settings | {"searches": {"SNIP": "W_inf linf 0"}})

@@ -219,12 +219,15 @@ def provenance(device: "str | torch.device | None" = None) -> dict[str, Any]:
 def pick_device(name: "str | torch.device" = "auto") -> "torch.device":
     """The device of that name; "auto" is the first GPU if CUDA works here, otherwise the CPU.
 
+    Of processes that torchrun has started each takes the GPU of its own number.
+
     ValueError for an unknown name, or for a GPU that cannot be had, with the reason.
     """
     import torch
 
     if str(name) == "auto":
-        return torch.device("cuda" if _why_cpu() is None else "cpu")
+        local = os.environ.get("LOCAL_RANK")
+        return torch.device("cpu" if _why_cpu() else "cuda" if local is None else f"cuda:{local}")
     try:
         device = torch.device(name)
     except RuntimeError:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from wdat.attacks.adversarial import Adversarial
+from wdat.threats import joint
 from wdat.threats.ball import Threat, inner_ball, per_image, pixel_norm, project
 from wdat.threats.checks import device_of
 from wdat.threats.losses import Loss, margin
@@ -181,7 +182,7 @@ class Run:
     def score(self, values: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
         """What iterates are compared by, higher better for the adversary, image by image or of the whole set; means."""
         key = torch.stack([(~(margin(logits, self.labels) > 0)).double(), values.double()])
-        mean = key.mean(1)
+        mean = joint.mean(key, 1)
         key = mean[:, None] if self.whole else key
         return key.flip(0) if self.keep == "loss" else key, mean
 

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from wdat.attacks.adversarial import Adversarial
 from wdat.attacks.loop import projected_gradient
+from wdat.threats import joint
 from wdat.threats.ball import Threat, as_threat, inner_ball, per_image, pixel_norm, project
 from wdat.threats.checks import (
     ALONE,
@@ -44,11 +45,12 @@ STEP_RATIO = 1.875  # the authors' step is 1.875 * delta / n
 
 def random_start(x: Tensor, radii: Tensor, r: float, generator: torch.Generator | None = None) -> Tensor:
     """Displacements drawn uniformly from the r-balls of radii (N,), like x (N, C, H, W)."""
+    kind = {"generator": generator, "device": x.device, "dtype": x.dtype}
     if r == 2:
-        noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-        depth = torch.rand(len(x), generator=generator, device=x.device).pow(1 / x[0].numel())
+        noise = joint.drawn(partial(torch.randn, **kind), x.shape)
+        depth = joint.drawn(partial(torch.rand, **kind), x.shape[:1]).pow(1 / x[0].numel())
         return noise * per_image(radii * depth / pixel_norm(noise, 2).clamp_min(1e-12), x)
-    noise = torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+    noise = joint.drawn(partial(torch.rand, **kind), x.shape)
     return (2 * noise - 1) * per_image(radii, x)
 
 

@@ -1,4 +1,4 @@
-"""`wdat finetune`: a network fine-tuned by a recipe; weights, card and history."""
+"""`wdat finetune`: a network fine-tuned by a recipe; weights, card and history. By several processes under torchrun."""
 
 import argparse
 from typing import Any
@@ -28,6 +28,7 @@ def run(args: argparse.Namespace) -> None:
     import yaml
 
     from wdat import records
+    from wdat.training.distributed import first
     from wdat.training.loop import finetune, make_recipe
     from wdat.zoo.models import save_model
     from wdat.zoo.noise import Randomised
@@ -50,6 +51,8 @@ def run(args: argparse.Namespace) -> None:
         model = masked(model)
     rest, held = data.split_off(args.validation, seed=0)
     done = finetune(model, rest, recipe, validation=held, checkpoint=out.with_suffix(".checkpoint"))
+    if not first():  # started together by torchrun, one of them writes
+        return
     card = {key: value for key, value in card.items() if key not in ("sha256", "bytes", "weights")}
     training = f"{recipe.objective.name}, {recipe.epochs} epochs, from {name}"
     save_model(done.model, out, **{**card, "name": out.stem, "training": training})

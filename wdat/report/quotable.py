@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from wdat.report.rows import chosen_runs, evaluation_rows, mean_std, passes_of, percent, rank_rows, signed, three
+from wdat.report.tickets import ticket_numbers
 
 
 def _places(written: Iterable[str]) -> dict[str, list[str]]:
@@ -288,4 +289,5 @@ QUOTABLE: dict[str, Callable[[dict], dict[str, str]]] = {
     "evaluation": _evaluation_numbers,
     "verification": _verification_numbers,
     "frontier": _frontier_numbers,
+    "tickets": ticket_numbers,
 }

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from wdat.settings import Order, read
 from wdat.settings import parse_number as parse_number
+from wdat.threats import joint
 
 
 def pixel_norm(x: Tensor, r: float, memory: Tensor | None = None) -> Tensor:
@@ -42,16 +43,16 @@ def power_mean(values: Tensor, order: float) -> Tensor:
     """(mean values^order)^(1/order) of non-negative values (N,) -> scalar float64; the maximum for order = inf.
 
     Scaled by the largest value first, so that neither large orders nor tiny values over- or underflow.
-    An empty tensor has no mean: ValueError.
+    An empty tensor has no mean: ValueError. Inside `joint.shared`, of the values of all workers.
     """
     if values.numel() == 0:
         raise ValueError("the power mean of no values is undefined; pass at least one image")
     v = values.double()
-    top = v.max()
+    top = joint.largest(v.max())
     if math.isinf(order):
         return top
     scaled = v / top.clamp_min(torch.finfo(torch.float64).tiny)
-    return top * scaled.pow(order).mean().pow(1 / order)
+    return top * joint.mean(scaled.pow(order)).pow(1 / order)
 
 
 def per_image(values: Tensor, like: Tensor) -> Tensor:

@@ -8,31 +8,31 @@ Source: arXiv 2502.09352; defaults of TRADES (arXiv 1901.08573).
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from wdat.attacks.pgd import w_pgd
-from wdat.digest import version
 from wdat.records import write_tensors
+from wdat.threats import joint
 from wdat.threats.ball import Threat, as_threat, per_image
 from wdat.threats.checks import device_of, frozen, tensors_of
 from wdat.threats.inputs import as_model, aside, copied, optional, plain_weights, taking, unwrapped
-from wdat.threats.losses import ce, margin
+from wdat.threats.losses import ce
 from wdat.threats.seeds import derive_seed
-from wdat.threats.sensitivity import dual_norms, input_gradient
+from wdat.threats.sensitivity import input_gradient
+from wdat.training.checkpoints import identify_run, load
+from wdat.training.distributed import Team, joint_batch_norm, team
+from wdat.training.history import refreshed, summary, training_norms, validate
 from wdat.training.memory import check_memory, free_memory, training_cost
-from wdat.training.objectives import Objective
 from wdat.training.recipes import Recipe, check_single_images, initialise, make_recipe
 from wdat.training.schedules import get_schedule
 from wdat.training.trackers import Tracker
 from wdat.zoo.adapt import DataLike, as_data
 from wdat.zoo.data import Data, check_fit, check_outputs, check_same_classes
-from wdat.zoo.identity import identify, same
-from wdat.zoo.noise import Randomised
 
 __all__ = ["Diverged", "Finetuned", "Recipe", "finetune", "interpolate", "make_recipe"]
 
@@ -58,13 +58,16 @@ def shift_and_flip(x: Tensor, shift: int, flip: bool) -> Tensor:
     n, _, h, w = x.shape
     if shift:
         padded = nn.functional.pad(x, (shift,) * 4)
-        top, left = torch.randint(0, 2 * shift + 1, (2, n, 1), device=x.device)
+        draw = partial(torch.randint, 0, 2 * shift + 1, device=x.device)
+        top, left = joint.drawn(lambda shape: draw((2, *shape)).movedim(0, 1), (n, 1)).unbind(1)
         rows = (top + torch.arange(h, device=x.device))[:, None, :, None]
         columns = (left + torch.arange(w, device=x.device))[:, None, None, :]
         channels = torch.arange(x.shape[1], device=x.device)[None, :, None, None]
         x = padded[torch.arange(n, device=x.device)[:, None, None, None], channels, rows, columns]
     if flip:
-        x = torch.where(per_image(torch.rand(n, device=x.device) < 0.5, x).bool(), x.flip(3), x)
+        x = torch.where(
+            per_image(joint.drawn(partial(torch.rand, device=x.device), (n,)) < 0.5, x).bool(), x.flip(3), x
+        )
     return x
 
 
@@ -103,6 +106,10 @@ def finetune(
 ) -> Finetuned:
     """Fine-tune a copy of the network; the one passed, and torch's global seed, are left as found.
 
+    In processes started by torchrun, or that share a group of torch.distributed, they do it together, each batch shared
+    out among them, and all return the same: that of one process, but for rounding (`wdat.training.distributed`). The
+    first writes the checkpoint, from which any number of workers goes on. `WorkerLost` if one of them ends.
+
     What torch.compile or DataParallel was put around is trained, and returned, without it.
 
     Args:
@@ -120,6 +127,26 @@ def finetune(
     Raises: ValueError for a network, images, labels or a checkpoint that do not fit; `Diverged`, which is one, when an
     epoch's mean loss or a weight is no longer finite (looked at when an epoch ends, and when a step fails).
     """
+    with team() as workers:
+        return _finetune(
+            workers,
+            model,
+            train,
+            recipe,
+            validation,
+            validation_threat,
+            checkpoint,
+            checkpoint_every,
+            progress,
+            on_step,
+        )
+
+
+def _finetune(
+    workers: Team, model: nn.Module, train: Data, recipe: Recipe, validation: Data | None,
+    validation_threat: Threat | None, checkpoint: str | Path | None, checkpoint_every: int | None, progress: bool,
+    on_step: Callable | None,
+) -> Finetuned:  # fmt: skip
     device, n = device_of(model), len(train)
     classes = check_fit(model, train, [term.threat for term in recipe.objective.terms])
     if validation is not None:
@@ -128,11 +155,12 @@ def finetune(
     if not list(model.parameters()):
         raise ValueError("the model has no weights to train (a function, a frozen script); pass its nn.Module")
     check_single_images(model, recipe, train)
+    workers.check(recipe, n)
     steps_per_epoch = -(-n // recipe.batch_size)
     objective, schedule = recipe.objective, get_schedule(recipe.schedule)
-    path = Path(checkpoint) if checkpoint else None
-    identity = _identity(model, train, recipe, validation, validation_threat) if path else {}
-    saved = _load(path, identity) if path and path.exists() else None
+    path = Path(checkpoint) if checkpoint and workers.rank == 0 else None  # the first reads and writes it
+    identity = identify_run(model, train, recipe, validation, validation_threat) if path else {}
+    saved = workers.same(load(path, identity) if path and path.exists() else None)
     if device.type == "cuda" and not saved:
         found = training_cost(model, recipe, train.pixels.shape[1:], n)
         check_memory(found, free_memory(device) + found["bytes"]["parameters"] // 2)  # the network itself is there
@@ -146,9 +174,9 @@ def finetune(
         initialise(network, recipe.init, recipe.init_scale)
         recipe.select(network)
         weights = [w for w in network.parameters() if w.requires_grad]
-        optimiser = torch.optim.SGD(weights, recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay)
+        optimiser = recipe.optimiser.make(weights, recipe.lr, recipe.momentum, recipe.weight_decay)
         trackers = recipe.trackers(n)
-        history, sums, done, order = [], {}, 0, None
+        history, sums, done, kept, order = [], {}, 0, 0, None
         if saved:
             network.load_state_dict(saved["model"])
             optimiser.load_state_dict(saved["optimiser"])
@@ -156,9 +184,13 @@ def finetune(
                 if tracker:
                     tracker.load(state)
             history, done = saved["history"], saved["step"]
-            sums = {key: value.to(device) for key, value in saved["sums"].items()}
+            sums = {key: value.to(device) for key, value in saved["sums"].items() if workers.rank == 0}
 
         def save() -> None:
+            nonlocal kept, sums
+            kept, sums = done, workers.sums(sums)
+            if workers.rank > 0:  # the first goes on with all of them
+                sums = {key: torch.zeros_like(value) for key, value in sums.items()}
             if path:
                 states = [t.state() if t else {} for t in trackers]
                 write_tensors(path, {
@@ -166,6 +198,14 @@ def finetune(
                     "model": network.state_dict(), "optimiser": optimiser.state_dict(),
                 })  # fmt: skip
 
+        mode = network.train if recipe.layers == "all" else network.eval
+
+        def loss_of(network: nn.Module, a: Tensor, b: Tensor, i: Tensor, *drawn: Tensor) -> tuple[Tensor, dict]:
+            fixed = (trackers, teacher, mode, recipe.precision)
+            return objective(network, a, b, i, *fixed, *drawn, sigma=recipe.noise)
+
+        step = workers.step(network, recipe, loss_of)
+        stack.enter_context(joint_batch_norm(network))
         if not saved:
             save()  # a path that can not be written to is known now, not after an epoch
 
@@ -183,8 +223,17 @@ def finetune(
                     raise
                 raise diverged(f"what the network answers around step {done}", "no longer finite") from error
 
+        def lost() -> str:
+            how = f"goes on from step {kept} of {checkpoint}" if checkpoint else "starts anew, without a checkpoint"
+            return (
+                f"a worker of {workers.size} ended in step {done + 1} of {total}, and the run with it; the same "
+                f"command, with as many workers as there are, {how}"
+            )
+
         total = recipe.epochs * steps_per_epoch
-        with tqdm(total=total, initial=done, desc=objective.name, unit="step", disable=not progress) as bar:
+        stack.enter_context(workers.together(lost))
+        shown = {"desc": objective.name, "unit": "step", "disable": not progress or workers.rank > 0}
+        with tqdm(total=total, initial=done, **shown) as bar:
             while done < total:
                 epoch, position = divmod(done, steps_per_epoch)
                 if order is None or position == 0:
@@ -192,25 +241,31 @@ def finetune(
                     order = torch.randperm(n, generator=drawn)
                 index = order[position * recipe.batch_size : (position + 1) * recipe.batch_size]
                 rate = schedule(done / steps_per_epoch, recipe.epochs, recipe.lr)
+                rate = recipe.optimiser.rate(rate, (done + 1) / steps_per_epoch, recipe.batch_size)
                 for group in optimiser.param_groups:
                     group["lr"] = rate
-                x, y = (t.to(device, non_blocking=True) for t in train.batch(index))
+                places = workers.places(len(index), recipe.micro_batch)
+                here = index[places]
+                x, y = (t.to(device, non_blocking=True) for t in train.batch(here))
+                workers.begin(done, device)
                 with watched():
                     for term, tracker in zip(objective.terms, trackers, strict=True):
                         if tracker and term.tracked == "upsilon" and recipe.upsilon.due(done, steps_per_epoch):
-                            tracker.refresh(_norms(recipe.behind(network, train), train, term, recipe))
+                            with refreshed(n, recipe) as some:
+                                tracker.refresh(training_norms(network, train, some, term, recipe))
                     torch.manual_seed(derive_seed(recipe.seed, done))
-                    x = shift_and_flip(x, recipe.augment, recipe.flip)
-                    drawn = recipe.draw(x)
-                    mode = network.train if recipe.layers == "all" else network.eval
+                    with joint.shared(len(index), places):
+                        x = shift_and_flip(x, recipe.augment, recipe.flip)
+                        noise = recipe.draw(x)
                     optimiser.zero_grad(set_to_none=True)
-                    micro = recipe.micro_batch
-                    parts = (t.split(micro) for t in (x, y, index, *drawn))
-                    for a, b, i, *xi in zip(*parts, strict=True):
-                        loss, log = objective(
-                            network, a, b, i, trackers, teacher, mode, recipe.precision, *xi, sigma=recipe.noise
-                        )
-                        (loss * (len(a) / len(x))).backward()
+                    sizes, at = [len(part) for part in index.split(recipe.micro_batch)], 0
+                    for number, size in enumerate(sizes, 1):
+                        part = joint.share(size)
+                        own, at = slice(at, at + part.stop - part.start), at + part.stop - part.start
+                        batch = (t[own] for t in (x, y, here, *noise))
+                        with joint.shared(size), workers.held_back(step, number == len(sizes)):
+                            loss, log = step(*batch)
+                            (loss * ((own.stop - own.start) * workers.size / len(index))).backward()
                         for key, value in log.items():
                             sums[key] = sums.get(key, 0) + value
                     if recipe.clip:
@@ -219,15 +274,17 @@ def finetune(
                 done += 1
                 bar.update()
                 if done % steps_per_epoch == 0:
-                    row = _summary(epoch, rate, sums, objective, trackers, n, history)
+                    row = summary(epoch, rate, workers.sums(sums), objective, trackers, n, history)
+                    if workers.traffic:
+                        row["sent_bytes"], workers.traffic.sent = workers.traffic.sent, 0.0
                     if not math.isfinite(row["loss"]):
                         raise diverged("the mean loss", f"{row['loss']}")
                     if not all(torch.isfinite(t).all() for t in tensors_of(network).values()):
                         raise diverged("a weight at the end", "no longer finite")
                     if validation is not None:
                         with watched():
-                            threat = validation_threat or _first_threat(objective)
-                            row |= _validate(network, validation, threat, recipe)
+                            threat = validation_threat or objective.terms[0].threat if objective.terms else None
+                            row |= validate(network, validation, threat, recipe)
                     history.append(row)
                     bar.set_postfix(loss=f"{row['loss']:.3f}", accuracy=f"{row['accuracy']:.3f}")
                     sums = {}
@@ -247,84 +304,3 @@ def _finite(network: nn.Module, x: Tensor, y: Tensor) -> bool:
     with frozen(network):
         gradient, _, logits = input_gradient(network, x, y, ce)
     return bool(gradient.isfinite().all() & logits.isfinite().all())
-
-
-def _norms(network: nn.Module, train: Data, term: object, recipe: Recipe) -> Tensor:
-    """Dual norms on the training set, or on the rule's random subset of it, the same at every refresh."""
-    n = len(train)
-    generator = torch.Generator().manual_seed(derive_seed(recipe.seed, -1))
-    count = min(recipe.upsilon.subset or n, n)
-    index = torch.randperm(n, generator=generator)[:count] if count < n else torch.arange(n)
-    parts = [
-        dual_norms(network, *train.batch(i), term.threat, term.budget_loss, recipe.micro_batch)
-        for i in index.split(2048)
-    ]
-    return torch.cat(parts)
-
-
-def _summary(
-    epoch: int, rate: float, sums: dict, objective: Objective, trackers: list, n: int, history: list[dict]
-) -> dict:
-    """One row of plain numbers from the epoch's sums."""
-    mean = {key: float(value) / n for key, value in sums.items()}
-    row = {"epoch": epoch + 1, "lr": rate, "loss": mean["loss"], "accuracy": mean["correct"], "terms": []}
-    for number, (term, tracker) in enumerate(zip(objective.terms, trackers, strict=True)):
-        own = {key.split(".", 1)[1]: value for key, value in mean.items() if key.startswith(f"{number}.")}
-        order = 1.0 if term.threat.pointwise else term.threat.p
-        facts = {"threat": str(term.threat), "moved": own["moved^p"] ** (1 / order)}
-        if "epsilon^p" in own:
-            facts["realised_delta"] = own["epsilon^p"] ** (1 / order)
-        if tracker:
-            facts[term.tracked] = float(tracker.value)
-        facts |= {key: own[key] for key in ("capped", "idle", "norm") if key in own}
-        if "norm" in own:
-            first = history[0]["terms"][number]["norm"] if history else own["norm"]
-            facts["norm_ratio"] = own["norm"] / first if first else 1.0
-        row["terms"].append(facts)
-    return row
-
-
-def _first_threat(objective: Objective) -> Threat | None:
-    return objective.terms[0].threat if objective.terms else None
-
-
-def _validate(network: nn.Module, data: Data, threat: Threat | None, recipe: Recipe) -> dict:
-    size, shown = recipe.micro_batch, Randomised(network, recipe.noise) if recipe.noise else network
-    with frozen(network), torch.no_grad():
-        logits = torch.cat([shown(x.to(device_of(network))) for x in data.x.split(size)])
-    row = {"validation_accuracy": float((margin(logits, data.y.to(logits.device)) > 0).double().mean())}
-    if threat and not recipe.noise:
-        loss = "redlr" if logits.shape[1] > 2 else "negative-margin"
-        found = w_pgd(network, data.x, data.y, threat, loss=loss, steps=10, batch_size=size)
-        row["validation_w_pgd"] = found.accuracy
-    return row
-
-
-def _identity(
-    model: nn.Module, train: Data, recipe: Recipe, validation: Data | None, threat: Threat | None
-) -> dict[str, str | Tensor]:
-    """What a checkpoint belongs to, as text, so that a mismatch can be named; and the network's logits."""
-    made_of, logits = identify(model, train)
-    facts = {key: repr(value) for key, value in asdict(replace(recipe, objective=Objective(""))).items()}
-    return facts | {
-        "objective": repr(recipe.objective), "network": made_of, "logits": logits, "data": train.sha256,
-        "validation": f"{validation.sha256} {threat!r}" if validation else "none",
-        "library": version(f"{__name__}.finetune"),
-    }  # fmt: skip
-
-
-def _load(path: Path, identity: dict[str, str | Tensor]) -> dict:
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        theirs = saved["identity"]
-        changed = [] if same(identity["logits"], theirs.get("logits", torch.empty(0))) else ["logits"]
-    except Exception as error:
-        raise ValueError(
-            f"checkpoint {path} can not be read ({type(error).__name__}); delete it to start anew"
-        ) from error
-    changed = [k for k in identity if k != "logits" and theirs.get(k) != identity[k]] or changed
-    if changed:
-        before, now = ({k: " ".join(str(facts.get(k)).split())[:60] for k in changed} for facts in (theirs, identity))
-        shown = "; ".join(f"{k}: {before[k]} -> {now[k]}" for k in changed)
-        raise ValueError(f"checkpoint {path} belongs to another run ({shown}); delete it or name another file")
-    return saved

@@ -11,6 +11,7 @@
 | `w_trades`               | 1     | the same with p < inf: eps_i = delta (||g_i||_s / upsilon)^(q-1) |
 | `combined`               | 1     | both, each with its weight                                       |
 | `water_level`            | 1     | CE at the nearest flipping point of images below the water level |
+| `unlabelled`             | 0     | `trades` with the KL to the first network in place of CE         |
 | `consistency`            | 1     | smoothing: an image's noisy draws agree                          |
 | `macer`                  | 0     | smoothing: CE of their mean, hinge on the vote's radius          |
 | `certificate`            | 1     | smoothing: what is proved of one draw, `weight` times            |
@@ -158,6 +159,12 @@ def trades(delta: Written, r: Norm = float("inf"), beta: float = 6.0, distil: fl
     return Objective("trades", (Term(Threat(delta, float("inf"), r), beta, **settings),), distil=distil)
 
 
+@reads("objective unlabelled", Term, "threat", "weight")
+def unlabelled(delta: Written, r: Norm = float("inf"), beta: float = 6.0, distil: float = 1.0, **settings) -> Objective:
+    """TRADES with the predictions of the network it starts from in place of labels, none of which is read."""
+    return Objective("unlabelled", (Term(Threat(delta, float("inf"), r), beta, **settings),), clean=0.0, distil=distil)
+
+
 @reads("objective mart", Term, "threat", "weight", "outer")
 def mart(delta: Written, r: Norm = float("inf"), beta: float = 5.0, distil: float = 0.0, **settings) -> Objective:
     """MART: boosted CE on PGD examples, KL weighted by 1 - p_y(x), uniform random start. Settings: those of `Term`."""
@@ -207,13 +214,13 @@ def certificate(threat: Threat, weight: float = 4.0, draws: int = 2, clean: floa
 def make_objective(settings: dict) -> Objective:
     """An objective from plain values, as notebooks and the command line give them.
 
-    {"kind": "plain" | "at" | "trades" | "mart" | "w-trades" | "combined" | "water-level" | "consistency" | "macer" |
-    "certificate", "delta": "8/255", "p": 2, "r": "inf", "draws": noisy copies of every image, and any further setting
-    of that objective}. ValueError names what is unknown or missing.
+    {"kind": "plain" | "at" | "trades" | "mart" | "w-trades" | "combined" | "water-level" | "unlabelled" | "consistency"
+    | "macer" | "certificate", "delta": "8/255", "p": 2, "r": "inf", "draws": noisy copies of every image, and any
+    further setting of that objective}. ValueError names what is unknown or missing.
     """
     makers = {"plain": plain, "at": at, "trades": trades, "mart": mart, "w-trades": w_trades, "combined": combined,
               "water-level": water_level, "consistency": consistency, "macer": macer,
-              "certificate": certificate}  # fmt: skip
+              "certificate": certificate, "unlabelled": unlabelled}  # fmt: skip
     if not isinstance(settings, Mapping):
         raise ValueError(f"objective is {settings!r}; expected a mapping, such as {{kind: w-trades, delta: 8/255}}")
     rest = dict(settings)

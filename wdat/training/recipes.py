@@ -5,15 +5,19 @@ Source: arXiv 2502.09352; defaults of TRADES (arXiv 1901.08573).
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from wdat.settings import check_names, typed
+from wdat.threats import joint
 from wdat.threats.checks import device_of
 from wdat.threats.inputs import copied
 from wdat.threats.precision import TRAINING_PRECISIONS
 from wdat.threats.seeds import derive_seed
+from wdat.training.compression import Compression
+from wdat.training.layerwise import Optimiser
 from wdat.training.objectives import Objective, make_objective
 from wdat.training.schedules import Schedule, get_schedule
 from wdat.training.terms import WaterLevel
@@ -53,6 +57,9 @@ class Recipe:
         noise: standard deviation of Gaussian noise added to every image of a step, unclipped, for `wdat.Randomised` of
             the same sigma (Cohen et al., arXiv 1902.02918); 0: none. Adversarial images are found through it, see
             `wdat.training.objectives`. Training and validation accuracy are then those of one draw.
+        optimiser: a `wdat.training.layerwise.Optimiser` or a mapping of its fields: layer-wise steps for large
+            batches, warm-up, the rate's scaling with the batch.
+        compression: of gradients between workers, a `wdat.training.compression.Compression` or a mapping.
         seed: of order, augmentation, noise, initialisation.
 
     Every setting is read by its type (`wdat.settings`); ValueError for one that does not fit.
@@ -75,6 +82,8 @@ class Recipe:
     augment: int = 0
     flip: bool = False
     noise: float = 0.0
+    optimiser: Optimiser = field(default_factory=Optimiser)
+    compression: Compression = field(default_factory=Compression)
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -118,7 +127,8 @@ class Recipe:
         """The noise of a step for images (B, C, H, W): [(B, draws, C, H, W)], or nothing, from torch's generator."""
         if not self.noise:
             return []
-        return [self.noise * torch.randn(len(x), self.objective.draws, *x.shape[1:], device=x.device)]
+        shape = (len(x), self.objective.draws, *x.shape[1:])
+        return [self.noise * joint.drawn(partial(torch.randn, device=x.device), shape)]
 
     def behind(self, network: nn.Module, train: Data) -> nn.Module:
         """The network whose sensitivity budgets come from: with noise, the mean of the same draws at every refresh."""

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from wdat.settings import typed
+from wdat.threats import joint
 from wdat.threats.ball import Threat
 from wdat.threats.losses import ce
 
@@ -123,7 +124,7 @@ class Certificate:
         margins = own - logits.scatter(2, rows[..., None], -math.inf).amax(2)
         mean = margins.mean(1, keepdim=True)
         squares = (margins - mean).square().sum(1)
-        pooled = POOLED * squares.mean() / max(m - 1, 1)
+        pooled = POOLED * joint.mean(squares) / max(m - 1, 1)
         return mean[:, 0] / ((squares + pooled) / (m - 1 + POOLED)).sqrt().clamp_min(1e-6)
 
 
@@ -150,6 +151,6 @@ def worst(z: Tensor, d: float, p: float) -> tuple[Tensor, Tensor]:
         for _ in range(HALVINGS):  # the mean less w is concave in w, its slope the mean cost less 1
             price = ((low + high) / 2).exp()
             moves = (left + price * cost).argmin(1)
-            dear = cost[moves].mean() < 1
+            dear = joint.mean(cost[moves]) < 1
             low, high = torch.where(dear, low, price.log()), torch.where(dear, price.log(), high)
     return torch.special.ndtr(z - u[moves]) + price * cost[moves], price

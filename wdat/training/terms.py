@@ -11,6 +11,7 @@ margin maximisation, Ding et al. 1812.02637, of which the water level is the dis
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from wdat.attacks.loop import projected_gradient
 from wdat.attacks.nearest import search_distances
 from wdat.attacks.pgd import STEP_RATIO, random_start
 from wdat.settings import typed
+from wdat.threats import joint
 from wdat.threats.ball import Threat, per_image, project
 from wdat.threats.losses import boosted_ce, ce, get_loss, kl, margin
 from wdat.threats.precision import TRAINING_PRECISIONS, autocast
@@ -140,7 +142,8 @@ class Term:
         if self.start == "random":
             start = random_start(x, radii, self.threat.r).add_(x).clamp_(0, 1)
         elif self.start:
-            start = project(self.start * torch.randn_like(x), radii, self.threat.r).add_(x).clamp_(0, 1)
+            noise = joint.drawn(partial(torch.randn, device=x.device), x.shape)
+            start = project(self.start * noise, radii, self.threat.r).add_(x).clamp_(0, 1)
         found = projected_gradient(
             model, [(x, targets)], self.threat, get_loss(self.inner), steps=self.steps, step_ratio=self.step_ratio,
             radii=radii, start=start, keep="unjudged", labels=y, precision=self.precision,
@@ -230,6 +233,6 @@ class WaterLevel:
         if self.outer == "margin":
             gradient, _, _ = input_gradient(model, points, y, margin)
             norms = threat.dual_norm(gradient).double()
-            norms = norms.clamp_min(0.1 * norms.mean()).clamp_min(1e-12)
+            norms = norms.clamp_min(0.1 * joint.mean(norms)).clamp_min(1e-12)
             weights = (threat.p * weights / (level.clamp_min(1e-12) * norms)).to(x.dtype)
         return Perturbed(points, weights, {"epsilon^p": reached.pow(threat.p).sum(), "idle": (weights == 0).sum()})

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from wdat.settings import typed
+from wdat.threats import joint
 from wdat.threats.ball import Threat
 from wdat.threats.sensitivity import MovingAverage
 
@@ -61,13 +62,14 @@ class Tracker:
         self.seen = torch.zeros(len(self.memory), dtype=torch.bool)  # on the host, so that no GPU is asked
 
     def observe(self, index: Tensor, norms: Tensor, statistic: Callable[[Tensor], Tensor] | None = None) -> None:
-        """Take in the numbers of a batch (B,) of training images `index` (B,)."""
+        """Take in the numbers of a batch (B,) of training images `index` (B,), its part here inside `joint.shared`."""
         statistic = statistic or self.threat.upsilon
         if self.rule.kind == "batch":
             self.value = statistic(norms)
         elif self.rule.kind == "ema":
             self.value = torch.as_tensor(self.average.update(norms), dtype=torch.float64)
         elif self.rule.kind == "memory":
+            index, norms = joint.gathered(index), joint.gathered(norms)
             self.memory = self.memory.to(norms.device)
             self.memory[index.to(norms.device)] = norms.float()
             self.seen[index.cpu()] = True
