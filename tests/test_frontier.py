@@ -52,6 +52,11 @@ def test_settings_are_chosen_on_validation_images_alone(found):
             assert {r["variant"] for r in runs} == {max(totals, key=totals.get)} and len(runs) == 2
 
 
+def test_nothing_to_train_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"variants=\[\]"):
+        frontier({}, None, None, THREATS, tmp_path, base=BASE, variants=[], sigmas=[0.1], repeats=[0])
+
+
 def test_what_is_proved_is_below_what_was_counted(found):
     assert found["n_train"] + found["n_validation"] == 48 and found["n_test"] == 24
     assert {r["passes"] for r in found["runs"]} == {3, 6}

@@ -274,7 +274,7 @@ def _frontier_numbers(results: dict) -> dict[str, str]:
         means = {method: float(np.mean(values)) for method, values in methods.items()}
         first, base = next(iter(means.items()))
         ranked = sorted((method for method in means if method != first), key=means.get, reverse=True)
-        gains = ", ".join(f"{method} {signed(means[method] - base)}" for method in ranked)
+        gains = ", ".join(f"{method} {signed(means[method] - base).replace('-', '−')}" for method in ranked)
         for place in places[delta]:
             found |= {f"{place}.delta": delta, f"{place}.first": percent(base), f"{place}.gains": gains}
     return found

@@ -37,6 +37,8 @@ def frontier(
     certified lower bounds at the threats; "tried": the validation numbers of all settings; "chosen": for each network,
     method and threat, sigma and variant.
     """
+    if not variants:
+        raise ValueError("variants=[] leaves nothing to train; name methods, such as [{name: noise alone}]")
     rest, held = train.split_off(validation, seed=0)
     items = expand(variants, base)
     shared = {"work": work, "draws": draws, "batch_size": batch_size, "threats": threats}
