@@ -244,6 +244,24 @@ def test_numbers_outlive_a_rename_and_a_move_but_no_change_of_what_computes(data
     assert computed()
 
 
+def test_all_that_an_evaluation_calls_is_reached_by_its_digest(data):
+    """Seen by the interpreter's own profiler: whatever is called by a method, a registry or a decorator."""
+    called, package = set(), str(Path(cache.__file__).parents[1])
+
+    def note(frame: types.FrameType, event: str, _: object) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith(package):
+            called.add(f"{frame.f_globals['__name__']}.{frame.f_code.co_qualname.split('.')[0]}")
+
+    sys.setprofile(note)
+    try:
+        evaluate(start().net, data, THREATS, certified=4, dual=True, **SETTINGS)
+    finally:
+        sys.setprofile(None)
+    _, reached = digest.reached("from wdat.studies.evaluation import evaluate\nevaluate")
+    made = {name for name in called if not name.endswith(("<module>", "<lambda>", "<genexpr>", "<listcomp>"))}
+    assert len(made) > 100 and made <= set(reached)
+
+
 def test_images_changed_in_place_are_others(tmp_path):
     x, model = torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(0)), start()
     data, settings = from_tensors(x, torch.arange(8) % 4, classes="abcd"), {"losses": ("ce",)}

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 ROOMS = {
     "clock": set(),
     "digest": set(),
-    "records": {"clock"},
+    "records": {"clock", "digest"},
     "settings": set(),
     "threats": {"settings"},
     "attacks": {"threats", "settings"},

@@ -237,15 +237,3 @@ def test_what_is_reached_is_told_by_name_and_what_lies_apart_is_left_out(library
     changed, again = digest.reached(code)
     assert changed != whole and {name for name in found if found[name] != again[name]} == {"wdat.room.low.RATE"}
     assert digest.reached(code, "wdat.room")[0] == without != whole
-
-
-def test_only_the_looks_of_a_notebook_are_renewed_without_a_run(repo, pretend, capsys):
-    reproduce()
-    first, copy = repo / "notebooks/01_first.py", repo / "notebooks/01_first.ipynb"
-    first.write_text(
-        first.read_text().replace("import json, os, sys", "import json, os, sys  # tools")
-        + "\n# %% [markdown]\n# The end.\n"
-    )
-    assert reproduce() == [] and "01_first … (text changed)" in said(capsys)
-    assert "# tools" in copy.read_text() and "The end." in copy.read_text()
-    assert reproduce() == [] and "01_first: up to date" in said(capsys)

@@ -33,19 +33,20 @@ def text_digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def installed(package: str) -> str | None:
+    """The version of an installed package, None if it is not."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 @functools.cache
 def version(name: str) -> str:
     """Of all code that a module or definition of `wdat`, by its dotted name, can reach, and of the packages it calls.
 
     What is not of `wdat` is told by its name; where there are no sources, the package's version must do.
     """
-
-    def installed(package: str) -> str:
-        try:
-            return metadata.version(package)
-        except metadata.PackageNotFoundError:
-            return ""
-
     node, _ = (package := _package()).find(name)
     own = [package.digest(one, {}) for one in package.value(node)] if node else [name, installed("wdat")]
     return text_digest(f"{own} {[installed(name) for name in COMPUTING]}")

@@ -20,11 +20,11 @@ import tempfile
 import time
 import warnings
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wdat import clock
+from wdat.digest import installed
 
 if TYPE_CHECKING:
     import torch
@@ -198,12 +198,12 @@ def provenance(device: "str | torch.device | None" = None) -> dict[str, Any]:
 
     device = pick_device("auto" if device is None else device)
     return {
-        "wdat": _version("wdat"),
+        "wdat": installed("wdat"),
         "git": _git(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "torchvision": _version("torchvision"),
-        "numpy": _version("numpy"),
+        "torchvision": installed("torchvision"),
+        "numpy": installed("numpy"),
         "platform": f"{platform.system()} {platform.machine()}",
         "device": _device_name(device),
         "no_cuda": None if device.type == "cuda" else _why_cpu(),
@@ -286,9 +286,7 @@ def _git() -> dict[str, Any]:
     here = Path(__file__).resolve().parents[1]
 
     def ask(*words: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(here), *words], capture_output=True, text=True, check=True
-        ).stdout.strip()
+        return subprocess.check_output(["git", "-C", here, *words], stderr=subprocess.DEVNULL, text=True).strip()
 
     try:
         if Path(ask("rev-parse", "--show-toplevel")).resolve() != here:  # unpacked inside somebody else's repository
@@ -298,17 +296,7 @@ def _git() -> dict[str, Any]:
         return {"commit": None, "dirty": None}
 
 
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def _nameless(path: Path) -> str:
-    if not path.is_absolute():
-        return path.as_posix()
-    try:
-        return path.relative_to(root()).as_posix()
-    except (ValueError, FileNotFoundError):
-        return path.name
+    with contextlib.suppress(ValueError, FileNotFoundError):  # in no repository, or outside it
+        return (path.relative_to(root()) if path.is_absolute() else path).as_posix()
+    return path.name

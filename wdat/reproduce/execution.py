@@ -137,26 +137,18 @@ def load(source: Path) -> "NotebookNode":
     return jupytext.read(source)
 
 
-def with_new_text(source: Path, executed: Path) -> "NotebookNode":
+def with_new_text(source: Path, executed: Path, passed: dict[str, Any]) -> "NotebookNode":
     """The source's text around the outputs of the executed copy, when only prose and looks have changed."""
     import nbformat
+    from papermill.iorw import load_notebook_node
+    from papermill.parameterize import parameterize_notebook
 
-    old = nbformat.read(executed, as_version=4)
-    ran = iter([c for c in old.cells if c.cell_type == "code"])
-    cells = []
-    for cell in load(source).cells:
-        if cell.cell_type == "code":
-            done = next(ran)
-            cell |= {"outputs": done.outputs, "execution_count": done.execution_count}
-        cells.append(cell)
-        if "parameters" in cell.metadata.get("tags", []):
-            following = next(ran)
-            if "injected-parameters" in following.metadata.get("tags", []):
-                cells.append(following)
-            else:
-                ran = iter([following, *ran])
-    old.cells = cells
-    return old
+    made = load_notebook_node(load(source))
+    made = parameterize_notebook(made, passed, kernel_name="python3", language="python")
+    old, new = ([c for c in n.cells if c.cell_type == "code"] for n in (nbformat.read(executed, as_version=4), made))
+    for done, cell in zip(old, new, strict=True):
+        cell |= {"outputs": done.outputs, "execution_count": done.execution_count}
+    return made
 
 
 def tidy(notebook: "NotebookNode", root: Path) -> str:

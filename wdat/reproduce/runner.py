@@ -90,7 +90,7 @@ def reproduce(
                 continue
             print(f"{label} … ({'; '.join(reasons)}){_forecast(state, chosen, name)}", flush=True)
             if reasons == ["text changed"]:
-                copy = execution.with_new_text(sources[name], executed[name])
+                copy = execution.with_new_text(sources[name], executed[name], passed[name])
                 records.write_file(executed[name], execution.tidy(copy, root))
                 state[name] |= {"key": key, "outputs": state[name]["outputs"] | digests(root, [executed[name]])}
                 _save_state(scratch, state)
