@@ -5,7 +5,7 @@ text, so that their letters are printed at the size given here.
 """
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -39,6 +39,8 @@ class Drawing(Figure):
 
     It is not pyplot's: nothing has to be closed, and nothing is shown twice.
     """
+
+    panels: Sequence[Axes] = ()  # those that share what is written at the outer edges
 
     def _repr_png_(self) -> bytes:
         buffer = io.BytesIO()
@@ -81,7 +83,8 @@ def look(number: int, line: bool = True, marks: bool = True) -> dict:
 
 
 def legend_below(figure: Figure, columns: int = 6, **settings) -> None:
-    """One legend under all panels, with what any of them labels."""
+    """One legend under all panels, with what any of them labels; `panels` are labelled at the outer edges alone."""
+    outer_labels(getattr(figure, "panels", ()))
     shown: dict[str, object] = {}
     for axis in figure.axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
@@ -97,13 +100,14 @@ def panels(count: int, columns: int, height: float, **settings) -> tuple[Drawing
     figure, axes = canvas(-(-count // columns), columns, height, width=PAGE if columns > 1 else 0.7 * PAGE, **settings)
     for axis in axes.ravel()[count:]:
         axis.remove()
-    return figure, list(axes.ravel()[:count])
+    figure.panels = list(axes.ravel()[:count])
+    return figure, figure.panels
 
 
-def outer_labels(axes: list[Axes]) -> None:
+def outer_labels(axes: Sequence[Axes]) -> None:
     """Of panels in rows: y labels in the first column, x labels where no panel lies below."""
-    columns = axes[0].get_subplotspec().get_gridspec().ncols
     for place, axis in enumerate(axes):
+        columns = axis.get_subplotspec().get_gridspec().ncols
         below = place + columns < len(axes)
         axis.tick_params(labelbottom=not below or not axis.get_shared_x_axes().joined(axis, axes[-1]))
         if below:

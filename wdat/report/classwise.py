@@ -11,7 +11,6 @@ from wdat.report.canvas import (
     drawn,
     legend_below,
     look,
-    outer_labels,
     panels,
     short,
 )
@@ -111,7 +110,6 @@ def bars(found: dict) -> Drawing:
         told = rf"$\delta$ = {own['threat']['written']}"
         axis.set(title=f"{short(network['network'])}, {told}", ylabel="accuracy (%)", ylim=(0, 100))
         axis.set_xticks(range(len(names)), names, rotation=0 if max(map(len, names)) < 3 else 60)
-    outer_labels(axes)
     legend_below(figure)
     return figure
 
@@ -138,7 +136,6 @@ def spread(found: dict) -> Drawing:
         axis.set(
             title=short(network["network"]), xlabel="average (%)", ylabel="class (%)", xlim=(0, 100), ylim=(0, 100)
         )
-    outer_labels(axes)
     legend_below(figure)
     return figure
 
@@ -158,7 +155,6 @@ def budget(found: dict) -> Drawing:
         axis.axhline(1, color=GREY, lw=0.7)
         axis.set(title=short(network["network"]), ylabel="budget / images")
         axis.set_xticks(range(len(names)), [names[k] for k in order], rotation=0 if max(map(len, names)) < 3 else 60)
-    outer_labels(axes)
     legend_below(figure)
     return figure
 
@@ -221,8 +217,7 @@ def worst_class(found: dict) -> tuple[list[dict], str]:
         cells |= {column: percent(*means[column][key]) for column in COLUMNS}
         for column in (PGD, f"worst {PGD}"):
             if key in changes[column]:
-                mean, std, n = changes[column][key]
-                cells[f"change, {column}"] = signed(mean) + (f" ± {100 * std:.1f}" if n > 1 else "")
+                cells[f"change, {column}"] = signed(*changes[column][key])
         rows.append(cells)
     threat = found["pointwise"]
     caption = (

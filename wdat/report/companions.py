@@ -80,9 +80,7 @@ def _worst_class_numbers(results: dict) -> dict[str, str]:
         means = mean_std(runs, lambda run, column=column: COLUMNS[column](run["measured"]))
         found |= {f"{method}.{key}": percent(*own) for (_, method), own in means.items()}
         changes = mean_std(raised(results), lambda row, column=column: row[column])
-        for (_, method), (mean, std, n) in changes.items():
-            spread = f" ± {100 * std:.1f}" if n > 1 else ""
-            found[f"{method.replace(' ', '-')}.{key}.change"] = signed(mean) + spread
+        found |= {f"{method.replace(' ', '-')}.{key}.change": signed(*own) for (_, method), own in changes.items()}
     return found
 
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from wdat.report.canvas import GREY, Drawing, drawn, legend_below, look, norm, outer_labels, panels, points, short
+from wdat.report.canvas import GREY, Drawing, drawn, legend_below, look, norm, panels, points, short
 from wdat.report.rows import norm_symbol, percent
 from wdat.report.table import tabled
 
@@ -59,7 +59,6 @@ def frontiers(found: dict) -> Drawing:
             rf"$\sigma$ = {at['sigma']:g}",
             xlabel="accuracy of one draw (points)", ylabel="certified (points)",
         )  # fmt: skip
-    outer_labels(axes)
     legend_below(figure, columns=3)
     return figure
 

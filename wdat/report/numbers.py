@@ -15,6 +15,11 @@ from wdat.report.randomised import certified_overview, proved
 from wdat.report.table import tex
 from wdat.report.tables import best_proposed, overview
 
+DRAWN = {  # for pages, not for a notebook
+    "06_how_robust.json": (overview,), "04_five_networks.json": (best_proposed,),
+    "11_randomised.json": (certified_overview, proved),
+}  # fmt: skip
+
 
 def publish(root: str | Path, profile: str) -> None:
     """After a run: the numbers of the paper from the profile's records, and the tables of the README."""
@@ -22,13 +27,9 @@ def publish(root: str | Path, profile: str) -> None:
     folder = root / "figures" / profile
     if any(folder.glob("[0-9][0-9]_*.json")):
         numbers(folder, cited(root / "paper").get(profile, ()))
-    if (folder / "06_how_robust.json").is_file():
-        overview(folder / "06_how_robust.json")
-    if (folder / "04_five_networks.json").is_file():
-        best_proposed(folder / "04_five_networks.json")
-    if (folder / "11_randomised.json").is_file():
-        certified_overview(folder / "11_randomised.json")
-        proved(folder / "11_randomised.json")
+    for name, draws in DRAWN.items():
+        for draw in draws if (folder / name).is_file() else ():
+            draw(folder / name)
     if profile == "digits" and (folder / "06_how_robust.json").is_file():
         five_lines(folder / "06_how_robust.json", "trades", "2/16")
     if (root / "README.md").is_file():

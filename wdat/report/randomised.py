@@ -11,7 +11,6 @@ from wdat.report.canvas import (
     drawn,
     legend_below,
     norm,
-    outer_labels,
     panels,
     points,
     short,
@@ -114,7 +113,6 @@ def certified_curves(found: dict, r: float | str = 2, p: float = 2) -> Drawing:
         axis.plot([delta for delta, _ in before], points([upper for _, upper in before]), "s", ms=3, color="black",
                   label="without noise, by attack")  # fmt: skip
         axis.set(title=short(name), xlabel=rf"radius $\delta$ ({norm(r)})", ylabel="accuracy (%)")
-    outer_labels(axes)
     legend_below(figure, columns=3)
     return figure
 
@@ -147,7 +145,6 @@ def proved(found: dict, r: float | str = 2, p: float = 2) -> Drawing:
         x, y = [t["threat"]["delta"] for t in rows[0]], np.max([[t["lower"] for t in at] for at in rows], axis=0)
         axis.plot(x, points(y), "^", ms=5, color=GREEN, label="proved behind noise: tighter statement")
         axis.set(title=short(name), xlabel=rf"radius $\delta$ ($W_2$, {norm(r)})", ylabel="accuracy (%)", ylim=(0, 100))
-    outer_labels(axes)
     legend_below(figure, columns=2)
     return figure
 

@@ -91,14 +91,14 @@ def norm_name(r: float | str) -> str:
     return f"l{float(r):g}"
 
 
-def percent(value: float, spread: float | None = None, n: int = 1) -> str:
+def percent(value: float, spread: float | None = None, n: int = 1, sign: str = "-") -> str:
     """A fraction as a percentage with one decimal, with ± one standard deviation when there are several runs."""
-    return f"{100 * value:.1f}" + (f" ± {100 * spread:.1f}" if spread is not None and n > 1 else "")
+    return f"{100 * value:{sign}.1f}" + (f" ± {100 * spread:.1f}" if spread is not None and n > 1 else "")
 
 
-def signed(value: float) -> str:
-    """A difference of fractions in percentage points, with its sign."""
-    return f"{100 * value:+.1f}"
+def signed(value: float, spread: float | None = None, n: int = 1) -> str:
+    """A difference of fractions in percentage points, with its sign; ± as of `percent`."""
+    return percent(value, spread, n, "+")
 
 
 def three(value: float) -> str:
@@ -166,38 +166,5 @@ def rank_rows(results: dict) -> list[dict]:
             found.append({
                 "norm": norm_symbol(r), "r": r, "written": ball["written"],
                 "tau": float(agree.mean()), "reversed": int((agree < 0).sum()), "pairs": len(agree),
-            })  # fmt: skip
-    return found
-
-
-def dual_rows(results: dict) -> list[dict]:
-    """V(delta) of the cross-entropy by the dual attack and by W-PGD, where both were run, by network and W_2 threat."""
-    found = []
-    for network in results["networks"]:
-        attacks = {ball(a["threat"]): a for a in network["attacks"] if a["attack"] == "w-pgd" and a["loss"] == "ce"}
-        for row in network.get("dual", []):
-            written, r, p = ball(row["threat"])
-            if p == 2 and (written, r, p) in attacks:
-                found.append({
-                    "network": network["network"], "norm": norm_symbol(r), "r": r,
-                    "written": written, "v0": network["clean"]["losses"]["ce"]["v0"], "dual": row["loss_value"],
-                    "w-pgd": attacks[written, r, p]["highest_loss"], "estimate": row["estimate"],
-                })  # fmt: skip
-    return found
-
-
-def failure_rows(results: dict) -> list[dict]:
-    """For each network, norm and loss: the first radius of p = 2 whose R^l exceeds the exact ratio (None: no one)."""
-    found = []
-    for r in norms_of(results):
-        rows = evaluation_rows(results, r)
-        for network, loss in dict.fromkeys((row["network"], loss) for row in rows for loss in row["bounds"]):
-            own = [row for row in rows if row["network"] == network and loss in row["bounds"]]
-            above = (row for row in own if row["bounds"][loss]["r_l"] > row["ratio"] + 1e-9)
-            first = next(above, None)
-            found.append({
-                "network": network, "norm": norm_symbol(r), "r": r, "loss": loss,
-                "written": first and first["written"], "bound": first and first["bounds"][loss]["r_l"],
-                "ratio": first and first["ratio"],
             })  # fmt: skip
     return found

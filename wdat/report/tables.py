@@ -9,13 +9,12 @@ from wdat.report.rows import (
     ball,
     best_rows,
     chosen_runs,
-    dual_rows,
     evaluation_rows,
-    failure_rows,
     loss_name,
     mean_std,
     norm_name,
     norm_symbol,
+    norms_of,
     passes_of,
     percent,
     rank_rows,
@@ -261,25 +260,33 @@ def ranks(found: dict) -> tuple[list[dict], str]:
 @tabled("evaluation", "dual")
 def dual(found: dict) -> tuple[list[dict], str]:
     """Mean cross-entropy V(δ) reached by W-PGD (its highest iterate) and by the dual attack, and its estimate."""
-    rows = [
-        {
-            "network": row["network"], "norm": row["norm"], "δ": row["written"], "V(0)": f"{row['v0']:.3f}",
-            "W-PGD": f"{row['w-pgd']:.3f}", "dual attack": f"{row['dual']:.3f}", "estimate": f"{row['estimate']:.3f}",
-        }
-        for row in dual_rows(found)
-    ]  # fmt: skip
+    rows = []
+    for network in found["networks"]:
+        attacks = {ball(a["threat"]): a for a in network["attacks"] if a["attack"] == "w-pgd" and a["loss"] == "ce"}
+        for row in network.get("dual", []):
+            written, r, p = key = ball(row["threat"])
+            if p == 2 and key in attacks:
+                values = {
+                    "V(0)": network["clean"]["losses"]["ce"]["v0"], "W-PGD": attacks[key]["highest_loss"],
+                    "dual attack": row["loss_value"], "estimate": row["estimate"],
+                }  # fmt: skip
+                cells = {name: f"{value:.3f}" for name, value in values.items()}
+                rows.append({"network": network["network"], "norm": norm_symbol(r), "δ": written, **cells})
     return rows, "Mean cross-entropy under W₂ threats: clean, by W-PGD, by the dual attack; the dual's own estimate."
 
 
 @tabled("evaluation", "failures")
 def failures(found: dict) -> tuple[list[dict], str]:
     """The smallest radius measured at which the first-order R^l of each loss lies above the optimal allocation, W₂."""
-    frame: dict[tuple[str, str], dict[str, str]] = {}
-    for row in failure_rows(found):
-        cells = frame.setdefault((row["network"], row["norm"]), {"network": row["network"], "norm": row["norm"]})
-        cells[loss_name(row["loss"])] = (
-            f"{row['written']} ({row['bound']:.2f} > {row['ratio']:.2f})" if row["written"] else "–"
-        )
+    frame: dict[tuple[str, float], dict[str, str]] = {}
+    for r in norms_of(found):
+        rows = evaluation_rows(found, r)
+        for network, loss in dict.fromkeys((row["network"], loss) for row in rows for loss in row["bounds"]):
+            cells = frame.setdefault((network, r), {"network": network, "norm": norm_symbol(r)})
+            own = [row for row in rows if row["network"] == network and loss in row["bounds"]]
+            bounds = [(row["written"], row["bounds"][loss]["r_l"], row["ratio"]) for row in own]
+            above = [f"{written} ({r_l:.2f} > {ratio:.2f})" for written, r_l, ratio in bounds if r_l > ratio + 1e-9]
+            cells[loss_name(loss)] = next(iter(above), "–")
     caption = "Smallest radius measured at which R^l exceeds the ratio by optimal allocation (R^l > R); – if at none."
     return list(frame.values()), caption
 

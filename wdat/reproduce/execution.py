@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TextIO
@@ -30,12 +30,12 @@ def execute(
     executed: Path,
     passed: dict[str, Any],
     scratch: Path,
-    kernel: AbstractContextManager[type],
+    command: str,
     root: Path,
 ) -> float:
     """Run one notebook in a fresh kernel, in the folder of its source as Jupyter would; put its copy in place.
 
-    Returns the seconds that its cells with figures and tables took.
+    command: what a user would type for it, as records say. Returns the seconds of cells with figures and tables.
     """
     import papermill
     from papermill.exceptions import PapermillExecutionError
@@ -44,7 +44,7 @@ def execute(
     partial.parent.mkdir(parents=True, exist_ok=True)
     relay = _relay(sys.stdout)
     saved = f"as far as it ran: {relative(root, partial)}; mend the cause and run the same command to go on"
-    with kernel as manager:
+    with kernel(scratch, command) as manager:
         try:
             notebook = papermill.execute_notebook(
                 load(source),
@@ -148,6 +148,8 @@ def with_new_text(source: Path, executed: Path, passed: dict[str, Any]) -> "Note
     old, new = ([c for c in n.cells if c.cell_type == "code"] for n in (nbformat.read(executed, as_version=4), made))
     for done, cell in zip(old, new, strict=True):
         cell |= {"outputs": done.outputs, "execution_count": done.execution_count}
+        if "injected-parameters" in cell.metadata.tags:
+            cell.source = done.source  # what it was run with
     return made
 
 

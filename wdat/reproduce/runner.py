@@ -99,12 +99,10 @@ def reproduce(
             before, begun = stamps(folders[name]), time.perf_counter()
             if fresh := force or not staleness.same_conditions(old["key"], key):
                 _remove(root, old["outputs"], folders[name][1])
-            present = [relative(root, path) for path in before]
-            state[name] = {"key": key, "done": False, "outputs": old["outputs"], "before": present}
+            state[name] = old | {"key": key, "done": False, "before": [relative(root, path) for path in before]}
             _save_state(scratch, state)
             command = f"wdat reproduce --profile {profile} --only {name[:2]}"
-            kernel = execution.kernel(scratch, command)
-            drawing = execution.execute(sources[name], executed[name], passed[name], scratch, kernel, root)
+            drawing = execution.execute(sources[name], executed[name], passed[name], scratch, command, root)
             seconds = time.perf_counter() - begun
             written = [path for path, stamp in stamps(folders[name]).items() if before.get(path) != stamp]
             if fresh:
@@ -132,10 +130,8 @@ def _times(entries: dict[str, dict[str, Any]]) -> str:
     """A table: seconds of each notebook's last run, and what its processes, added up, spent on which kind of work."""
     lines = [f"{'seconds':22}" + "".join(f"{kind:>14}" for kind in ("in all", *KINDS))]
     for name, entry in entries.items():
-        spent = entry.get("spent", {})
-        lines.append(
-            f"{name:22}" + "".join(f"{s:14.1f}" for s in (entry["seconds"], *(spent.get(k, 0) for k in KINDS)))
-        )
+        spent = [entry["seconds"], *(entry.get("spent", {}).get(kind, 0) for kind in KINDS)]
+        lines.append(f"{name:22}" + "".join(f"{seconds:14.1f}" for seconds in spent))
     return "\n".join(lines)
 
 

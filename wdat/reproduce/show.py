@@ -37,9 +37,9 @@ def show(
                 print(f"{name}: nothing is recorded yet", flush=True)
                 continue
             print(f"{name} …", flush=True)
-            kernel = execution.kernel(scratch, f"wdat reproduce --profile {profile} --from-records")
+            command = f"wdat reproduce --profile {profile} --from-records"
             copy = runner._executed_copy(root, profile, name)
-            execution.execute(sources[name], copy, passed[name], scratch, kernel, root)
+            execution.execute(sources[name], copy, passed[name], scratch, command, root)
             if name in state:  # what was drawn again is as good as what the run drew
                 drawn = [root / path for path in state[name]["outputs"] if Path(path).suffix in {*SHOWN, ".ipynb"}]
                 state[name]["outputs"] |= digests(root, drawn)

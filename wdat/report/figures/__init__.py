@@ -8,19 +8,3 @@ Accuracies are fractions in records and percentages here. A figure that is retur
 from wdat.report.figures.first_order import images, losses, rules, sensitivity, theory
 from wdat.report.figures.methods import equal_clean, histories, tradeoff, variants
 from wdat.report.figures.robustness import bounds, bracket, curves, ranks
-
-__all__ = [
-    "bounds",
-    "bracket",
-    "curves",
-    "equal_clean",
-    "histories",
-    "images",
-    "losses",
-    "ranks",
-    "rules",
-    "sensitivity",
-    "theory",
-    "tradeoff",
-    "variants",
-]  # fmt: skip

@@ -12,7 +12,6 @@ from wdat.report.canvas import (
     legend_below,
     look,
     order,
-    outer_labels,
     panels,
     plain_log,
     points,
@@ -129,6 +128,5 @@ def rules(found: dict) -> Drawing:
         axis.set(title=f"{row['rule']}\n{100 * row['rms']:.0f} % off, cost +{100 * row['share']:.1f} %")
         axis.set(xlabel="epoch", ylabel=r"$\Upsilon$", yscale="log")
         plain_log(axis.yaxis)
-    outer_labels(axes)
     legend_below(figure)
     return figure

@@ -15,7 +15,6 @@ from wdat.report.canvas import (
     drawn,
     legend_below,
     look,
-    outer_labels,
     panels,
     points,
     short,
@@ -70,7 +69,6 @@ def equal_clean(found: dict) -> Drawing:
     axes[0].plot([], [], "s", color=BLUE, label="proposed, with 95 % interval")
     axes[0].plot([], [], "s", color=GREYS[1], label="baseline")
     axes[0].plot([], [], **RING, label="best of all at this radius")
-    outer_labels(axes)
     legend_below(figure, 3)
     return figure
 

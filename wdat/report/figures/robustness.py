@@ -14,7 +14,6 @@ from wdat.report.canvas import (
     look,
     norm,
     order,
-    outer_labels,
     panels,
     points,
     short,
@@ -73,7 +72,6 @@ def bounds(found: dict, r: float | str = "inf") -> Drawing:
             axis.plot(delta, [a["bounds"][key] for a in attacks], "--", marker=marker, lw=1, color=colour, label=name)
         axis.set(title=short(network["network"]), xlabel=r"radius $\delta$", ylim=(-0.05, 1.05))
         axis.set_ylabel(r"$R_\delta = A_\delta / A$")
-    outer_labels(axes)
     legend_below(figure)
     return figure
 
@@ -114,7 +112,6 @@ def bracket(found: dict, r: float | str = "inf", p: float = 2) -> Drawing:
                           mfc="none", ms=5, color=BLUE, label="optimal allocation on these")  # fmt: skip
         axis.set(title=f"{short(network['network'])}, {norm(r)}, p = {order(p)}", xlabel=r"radius $\delta$")
         axis.set(ylabel="accuracy (%)", ylim=(0, 100))
-    outer_labels(axes)
     legend_below(figure, min(3, max(2, len(axes))))
     figure.set_size_inches(figure.get_figwidth(), figure.get_figheight() + 0.6)  # of the legend
     return figure
