@@ -189,7 +189,7 @@ def test_a_checkpoint_of_another_recipe_is_refused_and_the_difference_named(fiel
         run(model, data(model, seed=1), Recipe(**recipe), checkpoint=path)
     with pytest.raises(ValueError, match=r"another run \(validation: "):
         run(model, train, Recipe(**recipe), checkpoint=path, validation=data(model, 10, seed=3))
-    monkeypatch.setattr("wdat.training.loop.version", lambda _: "newer")
+    monkeypatch.setattr("wdat.training.checkpoints.version", lambda _: "newer")
     with pytest.raises(ValueError, match=r"another run \(library: \w+ -> newer\)"):
         run(model, train, Recipe(**recipe), checkpoint=path)
     assert path.read_bytes() == content
