@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.run import get_args_parser as torchrun
 from weightfiles import ZOO
 
 import wdat
@@ -536,6 +537,7 @@ def test_every_flag_that_a_message_names_exists():
     top = cli.parser()
     verbs = next(action for action in top._actions if isinstance(action, argparse._SubParsersAction)).choices
     known = {flag for verb in (top, *verbs.values()) for action in verb._actions for flag in action.option_strings}
+    known |= {option.replace("_", "-") for a in torchrun()._actions for option in a.option_strings}
     seen = 0
     for path in Path(wdat.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
