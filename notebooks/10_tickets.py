@@ -7,7 +7,7 @@
 # dynamics of *pointwise* adversarial training, does it also keep robustness against a *distributional* adversary?
 #
 # *Place in the paper: 6.12 Adversarial winning tickets; third-party networks: 7.*
-# *Time: digits 2 min, zoo an hour on a CPU.*
+# *Time: digits 1 min, zoo an hour on a CPU.*
 
 # %% tags=["parameters"]
 from_records = False  # True: show the committed results, compute nothing

@@ -1,4 +1,4 @@
-"""What the paper may quote of the records of notebooks 07 and 08: see `wdat.report.quotable`. No torch."""
+"""What the paper may quote of the records of notebooks 07, 08 and 11: see `wdat.report.quotable`. No torch."""
 
 from collections.abc import Callable
 
@@ -108,6 +108,27 @@ def _slow_start_numbers(results: dict) -> dict[str, str]:
     return found
 
 
+def _randomised_numbers(results: dict) -> dict[str, str]:
+    """SIGMA.clean.change.* and SIGMA.NORM.DELTA.gain.*: points, over networks; ".above": on how many it is positive.
+
+    change: accuracy of one draw minus the clean accuracy of the network before; gain: what is certified of one draw (a
+    lower bound) minus what optimal allocation left of the network before (an upper bound).
+    """
+    first = results["networks"][0]
+    found = {"n": str(first["n"]), "draws": f"{first['draws']:.0f}", "confidence": f"{100 * first['confidence']:g}"}
+    for sigma in dict.fromkeys(network["sigma"] for network in results["networks"]):
+        own = {n["network"]: n for n in results["networks"] if n["sigma"] == sigma and "before" in n}
+        found["networks"] = str(len(own))
+        changes = {name: n["accuracy"] - n["before"]["clean"] for name, n in own.items()}
+        found |= _spread(f"{sigma:g}.clean.change", changes, signed)
+        for number, row in enumerate(first["threats"]):
+            key = f"{sigma:g}.l{'inf' if row['threat']['r'] == 'inf' else '2'}.{row['threat']['written']}"
+            gains = {k: n["threats"][number]["lower"] - n["before"]["threats"][number]["upper"] for k, n in own.items()}
+            found |= _spread(f"{key}.gain", gains, signed)
+            found[f"{key}.above"] = f"{sum(gain > 0 for gain in gains.values())} of {len(gains)}"
+    return found
+
+
 def _key(variant: str) -> str:
     return variant.replace(" (", "-").replace(")", "").replace(" ", "-")
 
@@ -116,4 +137,5 @@ COMPANIONS: dict[str, Callable[[dict], dict[str, str]]] = {
     "classwise": _classwise_numbers,
     "worst-class": _worst_class_numbers,
     "slow-start": _slow_start_numbers,
+    "randomised": _randomised_numbers,
 }
