@@ -39,9 +39,9 @@ def tickets(found: dict) -> tuple[list[dict], str]:
     for (method, density), own in sorted(_groups(found).items(), key=lambda item: -item[0][1]):
         cells = {"density": f"{density:g}", "mask": method}
         cells |= {name: percent(*_mean(own, *keys)) for name, keys in columns.items()}
-        for place, when in ((0, "at the start"), (-1, f"after {own[0]['kernel'][-1]['epoch']} epochs")):
+        for place, when in ((0, "start"), (-1, f"epoch {own[0]['kernel'][-1]['epoch']}")):
             distance = np.mean([row["kernel"][place]["to_dense"] for row in own])
-            cells[f"kernel {when}"] = f"{distance:.2f}"
+            cells[f"kernel ({when})"] = f"{distance:.2f}"
         rows.append(cells)
     seeds = len({row["seed"] for row in found["rows"]})
     caption = (
