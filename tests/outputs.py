@@ -1,11 +1,26 @@
 """What the cells of an executed notebook must show."""
 
+import ast
 import base64
+from pathlib import Path
 
 import nbformat
 
-FIGURES = ("figures.", "report.certified_curves(", "report.density(", "report.kernel(")
-TABLES = ("tables.", "report.certified(", "report.tickets(")
+import wdat
+
+
+def decorated(name: str) -> set[str]:
+    """Functions of `wdat.report` that this decorator makes a figure or a table of."""
+    found = set()
+    for path in (Path(wdat.__file__).parent / "report").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                found |= {node.name for d in node.decorator_list if ast.unparse(d).startswith(f"{name}(")}
+    return found
+
+
+FIGURES = ("figures.", *(f"report.{name}(" for name in decorated("drawn")))
+TABLES = ("tables.", *(f"report.{name}(" for name in decorated("tabled")))
 
 
 def check_outputs(executed: nbformat.NotebookNode) -> int:
