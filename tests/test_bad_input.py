@@ -322,6 +322,7 @@ def test_the_command_refuses_in_words_and_leaves_nothing(arguments, sentence, pl
     assert set(after) - set(before) <= {"results"} and not list(place.glob("results/*.json"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("p, norm", [("inf", "linf"), ("1.5", "l2")])
 def test_the_command_evaluates_any_order_and_norm(p, norm, place, capsys):
     """The one image that this network gets right has no gradient, which is said."""

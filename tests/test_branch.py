@@ -66,6 +66,7 @@ def test_on_tiny_networks_it_proves_up_to_the_exact_distance_and_nothing_beyond(
     assert 0.9 * tried <= proved and plain < proved
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("r", NORMS)
 @pytest.mark.parametrize("name", MODELS)
 def test_no_attack_lies_in_a_raised_ball_and_radii_only_grow(name, r):

@@ -124,6 +124,7 @@ def test_attacks_distances_and_sensitivity(run, home, r):
     same(here, there)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("r", ["2", "inf"])
 def test_the_tight_search_and_the_certificate(r):
     model, x, y = case(6)

@@ -64,6 +64,7 @@ def nothing_stays(before: set[str], seconds: float = 10) -> bool:
     return not after - before
 
 
+@pytest.mark.slow
 def test_results_come_in_the_order_of_the_list_from_workers_of_one_thread():
     before, threads = children(), torch.get_num_threads()
     found = jobs.run_all([Run(str(x), where, {"x": x}) for x in range(6)], 3, progress=False)
@@ -112,6 +113,7 @@ def test_a_killed_worker_is_named_and_takes_no_other_run_with_it(tmp_path):
     assert not [*Path("/dev/shm").glob(f"*{pid}*"), *Path("/tmp").glob(f"*joblib*{pid}*")]
 
 
+@pytest.mark.slow
 def test_the_error_of_a_run_is_raised_as_it_is_and_ends_the_others(tmp_path):
     before, start = children(), time.perf_counter()
     long = Run("long", sleep_and_mark, {"seconds": 200, "mark": tmp_path / "woke"})

@@ -317,6 +317,7 @@ def test_below_the_authors_attack_on_a_real_network(shared, png_test, r):
         assert float(threat.distance(threat.norm(claimed.x - x))) <= threat.delta * (1 + 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("r", NORMS)
 def test_default_search_has_converged_on_a_real_network_and_certificates_lie_below(shared, png_test, r):
     """Within half a point of a search of eight times its passes, and above the certified radii of a few images."""

@@ -63,6 +63,7 @@ def digits():
     return {"small": network.eval()}, train, test
 
 
+@pytest.mark.slow
 def test_the_study_measures_chooses_compares_and_resumes(digits, tmp_path):
     models, train, test = digits
     sweep = Sweep(

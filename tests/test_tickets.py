@@ -232,6 +232,7 @@ def test_at_density_one_nothing_is_missing_and_nothing_moves():
         torch.testing.assert_close(weight, model.state_dict()[name], rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_the_search_brings_output_and_kernel_nearer_and_keeps_its_share():
     model = relu()
     train, threat = data(model), Threat(0.1, "inf")
