@@ -168,7 +168,7 @@ def _written(value: float, units: Sequence[tuple[str, float]]) -> str:
 
 
 def check_memory(found: dict, available: int) -> None:
-    """Warn, with the remedy, if an `estimate` exceeds the bytes available. A warning, since it is an estimate."""
+    """Warn, with the remedy, if an estimate exceeds the bytes available. A warning, since it is an estimate."""
     need, each = found["bytes"]["total"], found["bytes_per_image"]
     if need <= available:
         return
