@@ -64,11 +64,13 @@ def execute(
             raise CellFailed(f"{where}: {error.ename}: {_first_line(error.evalue)}\n{saved}") from None
         except (RuntimeError, TimeoutError) as error:  # what nbclient raises for a kernel that died or never came up
             reason = f"{type(error).__name__}: {_first_line(str(error))}"
-            raise CellFailed(f"{source.stem} stopped with its kernel ({reason}; out of memory?)\n{saved}") from None
+            last = _first_line("\n".join(reversed(manager.said.read_text(errors="replace").splitlines())))
+            reason += f"; its last words: {last}" if last else "; out of memory?"
+            raise CellFailed(f"{source.stem} stopped with its kernel ({reason})\n{saved}") from None
     drawing = sum(
         cell.metadata["papermill"]["duration"] or 0
         for cell in notebook.cells
-        if cell.cell_type == "code" and re.search(r"^(figures|tables)\.", cell.source, flags=re.M)
+        if cell.cell_type == "code" and re.search(r"^(figures|tables|report)\.", cell.source, flags=re.M)
     )
     records.write_file(executed, tidy(notebook, root))
     partial.unlink()
@@ -107,7 +109,11 @@ def kernel(scratch: Path, command: str) -> Iterator[type]:
         "WDAT_COMMAND": command,
     }
 
+    (Path(folder) / "stderr").touch()
+
     class Manager(AsyncKernelManager):
+        said = Path(folder) / "stderr"  # the kernel's own: what cells print there comes as messages
+
         @property
         def kernel_spec(self) -> KernelSpec:
             argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=CRITICAL"]
@@ -116,6 +122,10 @@ def kernel(scratch: Path, command: str) -> Iterator[type]:
         def __init__(self, **arguments: Any) -> None:
             super().__init__(**arguments, transport="ipc", connection_file=f"{folder}/kernel.json")
             self.shutdown_wait_time = 1.0  # half of it until SIGTERM, which ends its workers, too
+
+        async def start_kernel(self, **options: Any) -> None:
+            with self.said.open("w") as file:
+                await super().start_kernel(**options, stderr=file)
 
         async def shutdown_kernel(self, *words: Any, **options: Any) -> None:
             left = asyncio.all_tasks() - {asyncio.current_task()}
