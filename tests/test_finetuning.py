@@ -11,11 +11,13 @@ from nets import batch_norm, counting, images, labels, linear, relu, smooth
 from torch import nn
 from tuning import QUICK, THREAT, N, changed, data, run, weights
 
+from wdat.digest import reached, version
 from wdat.threats.inputs import copied
 from wdat.threats.losses import ce, kl
 from wdat.threats.precision import TRAINING_PRECISIONS
 from wdat.threats.seeds import derive_seed
 from wdat.threats.sensitivity import upsilon
+from wdat.training.checkpoints import identify_run
 from wdat.training.loop import Recipe, finetune, interpolate, make_recipe, shift_and_flip
 from wdat.training.objectives import Objective, at, plain, trades, w_trades, water_level
 from wdat.training.recipes import initialise, last_layer
@@ -163,6 +165,19 @@ def test_history_tells_what_the_model_and_the_adversary_did():
         assert term["idle"] == pytest.approx(1 - clean) and term["capped"] == 0
         assert term["norm_ratio"] == pytest.approx(1)
     assert found.history[0]["loss"] == pytest.approx(found.history[2]["loss"], rel=1e-6)
+
+
+def test_the_adversary_on_validation_images_is_the_one_named_or_else_the_objectives():
+    for objective, named, seen in ((plain(), None, False), (plain(), THREAT, True), (at("1/8"), None, True)):
+        done = finetune(smooth(), data(), Recipe(objective, **QUICK), validation=data(), validation_threat=named)
+        assert [("validation_w_pgd" in row) for row in done.history] == [seen] * len(done.history)
+        assert all("validation_accuracy" in row for row in done.history)
+
+
+def test_a_checkpoint_belongs_to_the_code_that_trains():
+    facts = identify_run(smooth(), data(), Recipe(plain(), **QUICK), None, None)
+    assert facts["library"] == version(f"{finetune.__module__}.{finetune.__qualname__}")
+    assert "wdat.training.loop._finetune" in reached("from wdat.training.loop import finetune\nfinetune")[1]
 
 
 def test_training_does_what_it_is_asked_to():

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from wdat.report.classwise import COLUMNS, PGD, plain_pgd, raised, spread_of, twins
 from wdat.report.quotable import _places, _spread
-from wdat.report.rows import mean_std, percent, signed
+from wdat.report.rows import mean_std, norm_name, percent, signed
 from wdat.report.slow_start import COLUMNS as SLOW
 from wdat.report.slow_start import named
 
@@ -122,7 +122,7 @@ def _randomised_numbers(results: dict) -> dict[str, str]:
         changes = {name: n["accuracy"] - n["before"]["clean"] for name, n in own.items()}
         found |= _spread(f"{sigma:g}.clean.change", changes, signed)
         for number, row in enumerate(first["threats"]):
-            key = f"{sigma:g}.l{'inf' if row['threat']['r'] == 'inf' else '2'}.{row['threat']['written']}"
+            key = f"{sigma:g}.{norm_name(row['threat']['r'])}.{row['threat']['written']}"
             gains = {k: n["threats"][number]["lower"] - n["before"]["threats"][number]["upper"] for k, n in own.items()}
             found |= _spread(f"{key}.gain", gains, signed)
             found[f"{key}.above"] = f"{sum(gain > 0 for gain in gains.values())} of {len(gains)}"

@@ -23,7 +23,7 @@ def identify_run(
     return facts | {
         "objective": repr(recipe.objective), "network": made_of, "logits": logits, "data": train.sha256,
         "validation": f"{validation.sha256} {threat!r}" if validation else "none",
-        "library": version(f"{__name__}.finetune"),
+        "library": version("wdat.training.loop.finetune"),
     }  # fmt: skip
 
 

@@ -283,8 +283,8 @@ def _finetune(
                         raise diverged("a weight at the end", "no longer finite")
                     if validation is not None:
                         with watched():
-                            threat = validation_threat or objective.terms[0].threat if objective.terms else None
-                            row |= validate(network, validation, threat, recipe)
+                            first = objective.terms[0].threat if objective.terms else None
+                            row |= validate(network, validation, validation_threat or first, recipe)
                     history.append(row)
                     bar.set_postfix(loss=f"{row['loss']:.3f}", accuracy=f"{row['accuracy']:.3f}")
                     sums = {}
