@@ -169,13 +169,16 @@ def test_history_tells_what_the_model_and_the_adversary_did():
 
 def test_the_adversary_on_validation_images_is_the_one_named_or_else_the_objectives():
     for objective, named, seen in ((plain(), None, False), (plain(), THREAT, True), (at("1/8"), None, True)):
-        done = finetune(smooth(), data(), Recipe(objective, **QUICK), validation=data(), validation_threat=named)
+        model = smooth()
+        shown = {"validation": data(model), "validation_threat": named, "progress": False}
+        done = finetune(model, data(model), Recipe(objective, **QUICK), **shown)
         assert [("validation_w_pgd" in row) for row in done.history] == [seen] * len(done.history)
         assert all("validation_accuracy" in row for row in done.history)
 
 
 def test_a_checkpoint_belongs_to_the_code_that_trains():
-    facts = identify_run(smooth(), data(), Recipe(plain(), **QUICK), None, None)
+    model = smooth()
+    facts = identify_run(model, data(model), Recipe(plain(), **QUICK), None, None)
     assert facts["library"] == version(f"{finetune.__module__}.{finetune.__qualname__}")
     assert "wdat.training.loop._finetune" in reached("from wdat.training.loop import finetune\nfinetune")[1]
 
