@@ -8,16 +8,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from nets import generator, images, labels, quick, relu
 
+import wdat
 from wdat.accuracy.allocation import accuracy_curve, class_accuracy, threshold_distance
 from wdat.accuracy.classes import class_budgets, flipped_mass
 from wdat.report.companions import COMPANIONS
 from wdat.studies.checkpoints import Measures, trained
 from wdat.studies.classwise import classwise
-from wdat.studies.worst_class import Rounds, chosen_bias, class_radii, class_weights, standing_classes, worst_class
+from wdat.studies.worst_class import Rounds, class_radii, class_weights, standing_classes, worst_class
 from wdat.threats.ball import Threat
 from wdat.training.recipes import make_recipe
 from wdat.zoo.data import from_tensors
-from wdat.zoo.networks import Biased
+from wdat.zoo.networks import Biased, build
 
 INF = math.inf
 
@@ -119,13 +120,33 @@ def test_a_bias_raises_the_worst_class_on_the_images_it_was_chosen_on(case):
     model, data = case
     threat, rounds = Threat(0.05, INF), Rounds({}, {}, biases=8, bias_step=0.05, steps=5)
     before = standing_classes(model, data, threat, rounds.steps)
-    bias = chosen_bias(model, data, threat, rounds)
-    after = standing_classes(Biased(model, bias).eval(), data, threat, rounds.steps)
+    biased = wdat.with_class_bias(model, data, threat, tries=8, step=0.05, steps=5)
+    after = standing_classes(biased, data, threat, rounds.steps)
     assert after.min() >= before.min() and after[data.y].mean() >= before[data.y].mean() - 0.01 - 1e-9
     with torch.no_grad():
         torch.testing.assert_close(
             Biased(model, [1, 2, 3, 4])(data.x) - model(data.x), torch.tensor([[1.0, 2, 3, 4]]).expand(60, 4)
         )
+
+
+def test_a_biased_network_has_a_card_behind_noise_too_and_fits_its_classes(tmp_path):
+    network = build("digits_cnn").eval()
+    biased, x = Biased(network, [0.1 * k for k in range(10)]).eval(), torch.rand(3, 1, 8, 8)
+    loaded = wdat.load_model(wdat.save_model(biased, tmp_path / "biased.yaml", architecture="digits_cnn"))
+    assert isinstance(loaded, wdat.Biased) and torch.equal(loaded(x), biased(x))
+    again = wdat.load_model(wdat.save_model(loaded, tmp_path / "again.yaml"))  # the card knows its architecture
+    assert torch.equal(again(x), biased(x))
+    noisy = wdat.load_model(wdat.save_model(wdat.Randomised(loaded, 0.2), tmp_path / "noisy.yaml"))
+    assert torch.equal(noisy(x), wdat.Randomised(biased, 0.2)(x))
+    plain = wdat.load_model(wdat.save_model(loaded.network, tmp_path / "plain.yaml", architecture="digits_cnn"))
+    assert not isinstance(plain, wdat.Biased) and torch.equal(plain(x), network(x))
+    for wrong in ([], [1.0], [0.0, float("nan")]):
+        with pytest.raises(ValueError, match="one a class"):
+            Biased(network, wrong)
+    with pytest.raises(ValueError, match=r"model\.network"):
+        wdat.export_robustbench(loaded, tmp_path / "x.pt")
+    radii = wdat.certified_radii(biased, x, biased(x).argmax(1), INF)
+    assert (radii > 0).all() and (radii <= wdat.minimal_distances(biased, x, biased(x).argmax(1), INF).distance).all()
 
 
 def test_the_best_epoch_is_that_of_validation_and_survives_a_kill(case, tmp_path):

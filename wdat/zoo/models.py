@@ -9,6 +9,7 @@ A card says what a network is and where it comes from:
                                      package:NAME/PATH, a file that an installed package ships
     source, licence, training        who trained it, how, on what terms
     epsilon                          radius it was trained for, as written ("8/255"), if documented
+    bias                             added to the logits, a number a class (`wdat.Biased`), if any
     sigma                            standard deviation of the noise in front of it (`wdat.Randomised`), if any
     density                          share of weights that are not zero, of a sparse network (`wdat.masked`)
 
@@ -31,7 +32,7 @@ from wdat.settings import Written, check_names, read
 from wdat.threats.checks import tensors_of
 from wdat.threats.inputs import plain_weights, unwrapped
 from wdat.zoo import robustbench as rb
-from wdat.zoo.networks import Normalised, build
+from wdat.zoo.networks import Biased, Normalised, build
 from wdat.zoo.noise import Randomised
 from wdat.zoo.sparse import check_density, is_masked, kept, pack
 from wdat.zoo.weights import (
@@ -48,8 +49,8 @@ from wdat.zoo.weights import (
 CARD = {
     "name": str, "architecture": str, "arguments": dict | None, "mean": list[Written] | None,
     "std": list[Written] | None, "weights": str, "sha256": str, "bytes": int | None, "source": str | None,
-    "licence": str | None, "training": str | None, "epsilon": Written | None, "sigma": float | None,
-    "density": float | None,
+    "licence": str | None, "training": str | None, "epsilon": Written | None, "bias": list[float] | None,
+    "sigma": float | None, "density": float | None,
 }  # fmt: skip
 REQUIRED = ("name", "architecture", "weights", "sha256")
 
@@ -151,6 +152,7 @@ def _from_card(path: Path, root: str | Path | None) -> nn.Module:
     if card.get("density") is not None:
         check_density(network, card["density"], str(weights))
     model = network if card.get("mean") is None else Normalised(card["mean"], card["std"], network)
+    model = model if card.get("bias") is None else Biased(model, card["bias"])
     model.card = card
     if card.get("sigma") is not None:
         model = Randomised(model, card["sigma"])
@@ -207,9 +209,9 @@ def save_model(model: nn.Module, card_path: str | Path, **fields: Any) -> Path:
 
     fields: those of a card. `architecture` (a name, or "package.module:function" of yours that builds the network) and
     `arguments` are needed unless the model was loaded by `load_model`; mean and std come from a `Normalised` model,
-    sigma from a `Randomised` one, density from a masked one, of which the file holds the weights that are not zero and
-    a bit for each place. ValueError unless that architecture takes exactly these weights. Both files appear
-    whole or not at all, weights first.
+    bias from a `Biased` one, sigma from a `Randomised` one, density from a masked one, of which the file holds the
+    weights that are not zero and a bit for each place. ValueError unless that architecture takes exactly these
+    weights. Both files appear whole or not at all, weights first.
     """
     from safetensors.torch import save
 
@@ -221,6 +223,9 @@ def save_model(model: nn.Module, card_path: str | Path, **fields: Any) -> Path:
     if isinstance(model, Randomised):
         fields["sigma"], model = model.sigma, model.network
     loaded = getattr(model, "card", {})
+    if isinstance(model, Biased):
+        fields["bias"], model = model.bias.tolist(), model.network
+    loaded = getattr(model, "card", loaded)
     fields = {key: loaded[key] for key in ("architecture", "arguments") if key in loaded} | fields
     if "architecture" not in fields:
         raise ValueError("save_model needs architecture=... (and arguments=...), so that the weights can be read back")
@@ -261,6 +266,9 @@ def export_robustbench(model: nn.Module, path: str | Path) -> Path:
         raise ValueError(f"RobustBench reads NAME.pt, not {path.name}")
     if isinstance(model, Randomised):
         raise ValueError("RobustBench's loader would drop the noise; export the network inside, model.network")
+    if isinstance(model, Biased):
+        raise ValueError("RobustBench's loader would drop the bias; export the network inside, model.network, or add "
+                         "the bias to that of its last layer first")  # fmt: skip
     if isinstance(model, Normalised):
         raise ValueError("RobustBench's networks hold their own normalisation, and its loader would drop that of "
                          "`Normalised`; wdat.fold_normalisation puts it into layers that other tools read")  # fmt: skip

@@ -41,10 +41,15 @@ class Normalised(nn.Module):
 
 
 class Biased(nn.Module):
-    """network(x) + bias, one number a class: answers shifted towards classes, at no cost. Attacks see the sum."""
+    """network(x) + bias, one number a class: answers shifted towards classes, at no cost. Attacks see the sum.
+
+    bias: as many numbers as the network has classes. ValueError for fewer than two and for NaN or infinity.
+    """
 
     def __init__(self, network: nn.Module, bias: Sequence[float]) -> None:
         super().__init__()
+        if len(bias) < 2 or not torch.tensor(bias).isfinite().all():
+            raise ValueError(f"bias {list(bias)} must be finite numbers, one a class")
         self.network = network
         self.register_buffer("bias", torch.tensor(bias, dtype=torch.float32))
 
