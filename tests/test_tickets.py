@@ -14,7 +14,7 @@ from tuning import QUICK, THREAT, data, run
 
 import wdat
 from wdat.report.tickets import ticket_numbers
-from wdat.studies.tickets import tickets
+from wdat.studies.tickets import _best_rate, tickets
 from wdat.threats.ball import Threat
 from wdat.threats.inputs import plain_weights
 from wdat.tickets.kernels import functional, kernel_distance, kernel_times, product, tangent_kernel, tangents
@@ -343,7 +343,8 @@ def test_the_command_keeps_a_sparse_network_sparse(sparse, tmp_path):
 def test_a_study_of_tickets_measures_what_it_masks_and_resumes(tmp_path, monkeypatch):
     settings = {
         "architecture": "digits_cnn", "arguments": {"width": 4}, "searches": {"ticket": "W_inf linf 2/16"},
-        "search": {"iterations": 2, "batch_size": 8, "steps": 1}, "densities": [0.5], "pointwise": ["1/16"],
+        "search": {"iterations": 2, "batch_size": 8, "steps": 1}, "rates": [0.01, 0.1], "densities": [0.5],
+        "pointwise": ["1/16"],
         "recipe": {"objective": {"kind": "plain"}, "epochs": 2, "batch_size": 32, "lr": 0.05, "clip": 1},
         "watched": 3, "epochs": [2], "distances": {"steps": 2, "rivals": 1}, "device": torch.device("cpu"),
     }  # fmt: skip
@@ -359,6 +360,11 @@ def test_a_study_of_tickets_measures_what_it_masks_and_resumes(tmp_path, monkeyp
         assert row["kernel"][0]["moved"] == 0 < row["kernel"][1]["moved"] and row["kernel"][1]["epoch"] == 2
         assert name == "dense" or row["kernel"][0]["to_dense"] > 0.05
         assert row["optimal"]["1/16"] <= row["pointwise"]["1/16"] <= row["clean"]
+    assert found["n_train"] + found["n_validation"] == 64 and found["chosen_at"] == {"density": 0.5, "radius": "1/16"}
+    chosen = found["chosen"]["ticket"]
+    assert set(chosen["accuracy"]) == {"0.01", "0.1"} and rows["ticket"]["rate"] == chosen["rate"]
+    assert chosen["accuracy"][f"{chosen['rate']:g}"] == max(chosen["accuracy"].values())
+    assert rows["ticket"]["validation"]["1/16"] == chosen["accuracy"][f"{chosen['rate']:g}"]  # of one seed
     monkeypatch.setattr("wdat.studies.tickets.finetune", None)  # nothing is trained again
     assert study([0]) == found
     numbers = ticket_numbers(found)
@@ -369,3 +375,13 @@ def test_a_study_of_tickets_measures_what_it_masks_and_resumes(tmp_path, monkeyp
     )
     with pytest.raises(ValueError, match="a search is called 'SNIP', as a baseline is"):
         tickets(*data, [Threat("1/16")], tmp_path, [0], **settings | {"searches": {"SNIP": "W_inf linf 0"}})
+    for wrong in ({"rates": []}, {"search": {"lr": 0.1}}):
+        with pytest.raises(ValueError, match="name one rate at least, and no lr in search"):
+            study([0], **wrong)
+
+
+def test_the_rate_of_a_search_is_the_best_on_validation_images_over_all_seeds():
+    values = {0.1: (0.2, 0.9), 0.01: (0.5, 0.5)}
+    rows = [{"rate": rate, "validation": {"1/16": v}} for rate, own in values.items() for v in own]
+    found = _best_rate(rows, "1/16")
+    assert found["rate"] == 0.1 and found["accuracy"] == pytest.approx({"0.1": 0.55, "0.01": 0.5})

@@ -48,9 +48,20 @@ def tickets(found: dict) -> tuple[list[dict], str]:
         f"Sparse networks trained alike, by density and by how the mask was chosen: percent correct on "
         f"{found['n_test']} images, clean, pointwise (W_∞) and under W₂ by optimal allocation over the nearest "
         f"adversarial examples found (upper bounds); mean ± standard deviation over {seeds} seeds. Kernel: relative "
-        "distance of the adversarial tangent kernel to the dense network's of the same epoch and seed."
+        "distance of the adversarial tangent kernel to the dense network's of the same epoch and seed. "
+        + _rates(found)
     )
     return rows, caption
+
+
+def _rates(found: dict) -> str:
+    """Which learning rate every search took, in a sentence."""
+    own = ", ".join(f"{name} {choice['rate']:g}" for name, choice in found["chosen"].items())
+    at = found["chosen_at"]
+    return (
+        f"Learning rate of the searches, chosen on {found['n_validation']} validation images at W_∞ {at['radius']} "
+        f"and density {at['density']:g}: {own}."
+    )
 
 
 @drawn("tickets")
@@ -118,6 +129,8 @@ def ticket_numbers(found: dict) -> dict[str, str]:
             "seeds": str(len({row["seed"] for row in found["rows"]})), "parameters": f"{found['parameters']:,}",
             "densities": ", ".join(f"{d:g}" for d in densities)}  # fmt: skip
     made |= {f"{key}.delta": radius for key, radius in middle.items()}
+    made["n-validation"] = str(found["n_validation"])
+    made |= {f"{method}.rate": f"{choice['rate']:g}" for method, choice in found["chosen"].items()}
     dense = {name: _mean(groups["dense", 1.0], *keys)[0] for name, keys in columns.items()}
     made |= {f"dense.{name}": percent(value) for name, value in dense.items()}
     methods = [name for name in dict.fromkeys(row["method"] for row in found["rows"]) if name != "dense"]
