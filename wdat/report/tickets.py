@@ -48,8 +48,7 @@ def tickets(found: dict) -> tuple[list[dict], str]:
         f"Sparse networks trained alike, by density and by how the mask was chosen: percent correct on "
         f"{found['n_test']} images, clean, pointwise (W_∞) and under W₂ by optimal allocation over the nearest "
         f"adversarial examples found (upper bounds); mean ± standard deviation over {seeds} seeds. Kernel: relative "
-        "distance of the adversarial tangent kernel to the dense network's of the same epoch and seed. "
-        + _rates(found)
+        "distance of the adversarial tangent kernel to the dense network's of the same epoch and seed. " + _rates(found)
     )
     return rows, caption
 

@@ -99,6 +99,7 @@ def copied(model: nn.Module) -> nn.Module:
     return made
 
 
+@torch.enable_grad()  # without, a weight made of two (weight norm) would be no parameter of the copy
 def plain_weights(model: nn.Module) -> nn.Module:
     """A copy in eval mode whose weights are what weight norm, spectral norm or any parametrisation computed."""
     model = copied(model).eval()

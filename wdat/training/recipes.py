@@ -9,11 +9,14 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from wdat.settings import check_names, typed
 from wdat.threats import joint
 from wdat.threats.checks import device_of
-from wdat.threats.inputs import copied
+from wdat.threats.inputs import copied, plain_weights
 from wdat.threats.precision import TRAINING_PRECISIONS
 from wdat.threats.seeds import derive_seed
 from wdat.training.compression import Compression
@@ -187,6 +190,29 @@ def check_single_images(model: nn.Module, recipe: Recipe, train: Data) -> None:
         ) from error
 
 
+def _redraw(layer: nn.Module) -> None:
+    """A layer's own initialisation; of weights that are computed (a mask, weight norm), of what they come from."""
+    hooks = any(isinstance(hook, WeightNorm | SpectralNorm) for hook in layer._forward_pre_hooks.values())
+    if not (hooks or parametrize.is_parametrized(layer)):
+        layer.reset_parameters()
+        return
+    fresh = plain_weights(layer)
+    fresh.reset_parameters()
+    try:
+        if hooks:
+            raise NotImplementedError("a hook")
+        for name, drawn in fresh.named_parameters():
+            if parametrize.is_parametrized(layer, name):
+                setattr(layer, name, drawn.detach())
+            else:
+                getattr(layer, name).copy_(drawn)
+    except (NotImplementedError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"the weight of a {type(fresh).__name__} is computed by what can not take on a freshly drawn one "
+            f"({' '.join(str(error).split())[:60]}); pass plain_weights(model), of wdat.threats.inputs"
+        ) from error
+
+
 @torch.no_grad()
 def initialise(model: nn.Module, init: str, scale: float) -> None:
     """Perturb or re-randomise in place, from torch's global generator; see `Recipe`."""
@@ -196,9 +222,9 @@ def initialise(model: nn.Module, init: str, scale: float) -> None:
         if left := [name for name, p in model.named_parameters() if id(p) not in known]:
             raise ValueError(f'init="scratch": {left[0]} is of no layer that draws its own weights (reset_parameters)')
         for layer in layers:
-            layer.reset_parameters()
+            _redraw(layer)
     elif init == "rerandomise":
-        last_layer(model).reset_parameters()
+        _redraw(last_layer(model))
     elif init == "perturb":
         for weight in model.parameters():
             weight.add_(torch.randn_like(weight) * weight.square().mean().sqrt() * scale)
