@@ -90,7 +90,8 @@ record = study.record(
     "10_tickets", "tickets", tickets, study.train, study.test, [Threat(d) for d in deltas], study.work / "10", seeds,
     architecture=architecture, arguments=arguments, searches=searches, search=search, rates=rates, densities=densities,
     recipe=recipe, pointwise=pointwise, watched=watched, epochs=epochs, distances=distances, device=study.device,
-    validation=validation, jobs=jobs, config={"architecture": architecture, "recipe": recipe, "search": search}, seeds=seeds,
+    validation=validation, jobs=jobs, seeds=seeds,
+    config={"architecture": architecture, "recipe": recipe, "search": search},
 )  # fmt: skip
 
 # %% [markdown]

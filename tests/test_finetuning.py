@@ -74,7 +74,7 @@ def test_weights_that_are_computed_are_drawn_anew_too(init):
     kept = prunable(plain_weights(drawn_masked(model, mask, init)))
     assert all((kept[name] != 0).equal(mask[name]) for name in mask if init == "scratch" or name == list(mask)[-1])
     hooked = weight_normed(model, nn.utils.spectral_norm)
-    with pytest.raises(ValueError, match="a hook.*plain_weights"):
+    with pytest.raises(ValueError, match=r"a hook.*plain_weights"):
         initialise(hooked, init, 0.05)
 
 
