@@ -55,6 +55,8 @@ def tickets(found: dict) -> tuple[list[dict], str]:
 
 def _rates(found: dict) -> str:
     """Which learning rate every search took, in a sentence."""
+    if "chosen" not in found:  # a record of before they were chosen
+        return ""
     own = ", ".join(f"{name} {choice['rate']:g}" for name, choice in found["chosen"].items())
     at = found["chosen_at"]
     return (
@@ -128,8 +130,8 @@ def ticket_numbers(found: dict) -> dict[str, str]:
             "seeds": str(len({row["seed"] for row in found["rows"]})), "parameters": f"{found['parameters']:,}",
             "densities": ", ".join(f"{d:g}" for d in densities)}  # fmt: skip
     made |= {f"{key}.delta": radius for key, radius in middle.items()}
-    made["n-validation"] = str(found["n_validation"])
-    made |= {f"{method}.rate": f"{choice['rate']:g}" for method, choice in found["chosen"].items()}
+    made |= {"n-validation": str(found["n_validation"])} if "n_validation" in found else {}
+    made |= {f"{method}.rate": f"{choice['rate']:g}" for method, choice in found.get("chosen", {}).items()}
     dense = {name: _mean(groups["dense", 1.0], *keys)[0] for name, keys in columns.items()}
     made |= {f"dense.{name}": percent(value) for name, value in dense.items()}
     methods = [name for name in dict.fromkeys(row["method"] for row in found["rows"]) if name != "dense"]
