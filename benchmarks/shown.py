@@ -7,7 +7,8 @@ from pathlib import Path
 
 from wdat import records
 from wdat.report import numbers
-from wdat.report.canvas import BLUE, GREY, Drawing, canvas, drawn, short
+from wdat.report.canvas import Drawing, canvas, drawn
+from wdat.report.looks import BLUE, GREY, short
 from wdat.report.rows import LOSS_NAMES, percent
 from wdat.report.table import tabled
 

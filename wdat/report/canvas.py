@@ -1,9 +1,9 @@
 """What every figure shares: one style, how it shows itself, and the way from a record to PDF and PNG beside it.
 
-Colours are told apart by the colour-blind, and by marker or dash in black and white. Figures are as wide as the paper's
-text, so that their letters are printed at the size given here.
+Figures are as wide as the paper's text, so that their letters are printed at the size given here.
 """
 
+import functools
 import io
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,18 +13,12 @@ import matplotlib
 import numpy as np
 import seaborn as sns
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 from wdat import records
 from wdat.report.recorded import of_record
 
 PAGE = 6.5  # inches, the width of the paper's text
-GREY, BLUE, ORANGE, GREEN, PINK = "#8c8c8c", "#0173b2", "#de8f05", "#029e73", "#cc78bc"
-COLOURS = (BLUE, ORANGE, GREEN, "#d55e00", PINK, "#56b4e9", "#ca9161", "#222222")  # seaborn's "colorblind", reordered
-DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)), "-.", (0, (3, 1, 1, 1, 1, 1)))
-SYMBOLS = "os^Dvp<>"
 STYLE = {
     "font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "legend.fontsize": 7.5, "xtick.labelsize": 7,
     "ytick.labelsize": 7, "figure.titlesize": 8, "legend.title_fontsize": 7.5, "legend.frameon": False,
@@ -70,16 +64,36 @@ def _save(figure: Drawing, stem: Path) -> Drawing:
     return figure
 
 
-def drawn(kind: str, suffix: str = "") -> Callable:
-    """Makes a function of a record's results, which returns a figure, one of the record's path: see `of_record`."""
-    return of_record(kind, suffix, _save, _style)
+def drawn(
+    kind: str, suffix: str = "", legend: int = 6, *, each: str | Callable[[dict], Sequence] = "", columns: int = 3,
+    height: float = 2.0, below: float = 0.0, title: str | None = None, **shared: bool | str,
+) -> Callable:  # fmt: skip
+    """Makes a function of a record's results, which returns a figure, one of the record's path: see `of_record`.
 
+    each: what gets a panel each, a list of the results by its name or a function of them; then the function draws one
+    of these, `make(axis, thing, found, ...)`, `columns` of them in a row, each `height` inches high, `shared` as in
+    `panels`. All that is labelled is in one legend below, of at most `legend` columns and, from two on, as many as
+    there are panels, with this `title`; a high one needs `below` inches more.
+    """
 
-def look(number: int, line: bool = True, marks: bool = True) -> dict:
-    """Colour, dash and marker of the number-th of several curves: no two alike in colour, nor in black and white."""
-    shown = {"color": COLOURS[number % len(COLOURS)]}
-    shown["linestyle"] = DASHES[number % len(DASHES)] if line else "none"
-    return shown | ({"marker": SYMBOLS[number % len(SYMBOLS)]} if marks else {})
+    def wrap(make: Callable) -> Callable:
+        @functools.wraps(make)
+        def figure_of(found: dict, *arguments, **settings) -> Drawing:
+            if not each:
+                figure = make(found, *arguments, **settings)
+                legend_below(figure, legend, title=title)
+                return figure
+            things = found[each] if isinstance(each, str) else each(found)
+            figure, axes = panels(len(things), columns, height, **shared)
+            for axis, thing in zip(axes, things, strict=True):
+                make(axis, thing, found, *arguments, **settings)
+            legend_below(figure, min(legend, max(2, len(axes))), title=title)
+            figure.set_size_inches(figure.get_figwidth(), figure.get_figheight() + below)
+            return figure
+
+        return of_record(kind, suffix, _save, _style)(figure_of)
+
+    return wrap
 
 
 def legend_below(figure: Figure, columns: int = 6, **settings) -> None:
@@ -114,30 +128,3 @@ def outer_labels(axes: Sequence[Axes]) -> None:
             axis.set_xlabel("")
         if place % columns:
             axis.set_ylabel("")
-
-
-def plain_log(axis: Axis, ticks: list[float] | None = None) -> None:
-    """Plain numbers on a logarithmic axis: at these ticks, or at 1, 2 and 5 times the powers of ten."""
-    axis.set_major_locator(FixedLocator(ticks) if ticks else LogLocator(subs=(1, 2, 5)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_locator(NullLocator())
-
-
-def points(values: object) -> np.ndarray:
-    """Fractions as percentages."""
-    return 100 * np.asarray(values, dtype=float)
-
-
-def order(p: float | str) -> str:
-    """A Wasserstein order in a title."""
-    return r"$\infty$" if float(p) == float("inf") else f"{float(p):g}"
-
-
-def norm(r: float | str) -> str:
-    """A pixel norm in a title."""
-    return r"$\ell_\infty$" if float(r) == float("inf") else rf"$\ell_{float(r):g}$"
-
-
-def short(name: str) -> str:
-    """A network's name in a title."""
-    return name.replace("cifar_", "").replace("_", " ")

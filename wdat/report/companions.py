@@ -2,11 +2,10 @@
 
 from collections.abc import Callable
 
-from wdat.report.classwise import COLUMNS, PGD, plain_pgd, raised, spread_of, twins
-from wdat.report.quotable import _places, _spread
-from wdat.report.rows import mean_std, norm_name, percent, signed
+from wdat.report.classwise import CHANGES, COLUMNS, PGD, plain_pgd, raised, spread_of, twins
+from wdat.report.quotable import _counted, _places, _spread
+from wdat.report.rows import mean_columns, mean_std, names, norm_name, percent, signed, where
 from wdat.report.slow_start import COLUMNS as SLOW
-from wdat.report.slow_start import named
 
 KEYS = {"PGD": "pgd", "W₂": "w2", "worst class, PGD": "worst"}  # of columns in keys
 RAISED = {PGD: "pgd", f"worst {PGD}": "worst-pgd", "W₂": "w2", "worst W₂": "worst-w2", "worst clean": "worst-clean"}
@@ -20,54 +19,42 @@ def _classwise_numbers(results: dict) -> dict[str, str]:
     """
     networks = {network["network"]: network for network in results["networks"]}
     found = {"n": str(results["n"]), "networks": str(len(networks))}
-    for key in ("gap", "accuracy"):
-        found |= _spread(f"clean.{_short(key)}", {k: spread_of(n["clean"])[key] for k, n in networks.items()})
-    first = next(iter(networks.values()))
-    for written, places in _places(own["threat"]["written"] for own, _ in twins(first)).items():
-        pairs = {
-            name: next(pair for pair in twins(n) if pair[0]["threat"]["written"] == written)
-            for name, n in networks.items()
-        }
-        for place in places:
-            found[f"{place}.delta"] = written
-            for kind, side in (("w2", 0), ("winf", 1)):
-                own = {name: pair[side] for name, pair in pairs.items()}
-                found |= _spread(f"{kind}.{place}.average", {k: row["accuracy"] for k, row in own.items()})
-                for key in ("gap", "accuracy"):
-                    values = {k: spread_of(row)[key] for k, row in own.items()}
-                    found |= _spread(f"{kind}.{place}.{_short(key)}", values)
-            wider = [spread_of(own)["gap"] > spread_of(twin)["gap"] for own, twin in pairs.values()]
-            found[f"{place}.wider"] = f"{sum(wider)} of {len(wider)}"
-            reach = {k: own["water_level"] / own["threat"]["delta"] for k, (own, _) in pairs.items()}
-            found |= _spread(f"{place}.reach", reach, lambda v: f"{v:.1f}")
-            paid = {
-                k: max(own["budget"][c] / results["share"][c] for c in own["budget"]) for k, (own, _) in pairs.items()
-            }
-            found |= _spread(f"budget.{place}", paid, lambda v: f"{v:.1f}")
+    found |= _standing("clean", {name: network["clean"] for name, network in networks.items()})
+    first = twins(results["networks"][0])
+    for place, written in _places(own["threat"]["written"] for own, _ in first):
+        found[f"{place}.delta"] = written
+        number = [own["threat"]["written"] for own, _ in first].index(written)
+        own, pointwise = ({k: twins(n)[number][side] for k, n in networks.items()} for side in (0, 1))
+        for kind, rows in (("w2", own), ("winf", pointwise)):
+            found |= _spread(f"{kind}.{place}.average", {k: row["accuracy"] for k, row in rows.items()})
+            found |= _standing(f"{kind}.{place}", rows)
+        wider = (spread_of(row)["gap"] > spread_of(pointwise[k])["gap"] for k, row in own.items())
+        found[f"{place}.wider"] = _counted(wider)
+        reach = {k: row["water_level"] / row["threat"]["delta"] for k, row in own.items()}
+        found |= _spread(f"{place}.reach", reach, lambda v: f"{v:.1f}")
+        paid = {k: max(row["budget"][c] / results["share"][c] for c in row["budget"]) for k, row in own.items()}
+        found |= _spread(f"budget.{place}", paid, lambda v: f"{v:.1f}")
     return found | _temperature_numbers(networks)
 
 
-def _short(key: str) -> str:
-    return "worst" if key == "accuracy" else key
+def _standing(name: str, rows: dict[str, dict]) -> dict[str, str]:
+    """Gap of the classes and accuracy of the worst one, over networks."""
+    told = {k: spread_of(row) for k, row in rows.items()}
+    gap, worst = ({k: row[key] for k, row in told.items()} for key in ("gap", "accuracy"))
+    return _spread(f"{name}.gap", gap) | _spread(f"{name}.worst", worst)
 
 
 def _temperature_numbers(networks: dict[str, dict]) -> dict[str, str]:
     found: dict[str, str] = {}
-    radii = list(dict.fromkeys(row["delta"] for n in networks.values() for row in n["temperatures"]))
-    for written, places in (_places(radii) if radii else {}).items():
-        gains, alone = {}, {}
+    for place, written in _places(row["delta"] for n in networks.values() for row in n["temperatures"]):
+        key, gains, alone = f"temperature.{place}", {}, {}
         for name, network in networks.items():
-            rows = [row for row in network["temperatures"] if row["delta"] == written]
+            rows = where(network["temperatures"], delta=written)
             plain = plain_pgd(rows)["accuracy"]
             gains[name] = plain - rows[-1]["worst"]
             alone[name] = plain - min(row["accuracy"] for row in rows)
-        for place in places:
-            key = f"temperature.{place}"
-            found |= {
-                f"{key}.delta": written,
-                f"{key}.stronger": f"{sum(g > 0 for g in gains.values())} of {len(gains)}",
-            }
-            found |= _spread(f"{key}.gain", gains) | _spread(f"{key}.alone", alone)
+        found |= {f"{key}.delta": written, f"{key}.stronger": _counted(g > 0 for g in gains.values())}
+        found |= _spread(f"{key}.gain", gains) | _spread(f"{key}.alone", alone)
     return found
 
 
@@ -75,12 +62,11 @@ def _worst_class_numbers(results: dict) -> dict[str, str]:
     """METHOD.COLUMN of every method, METHOD.COLUMN.change against further training alone, paired by seed."""
     found = {"n-test": str(results["n_test"]), "n-validation": str(results["n_validation"]),
              "seeds": str(results["seeds"]), "delta": results["pointwise"]["written"]}  # fmt: skip
-    runs = [run | {"network": "", "variant": run["method"].replace(" ", "-")} for run in results["runs"]]
+    means = mean_columns(results["runs"], COLUMNS, "measured", "method")
+    changes = mean_columns(raised(results), CHANGES, "change", "method")
     for column, key in RAISED.items():
-        means = mean_std(runs, lambda run, column=column: COLUMNS[column](run["measured"]))
-        found |= {f"{method}.{key}": percent(*own) for (_, method), own in means.items()}
-        changes = mean_std(raised(results), lambda row, column=column: row[column])
-        found |= {f"{method.replace(' ', '-')}.{key}.change": signed(*own) for (_, method), own in changes.items()}
+        found |= {f"{_key(method)}.{key}": percent(*own) for method, own in means[column].items()}
+        found |= {f"{_key(method)}.{key}.change": signed(*own) for method, own in changes[column].items()}
     return found
 
 
@@ -90,20 +76,17 @@ def _slow_start_numbers(results: dict) -> dict[str, str]:
     found = {"n-train": str(results["n_train"]), "n-test": str(results["n_test"]), "seeds": str(results["seeds"]),
              "delta": results["pointwise"]["written"], "w2.delta": results["threats"][0]["written"],
              "natural.passes": str(natural["passes"]), "diverged": str(len(results["diverged"]))}  # fmt: skip
-    runs = named(results)
+    runs, best = results["runs"], [run for run in results["runs"] if "best" in run]
+    last, best = mean_columns(runs, SLOW, "last", "variant"), mean_columns(best, SLOW, "best", "variant")
     for column, value in SLOW.items():
         key = KEYS.get(column, column)
         found[f"natural.{key}"] = percent(value(natural["last"]))
-        for (_, variant), own in mean_std(runs, lambda run, value=value: value(run["last"])).items():
-            found[f"{_key(variant)}.{key}"] = percent(*own)
-        for (_, variant), own in mean_std(
-            [run for run in runs if "best" in run], lambda run, value=value: value(run["best"])
-        ).items():
-            found[f"{_key(variant)}.best.{key}"] = percent(*own)
-    for (_, variant), (mean, _, _) in mean_std(runs, lambda run: run["gap"]).items():
-        run = next(run for run in runs if run["variant"] == variant)
+        found |= {f"{_key(variant)}.{key}": percent(*own) for variant, own in last[column].items()}
+        found |= {f"{_key(variant)}.best.{key}": percent(*own) for variant, own in best[column].items()}
+    for variant, (gap, *_) in mean_std(runs, lambda run: run["gap"], "variant").items():
+        run = where(runs, variant=variant)[0]
         before = 0 if run["scratch"] else natural["passes"] or 0
-        found |= {f"{_key(variant)}.gap": percent(mean), f"{_key(variant)}.passes": str(run["passes"]),
+        found |= {f"{_key(variant)}.gap": percent(gap), f"{_key(variant)}.passes": str(run["passes"]),
                   f"{_key(variant)}.total": str(run["passes"] + before)}  # fmt: skip
     return found
 
@@ -116,8 +99,8 @@ def _randomised_numbers(results: dict) -> dict[str, str]:
     """
     first = results["networks"][0]
     found = {"n": str(first["n"]), "draws": f"{first['draws']:.0f}", "confidence": f"{100 * first['confidence']:g}"}
-    for sigma in dict.fromkeys(network["sigma"] for network in results["networks"]):
-        own = {n["network"]: n for n in results["networks"] if n["sigma"] == sigma and "before" in n}
+    for sigma in names(results["networks"], "sigma"):
+        own = {n["network"]: n for n in where(results["networks"], sigma=sigma) if "before" in n}
         found["networks"] = str(len(own))
         changes = {name: n["accuracy"] - n["before"]["clean"] for name, n in own.items()}
         found |= _spread(f"{sigma:g}.clean.change", changes, signed)
@@ -125,7 +108,7 @@ def _randomised_numbers(results: dict) -> dict[str, str]:
             key = f"{sigma:g}.{norm_name(row['threat']['r'])}.{row['threat']['written']}"
             gains = {k: n["threats"][number]["lower"] - n["before"]["threats"][number]["upper"] for k, n in own.items()}
             found |= _spread(f"{key}.gain", gains, signed)
-            found[f"{key}.above"] = f"{sum(gain > 0 for gain in gains.values())} of {len(gains)}"
+            found[f"{key}.above"] = _counted(gain > 0 for gain in gains.values())
     return found
 
 

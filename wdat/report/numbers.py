@@ -12,6 +12,7 @@ from wdat import records
 from wdat.report.companions import COMPANIONS
 from wdat.report.quotable import QUOTABLE
 from wdat.report.randomised import certified_overview, proved
+from wdat.report.rows import where
 from wdat.report.table import tex
 from wdat.report.tables import best_proposed, overview
 
@@ -80,14 +81,10 @@ def fill(page: str | Path) -> bool:
 def five_lines(path: str | Path, network: str, delta: str) -> Path:
     """What the README's lines print: accuracies of one network, clean and under a W_2 ball by ReDLR and allocation."""
     path = Path(path)
-    found = next(n for n in records.read(path, "evaluation")["results"]["networks"] if n["network"] == network)
-
-    def chosen(row: dict) -> bool:
-        ball = row["threat"]
-        return ball["written"] == delta and ball["p"] == 2 and ball["r"] == "inf"
-
-    attacked = next(a["accuracy"] for a in found["attacks"] if chosen(a) and a["loss"] == "redlr")
-    exact = next(row["accuracy"] for e in found["optimal"] for row in e["threats"] if chosen(row))
+    found = where(records.read(path, "evaluation")["results"]["networks"], network=network)[0]
+    ball = {"written": delta, "p": 2, "r": "inf"}
+    attacked = where(found["attacks"], attack="w-pgd", loss="redlr", **ball)[0]["accuracy"]
+    exact = where(where(found["optimal"], r="inf")[0]["threats"], **ball)[0]["accuracy"]
     text = f"```\nclean {found['clean']['accuracy']:.3f}, W-PGD {attacked:.3f}, optimal allocation {exact:.3f}\n```\n"
     return records.write_file(path.with_name(path.stem + "-five-lines.md"), text)
 
@@ -107,11 +104,8 @@ def numbers(folder: str | Path, keys: Collection[str] | None = None) -> dict[str
         record = records.read(path)
         origin = record.get("provenance", {})
         seconds[path.stem[:2]] = max(seconds.get(path.stem[:2], 0), origin.get("seconds") or 0)
-        found |= {
-            f"about.{key}": str(origin[key])
-            for key in ("device", "threads", "jobs", "torch", "python")
-            if key in origin
-        }
+        about = ("device", "threads", "jobs", "torch", "python")
+        found |= {f"about.{key}": str(origin[key]) for key in about if key in origin}
         if maker := (QUOTABLE | COMPANIONS).get(record["kind"]):
             made = maker(record["results"])
             found |= {f"{path.stem}.{key}": re.sub(r"^-(?=\d)", "−", text) for key, text in made.items()}

@@ -4,26 +4,44 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from wdat.report.rows import chosen_runs, evaluation_rows, mean_std, passes_of, percent, rank_rows, signed, three
+from wdat.report.rows import (
+    chosen_runs,
+    evaluation_rows,
+    mean_std,
+    names,
+    norms_of,
+    passes_of,
+    percent,
+    rank_rows,
+    signed,
+    three,
+    where,
+)
 from wdat.report.tickets import ticket_numbers
 
 
-def _places(written: Iterable[str]) -> dict[str, list[str]]:
-    """Names of ascending radii in keys: the first is "small", the middle one "middle", the last "large"."""
-    names = list(dict.fromkeys(written))
-    found: dict[str, list[str]] = {name: [] for name in names}
-    for alias, index in (("small", 0), ("middle", (len(names) - 1) // 2), ("large", -1)):
-        found[names[index]].append(alias)
-    return found
+def _places(written: Iterable[str]) -> list[tuple[str, str]]:
+    """Names of ascending radii in keys, with the radius: the first, the middle one, the last; none if there is none."""
+    radii = list(dict.fromkeys(written))
+    middle = (len(radii) - 1) // 2
+    return [("small", radii[0]), ("middle", radii[middle]), ("large", radii[-1])] if radii else []
 
 
 def _spread(name: str, values: dict[str, float], text: Callable[[float], str] = percent) -> dict[str, str]:
-    """Mean, lowest and highest of values by label, and whose the extremes are."""
+    """Mean, lowest and highest of values by label, and whose the extremes are; nothing of nothing."""
+    if not values:
+        return {}
     low, high = min(values, key=values.get), max(values, key=values.get)
     return {
         f"{name}.mean": text(sum(values.values()) / len(values)), f"{name}.low": text(values[low]),
         f"{name}.high": text(values[high]), f"{name}.low.of": low, f"{name}.high.of": high,
     }  # fmt: skip
+
+
+def _counted(true: Iterable[bool]) -> str:
+    """On how many of how many it is so."""
+    found = list(true)
+    return f"{sum(found)} of {len(found)}"
 
 
 def _theory_numbers(results: dict) -> dict[str, str]:
@@ -37,17 +55,17 @@ def _theory_numbers(results: dict) -> dict[str, str]:
     for row in results["theory"]:
         name = f"{row['loss']}.p{float(row['p']):g}"
         found[f"{name}.box-share"] = percent(row["upsilon_box"] / row["upsilon"]) if row["upsilon"] else "0.0"
-        rest = []
-        places = _places(point["written"] for point in row["points"])
-        for point in row["points"]:
-            gained, promised = point["w_fgsm"]["loss"] - row["v0"], point["delta"] * row["upsilon_box"]
-            rest.append((point["delta"], abs(gained - promised)))
-            own = {"w-pgd": percent(point["w_pgd"]["accuracy"]), "wasted": percent(point["wasted"])}
-            own["gained"] = percent(gained / promised) if promised else "0.0"
+        points = {point["written"]: point for point in row["points"]}
+        gained = {d: (p["w_fgsm"]["loss"] - row["v0"], p["delta"] * row["upsilon_box"]) for d, p in points.items()}
+        rest = [(points[d]["delta"], abs(one - promised)) for d, (one, promised) in gained.items()]
+        for place, written in _places(points):
+            point, key, (one, promised) = points[written], f"{name}.{place}", gained[written]
+            found |= {f"{place}.delta": written, f"{key}.w-pgd": percent(point["w_pgd"]["accuracy"]),
+                      f"{key}.wasted": percent(point["wasted"]),
+                      f"{key}.gained": percent(one / promised) if promised else "0.0"}  # fmt: skip
             if point.get("dual"):
-                own |= {f"loss-{key}": three(point[key.replace("-", "_")]["loss"]) for key in ("dual", "w-pgd")}
-            for place in places[point["written"]]:
-                found |= {f"{place}.delta": point["written"], **{f"{name}.{place}.{k}": v for k, v in own.items()}}
+                found |= {f"{key}.loss-dual": three(point["dual"]["loss"]),
+                          f"{key}.loss-w-pgd": three(point["w_pgd"]["loss"])}  # fmt: skip
         rest = [(delta, value) for delta, value in rest if delta > 0 and value > 0]
         if len(rest) > 1:
             found[f"{name}.order"] = f"{np.polyfit(*np.log(np.array(rest)).T, 1)[0]:.2f}"
@@ -55,18 +73,15 @@ def _theory_numbers(results: dict) -> dict[str, str]:
 
 
 def _sensitivity_numbers(results: dict) -> dict[str, str]:
-    found = {"networks": str(len({row["network"] for row in results["upsilon"]}))}
+    found = {"networks": str(len(names(results["upsilon"])))}
     for loss, p in dict.fromkeys((row["loss"], row["p"]) for row in results["upsilon"]):
-        own = {row["network"]: row["upsilon"] for row in results["upsilon"] if (row["loss"], row["p"]) == (loss, p)}
+        own = {row["network"]: row["upsilon"] for row in where(results["upsilon"], loss=loss, p=p)}
         found |= _spread(f"{loss}.p{float(p):g}", own, three)
-    places = _places(str(row["size"]) for row in sorted(results["subset"], key=lambda row: row["size"]))
-    for size, names in places.items():
-        own = [row for row in results["subset"] if str(row["size"]) == size]
-        for place in names:
-            found[f"subset.{place}.size"] = size
-            for key in ("error", "claimed"):
-                values = {row["network"]: row[key] for row in own if row[key] is not None}
-                found |= _spread(f"subset.{place}.{key}", values) if values else {}
+    for place, size in _places(sorted(row["size"] for row in results["subset"])):
+        found[f"subset.{place}.size"] = str(size)
+        for key in ("error", "claimed"):
+            own = where(results["subset"], size=size)
+            found |= _spread(f"subset.{place}.{key}", {r["network"]: r[key] for r in own if r[key] is not None})
     return found
 
 
@@ -90,8 +105,7 @@ def _finetuning_numbers(results: dict) -> dict[str, str]:
     """
     runs = [run | {"variant": run["method"]} for run in chosen_runs(results)]
     tuned = [run for run in runs if not run["before"]]
-    variants = list(dict.fromkeys(run["variant"] for run in tuned))
-    networks = list(dict.fromkeys(run["network"] for run in runs))
+    variants, networks = names(tuned, "variant"), names(runs)
     found = {"n-train": str(results["n_train"]), "n-test": str(results["n_test"]), "networks": str(len(networks)),
              "seeds": str(len({run["seed"] for run in tuned})), "variants": str(len(variants)),
              "runs": str(sum(not run["before"] and "of" not in run for run in results["runs"])),
@@ -103,10 +117,9 @@ def _finetuning_numbers(results: dict) -> dict[str, str]:
         "clean": lambda run: run["after"]["clean"], "worst-class": lambda run: run["after"]["worst_class"],
     }  # fmt: skip
     for key in ("optimal", "w_pgd"):
-        for written, places in _places(runs[0]["after"][key]).items():
-            for place in places:
-                found[f"{key}.{place}.delta"] = written
-                columns[f"{key}.{place}"] = lambda run, key=key, d=written: run["after"][key][d]
+        for place, written in _places(runs[0]["after"][key]):
+            found[f"{key}.{place}.delta"] = written
+            columns[f"{key}.{place}"] = lambda run, key=key, d=written: run["after"][key][d]
     found |= _training_numbers(runs, tuned)
     means = {}
     for column, value in columns.items():
@@ -118,7 +131,7 @@ def _finetuning_numbers(results: dict) -> dict[str, str]:
             if variant != "before":
                 gains = {network: mean - groups[network, "before"][0] for network, mean in own.items()}
                 found |= _spread(f"{variant}.{column}.gain", gains, signed)
-                found[f"{variant}.{column}.improved"] = f"{sum(g > 0 for g in gains.values())} of {len(gains)}"
+                found[f"{variant}.{column}.improved"] = _counted(g > 0 for g in gains.values())
                 top = [n for n in own if own[n] >= max(groups[k][0] for k in groups if k[0] == n and k[1] != "before")]
                 found[f"{variant}.{column}.best"] = f"{len(top)} of {len(own)}"
         kept = [v for v in variants if means[v, "clean"] >= means["before", "clean"] - 0.01]
@@ -134,8 +147,8 @@ def _training_numbers(runs: list[dict], tuned: list[dict]) -> dict[str, str]:
     """By variant: gradient passes, upsilon relative to that before, and what the last epoch says of the budgets."""
     found: dict[str, str] = {}
     scale = {run["network"]: run["after"]["upsilon"] for run in runs if run["before"] and run["after"]["upsilon"] > 0}
-    for variant in dict.fromkeys(run["variant"] for run in tuned):
-        own = [run for run in tuned if run["variant"] == variant]
+    for variant in names(tuned, "variant"):
+        own = where(tuned, variant=variant)
         ratios = [run["after"]["upsilon"] / scale[run["network"]] for run in own if run["network"] in scale]
         found[f"{variant}.passes"] = passes_of(own[-1])
         found[f"{variant}.upsilon-ratio"] = f"{sum(ratios) / len(ratios):.2f}" if ratios else "--"
@@ -150,15 +163,13 @@ def _autoattack_numbers(results: dict) -> dict[str, str]:
     """autoattack.RADIUS.beyond: accuracy by AutoAttack minus that by the nearest points, on the same images."""
     found: dict[str, str] = {}
     met = [run["after"] for run in results["runs"] if run["after"].get("autoattack")]
-    radii = list(dict.fromkeys(d for after in met for d in after["autoattack"]))
-    for written, places in (_places(radii) if radii else {}).items():
+    for place, written in _places(d for after in met for d in after["autoattack"]):
         beyond = [a["autoattack"][written] - a["nearest"][written] for a in met if written in a["nearest"]]
-        for place in places:
-            key = f"autoattack.{place}"
-            found |= {f"{key}.delta": written, f"{key}.beyond.low": signed(min(beyond)),
-                      f"{key}.beyond.high": signed(max(beyond)), f"{key}.beyond.n": str(len(beyond)),
-                      f"{key}.beyond.mean": signed(sum(beyond) / len(beyond)),
-                      f"{key}.beyond.none": str(sum(abs(b) < 1e-9 for b in beyond))}  # fmt: skip
+        key = f"autoattack.{place}"
+        found |= {f"{key}.delta": written, f"{key}.beyond.low": signed(min(beyond)),
+                  f"{key}.beyond.high": signed(max(beyond)), f"{key}.beyond.n": str(len(beyond)),
+                  f"{key}.beyond.mean": signed(sum(beyond) / len(beyond)),
+                  f"{key}.beyond.none": str(sum(abs(b) < 1e-9 for b in beyond))}  # fmt: skip
     return found
 
 
@@ -169,19 +180,17 @@ def _comparison_numbers(results: dict) -> dict[str, str]:
     whose interval is positive too, "below" those whose interval is negative.
     """
     found: dict[str, str] = {}
-    places = _places(threat["written"] for threat in results["threats"])
     rows = [row for row in results["comparison"] if row["differences"]["best baseline"]["value"] is not None]
-    groups: dict[tuple, dict[str, dict]] = {}
-    for row in rows:
-        key = row["proposed"], f"{abs(100 * row['offset']):g}", row["delta"]
-        groups.setdefault(key, {})[row["network"]] = row["differences"]["best baseline"]
-    for (proposed, offset, delta), best in groups.items():
-        for place in places[delta]:
-            key = f"{proposed}.equal.{offset}.{place}"
+    for place, written in _places(threat["written"] for threat in results["threats"]):
+        at = where(rows, delta=written)
+        for proposed, offset in dict.fromkeys((row["proposed"], row["offset"]) for row in at):
+            own = where(at, proposed=proposed, offset=offset)
+            best = {row["network"]: row["differences"]["best baseline"] for row in own}
+            key = f"{proposed}.equal.{abs(100 * offset):g}.{place}"
             found |= _spread(key, {network: b["value"] for network, b in best.items()}, signed)
-            found[f"{key}.above"] = f"{sum(b['value'] > 0 for b in best.values())} of {len(best)}"
-            found[f"{key}.clear"] = f"{sum(b['low'] > 0 for b in best.values())} of {len(best)}"
-            found[f"{key}.below"] = f"{sum(b['high'] < 0 for b in best.values())} of {len(best)}"
+            found[f"{key}.above"] = _counted(b["value"] > 0 for b in best.values())
+            found[f"{key}.clear"] = _counted(b["low"] > 0 for b in best.values())
+            found[f"{key}.below"] = _counted(b["high"] < 0 for b in best.values())
     return found
 
 
@@ -198,44 +207,38 @@ def _evaluation_numbers(results: dict) -> dict[str, str]:
     found |= _spread("clean", {n["network"]: n["clean"]["accuracy"] for n in results["networks"]})
     certified = sorted({c["n"] for n in results["networks"] for c in n.get("certified", []) if "n" in c})
     found["certified-n"] = ", ".join(map(str, certified))
-    for r in dict.fromkeys(float(e["r"]) for network in results["networks"] for e in network["optimal"]):
+    for r in norms_of(results):
         rows = evaluation_rows(results, r)
         own = _norm_numbers(rows) if rows else {}
-        found_by = [(n["network"], e) for n in results["networks"] for e in n["optimal"] if float(e["r"]) == r]
-        passes = {name: e.get("passes") for name, e in found_by}
+        passes = {n["network"]: e.get("passes") for n in results["networks"] for e in where(n["optimal"], r=r)}
         if None not in passes.values():
             own |= _spread("search.passes", passes, lambda v: f"{v:.1f}")
         found |= {f"l{r:g}.{key}": text for key, text in own.items()}
-    ranked = rank_rows(results)
-    for rank in ranked:
-        for place in _places(row["written"] for row in ranked if row["r"] == rank["r"])[rank["written"]]:
-            found[f"l{rank['r']:g}.{place}.tau"] = f"{rank['tau']:.2f}"
-            found[f"l{rank['r']:g}.{place}.reversed"] = f"{rank['reversed']} of {rank['pairs']}"
+    ranked = {(rank["r"], rank["written"]): rank for rank in rank_rows(results)}
+    for r in dict.fromkeys(r for r, _ in ranked):
+        for place, written in _places(written for norm, written in ranked if norm == r):
+            found[f"l{r:g}.{place}.tau"] = f"{ranked[r, written]['tau']:.2f}"
+            found[f"l{r:g}.{place}.reversed"] = f"{ranked[r, written]['reversed']} of {ranked[r, written]['pairs']}"
     return found
 
 
 def _norm_numbers(rows: list[dict]) -> dict[str, str]:
     found = {}
-    for written, names in _places(row["written"] for row in rows).items():
-        own = [row for row in rows if row["written"] == written]
-        for place in names:
-            found[f"{place}.delta"] = written
-            for key in ("optimal", "w-pgd", "certified", "same"):
-                values = {row["network"]: row[key] for row in own if row[key] is not None}
-                found |= _spread(f"{place}.{key}", values) if values else {}
+    for place, written in _places(row["written"] for row in rows):
+        found[f"{place}.delta"] = written
+        for key in ("optimal", "w-pgd", "certified", "same"):
+            own = where(rows, written=written)
+            found |= _spread(f"{place}.{key}", {row["network"]: row[key] for row in own if row[key] is not None})
     found |= _spread("gap", {f"{r['network']} at {r['written']}": r["w-pgd"] - r["optimal"] for r in rows})
-    found["above-w-pgd"] = f"{sum(row['optimal'] > row['w-pgd'] for row in rows)} of {len(rows)}"
+    found["above-w-pgd"] = _counted(row["optimal"] > row["w-pgd"] for row in rows)
     found["band"] = percent(max(row["band"] for row in rows))
     proved = [row for row in rows if row["certified"] is not None]
-    if proved:
-        found |= _spread("open", {f"{r['network']} at {r['written']}": r["same"] - r["certified"] for r in proved})
+    found |= _spread("open", {f"{r['network']} at {r['written']}": r["same"] - r["certified"] for r in proved})
     for loss in sorted({loss for row in rows for loss in row["bounds"]}):
-        bounded = [row for row in rows if loss in row["bounds"]]
         for bound in ("r_tilde_l", "r_bar_l", "r_l"):
-            failed = [row for row in bounded if row["bounds"][loss][bound] > row["ratio"] + 1e-9]
-            found[f"{loss}.{bound}.failed"] = f"{len(failed)} of {len(bounded)}"
-            vacuous = [row for row in bounded if row["bounds"][loss][bound] <= 0]
-            found[f"{loss}.{bound}.vacuous"] = f"{len(vacuous)} of {len(bounded)}"
+            bounded = [(row["bounds"][loss][bound], row["ratio"]) for row in rows if loss in row["bounds"]]
+            found[f"{loss}.{bound}.failed"] = _counted(value > ratio + 1e-9 for value, ratio in bounded)
+            found[f"{loss}.{bound}.vacuous"] = _counted(value <= 0 for value, _ in bounded)
     return found
 
 
@@ -252,31 +255,28 @@ def _verification_numbers(results: dict) -> dict[str, str]:
         "probes": f"{sum(row['probes'] for row in probes):,}",
         "violations": str(sum(row["violations"] for row in probes)),
         **_spread("longer", gains),
-        "longer.within": f"{sum(g <= 0.005 for g in gains.values())} of {len(gains)}",
+        "longer.within": _counted(g <= 0.005 for g in gains.values()),
         "passes": f"{np.mean([row['passes'] for row in results['convergence']]):.0f}",
         "longer-passes": f"{np.mean([row['longer_passes'] for row in results['convergence']]):.0f}",
-        "sets.agree": f"{sum(w < 1e-9 for w in wrong)} of {len(wrong)}",
+        "sets.agree": _counted(w < 1e-9 for w in wrong),
     }
 
 
 def _frontier_numbers(results: dict) -> dict[str, str]:
     """At each radius what every method proves more than the first, at its sigma, mean over seeds, most first."""
-    found = {"seeds": str(len({run["seed"] for run in results["runs"]})), "validation": str(results["n_validation"])}
+    found = {"seeds": str(len(names(results["runs"], "seed"))), "validation": str(results["n_validation"])}
     written = [threat["written"] for threat in results["threats"]]
-    places, proved = _places(written), {}
-    for choice in results["chosen"]:
-        key = (choice["network"], choice["method"], choice["sigma"])
-        runs = [run for run in results["runs"] if (run["network"], run["method"], run["sigma"]) == key]
-        number = written.index(choice["threat"]["written"])
-        mean = float(np.mean([run["test"]["lower"][number] for run in runs]))
-        proved.setdefault(choice["threat"]["written"], {}).setdefault(choice["method"], []).append(mean)
-    for delta, methods in proved.items():
-        means = {method: float(np.mean(values)) for method, values in methods.items()}
+    for place, delta in _places(written):
+        proved: dict[str, list[float]] = {}
+        for choice in where(results["chosen"], written=delta):
+            own = {key: choice[key] for key in ("network", "method", "sigma")}
+            lower = [run["test"]["lower"][written.index(delta)] for run in where(results["runs"], **own)]
+            proved.setdefault(choice["method"], []).append(float(np.mean(lower)))
+        means = {method: float(np.mean(values)) for method, values in proved.items()}
         first, base = next(iter(means.items()))
         ranked = sorted((method for method in means if method != first), key=means.get, reverse=True)
         gains = ", ".join(f"{method} {signed(means[method] - base).replace('-', '−')}" for method in ranked)
-        for place in places[delta]:
-            found |= {f"{place}.delta": delta, f"{place}.first": percent(base), f"{place}.gains": gains}
+        found |= {f"{place}.delta": delta, f"{place}.first": percent(base), f"{place}.gains": gains}
     return found
 
 

@@ -1,6 +1,6 @@
 """What records say, row by row: what tables, figures and the paper's numbers share. No torch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -35,24 +35,49 @@ def chosen_runs(found: dict) -> list[dict]:
     ]
 
 
-def mean_std(runs: list[dict], key: Callable[[dict], float | None]) -> dict[tuple[str, str], tuple[float, float, int]]:
-    """Mean, standard deviation (0 for one run) and count of a number by (network, variant), in running order.
+def where(rows: Sequence[dict], **wanted: object) -> list[dict]:
+    """Rows with these values, "inf" being the number; what a row's threat says counts as said of the row."""
+
+    def plain(value: object) -> object:
+        return float("inf") if value == "inf" else value
+
+    told = [(row, row | row.get("threat", {})) for row in rows]
+    return [row for row, said in told if all(plain(said.get(key)) == plain(v) for key, v in wanted.items())]
+
+
+def names(rows: Sequence[dict], key: str = "network") -> list:
+    """The different values of a key, in the order of the rows."""
+    return list(dict.fromkeys(row[key] for row in rows))
+
+
+def mean(values: Sequence[float]) -> tuple[float, float, int]:
+    """Mean, standard deviation (0 for one value) and count: what `percent` shows as ±."""
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0, len(values)
+
+
+def mean_std(runs: Sequence[dict], value: Callable[[dict], float | None], *by: str) -> dict:
+    """`mean` of a number by (network, variant), or by the values of other keys (of one alone: its), in running order.
 
     Runs without it (None) do not count.
     """
-    found: dict[tuple[str, str], list[float]] = {}
+    found: dict[object, list[float]] = {}
     for run in runs:
-        if (value := key(run)) is not None:
-            found.setdefault((run["network"], run["variant"]), []).append(value)
-    return {k: (float(np.mean(v)), float(np.std(v, ddof=1)) if len(v) > 1 else 0.0, len(v)) for k, v in found.items()}
+        if (own := value(run)) is not None:
+            group = tuple(run[key] for key in by or ("network", "variant"))
+            found.setdefault(group[0] if len(by) == 1 else group, []).append(own)
+    return {group: mean(values) for group, values in found.items()}
+
+
+def mean_columns(runs: Sequence[dict], columns: dict[str, Callable[[dict], float]], key: str, by: str) -> dict:
+    """`mean_std` by one key of every column, a function of what a run says at `key`."""
+    return {name: mean_std(runs, lambda run, value=value: value(run[key]), by) for name, value in columns.items()}
 
 
 def best_rows(found: dict, offset: float | None = None) -> list[dict]:
     """Rows of a record's "comparison" for the best proposed method, or the only one; at one offset, or at all."""
-    names = {row["proposed"] for row in found["comparison"]}
-    best = BEST if BEST in names else next(iter(names), None)
-    at = [row for row in found["comparison"] if row["proposed"] == best]
-    return [row for row in at if offset is None or abs(row["offset"] - offset) < 1e-9]
+    methods = names(found["comparison"], "proposed")
+    best = where(found["comparison"], proposed=BEST if BEST in methods else next(iter(methods), None))
+    return best if offset is None else where(best, offset=offset)
 
 
 def equal_rows(found: dict, offset: float) -> list[dict]:
@@ -61,29 +86,34 @@ def equal_rows(found: dict, offset: float) -> list[dict]:
     Rows {network, delta, method, proposed, value, low, high, wins}: differences of accuracies by optimal allocation,
     None where a method does not reach that clean accuracy; low and high of proposed ones only. One wins at each radius.
     """
-    rows = []
-    for row in found["comparison"]:
-        if abs(row["offset"] - offset) > 1e-9 or row["proposed"] == BEST:
-            continue
+    rows: dict[tuple, dict] = {}
+    for row in where(found["comparison"], offset=offset):
         same = {"network": row["network"], "delta": row["delta"], "wins": False}
-        own = [{**same, "method": row["proposed"], "proposed": True, **row["differences"]["best baseline"]}]
-        best = row["accuracy"]["best baseline"]
+        best, own = row["accuracy"]["best baseline"], []
+        if row["proposed"] == BEST:
+            continue
+        own.append({**same, "method": row["proposed"], "proposed": True, **row["differences"]["best baseline"]})
         for name in found["baselines"]:
-            known = row["accuracy"].get(name) is not None
-            value = row["accuracy"][name] - best if known else None
+            known = row["accuracy"].get(name)
+            value = None if known is None else known - best
             own.append({**same, "method": name, "proposed": False, "value": value, "low": None, "high": None})
-        have = {(r["network"], r["delta"], r["method"]) for r in rows}
-        rows += [r for r in own if (r["network"], r["delta"], r["method"]) not in have]
-    for network, delta in dict.fromkeys((row["network"], row["delta"]) for row in rows):
-        own = [r for r in rows if (r["network"], r["delta"]) == (network, delta) and r["value"] is not None]
+        for one in own:
+            rows.setdefault((one["network"], one["delta"], one["method"]), one)
+    for network, delta in dict.fromkeys(key[:2] for key in rows):
+        own = [row for row in where(rows.values(), network=network, delta=delta) if row["value"] is not None]
         if own:
-            max(own, key=lambda r: r["value"])["wins"] = True
-    return rows
+            max(own, key=lambda row: row["value"])["wins"] = True
+    return list(rows.values())
 
 
 def norm_symbol(r: float | str) -> str:
     """A pixel norm in tables: l∞, l2."""
     return norm_name(r).replace("inf", "∞")
+
+
+def order_symbol(p: float | str) -> str:
+    """A Wasserstein order in tables."""
+    return f"{float(p):g}".replace("inf", "∞")
 
 
 def norm_name(r: float | str) -> str:
@@ -125,23 +155,19 @@ def evaluation_rows(results: dict, r: float) -> list[dict]:
     """One row per network and radius of p = 2 that has a W-PGD (ReDLR) accuracy, radii ascending within a network."""
     rows = []
     for network in results["networks"]:
-        attacks = {
-            (a["loss"], a["threat"]["written"]): a for a in network["attacks"]
-            if a["attack"] == "w-pgd" and float(a["threat"]["r"]) == r and float(a["threat"]["p"]) == 2
-        }  # fmt: skip
-        exact = next(e for e in network["optimal"] if float(e["r"]) == r)
-        certified = next((c for c in network.get("certified", []) if float(c["r"]) == r), None)
+        attacks = {(a["loss"], a["threat"]["written"]): a for a in where(network["attacks"], attack="w-pgd", r=r, p=2)}
+        (exact,) = where(network["optimal"], r=r)
+        certified = next(iter(where(network.get("certified", []), r=r)), None)
         for i, row in sorted(enumerate(exact["threats"]), key=lambda pair: pair[1]["threat"]["delta"]):
-            written = row["threat"]["written"]
-            if float(row["threat"]["p"]) != 2 or ("redlr", written) not in attacks:
+            written, clean = row["threat"]["written"], network["clean"]["accuracy"]
+            if not where([row], p=2) or ("redlr", written) not in attacks:
                 continue
+            proved = certified["threats"][i] if certified else {}
             rows.append({
-                "network": network["network"], "written": written, "optimal": row["accuracy"],
-                "clean": network["clean"]["accuracy"],
-                "w-pgd": attacks["redlr", written]["accuracy"],
-                "certified": certified["threats"][i]["accuracy"] if certified else None,
-                "same": certified["threats"][i].get("optimal", row["accuracy"]) if certified else None,
-                "ratio": row["accuracy"] / network["clean"]["accuracy"] if network["clean"]["accuracy"] else 0.0,
+                "network": network["network"], "written": written, "optimal": row["accuracy"], "clean": clean,
+                "w-pgd": attacks["redlr", written]["accuracy"], "certified": proved.get("accuracy"),
+                "same": proved.get("optimal", row["accuracy"]) if certified else None,
+                "ratio": row["accuracy"] / clean if clean else 0.0,
                 "bounds": {loss: a["bounds"] for (loss, w), a in attacks.items() if w == written and a["bounds"]},
                 "band": (row["band"][1] - row["band"][0]) / 2,
             })  # fmt: skip
@@ -152,14 +178,14 @@ def rank_rows(results: dict) -> list[dict]:
     """At each radius of p = 2: Kendall's tau-a of the networks' allocated accuracies under p = 2 and p = inf, pairs."""
     found = []
     for r in norms_of(results):
-        exact = [next(e for e in network["optimal"] if float(e["r"]) == r) for network in results["networks"]]
-        curves = [{float(c["p"]): c for c in e["curves"]} for e in exact]
-        if len(exact) < 2 or not all({2.0, float("inf")} <= set(own) for own in curves):
+        exact = [where(network["optimal"], r=r)[0] for network in results["networks"]]
+        curves = [[where(own["curves"], p=p) for own in exact] for p in (2, float("inf"))]
+        if len(exact) < 2 or not all(own for of_order in curves for own in of_order):
             continue
-        for ball in [row["threat"] for row in exact[0]["threats"] if float(row["threat"]["p"]) == 2]:
+        for ball in [row["threat"] for row in where(exact[0]["threats"], p=2)]:
             one, other = (
-                np.array([np.interp(ball["delta"], own[p]["delta"], own[p]["accuracy"]) for own in curves])
-                for p in (2.0, float("inf"))
+                np.array([np.interp(ball["delta"], own["delta"], own["accuracy"]) for (own,) in of_order])
+                for of_order in curves
             )
             upper = np.triu_indices(len(exact), 1)
             agree = (np.sign(one[:, None] - one) * np.sign(other[:, None] - other))[upper]

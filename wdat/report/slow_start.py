@@ -2,8 +2,9 @@
 
 import numpy as np
 
-from wdat.report.canvas import COLOURS, GREY, SYMBOLS, Drawing, canvas, drawn, legend_below, look, plain_log
-from wdat.report.rows import mean_std, norm_symbol, percent, signed
+from wdat.report.canvas import Drawing, canvas, drawn
+from wdat.report.looks import COLOURS, GREY, SYMBOLS, look, plain_log
+from wdat.report.rows import mean_columns, mean_std, names, norm_symbol, percent, signed, where
 from wdat.report.table import tabled
 
 COLUMNS = {
@@ -12,29 +13,24 @@ COLUMNS = {
 }  # fmt: skip
 
 
-def named(found: dict) -> list[dict]:
-    """Runs as `mean_std` groups them."""
-    return [run | {"network": ""} for run in found["runs"]]
-
-
 @tabled("slow-start")
 def schedules(found: dict) -> tuple[list[dict], str]:
     """Every variant over seeds: its cost, the last epoch, how far the best lies above it."""
-    runs, natural = named(found), found["natural"]
-    means = {name: mean_std(runs, lambda run, value=value: value(run["last"])) for name, value in COLUMNS.items()}
-    gaps, aa = mean_std(runs, lambda run: run["gap"]), mean_std(runs, lambda run: run["last"].get("autoattack"))
-    start = natural["last"]
+    runs, natural, start = found["runs"], found["natural"], found["natural"]["last"]
+    means = mean_columns(runs, COLUMNS, "last", "variant")
+    gaps = mean_std(runs, lambda run: run["gap"], "variant")
+    aa = mean_std(runs, lambda run: run["last"].get("autoattack"), "variant")
     rows = [
         {"variant": "natural", "passes": "–" if natural["passes"] is None else str(natural["passes"])}
         | {name: percent(value(start)) for name, value in COLUMNS.items()}
     ]
     rows[0] |= {"AutoAttack": percent(start["autoattack"])} if "autoattack" in start else {}
-    for key in means["clean"]:
-        run = next(run for run in runs if run["variant"] == key[1])
-        cells = {"variant": key[1], "passes": ("" if run["scratch"] else "+") + str(run["passes"])}
-        cells |= {name: percent(*means[name][key]) for name in COLUMNS}
-        cells |= {"AutoAttack": percent(aa[key][0])} if key in aa else {}
-        cells["best − last"] = signed(gaps[key][0])
+    for variant in gaps:
+        run = where(runs, variant=variant)[0]
+        cells = {"variant": variant, "passes": ("" if run["scratch"] else "+") + str(run["passes"])}
+        cells |= {name: percent(*means[name][variant]) for name in COLUMNS}
+        cells |= {"AutoAttack": percent(aa[variant][0])} if variant in aa else {}
+        cells["best − last"] = signed(gaps[variant][0])
         rows.append(cells)
     n = next((m["last"]["autoattack_n"] for m in (natural, *runs) if "autoattack_n" in m["last"]), 0)
     ball = found["pointwise"]
@@ -52,20 +48,16 @@ def schedules(found: dict) -> tuple[list[dict], str]:
 @tabled("slow-start", "best")
 def best_epochs(found: dict) -> tuple[list[dict], str]:
     """Average and worst class at the last and at the best epoch, on test images, where both were measured."""
-    runs = [run for run in named(found) if "best" in run]
-    rows = []
-    for name in dict.fromkeys(run["variant"] for run in runs):
-        own = [run for run in runs if run["variant"] == name]
-        for when in ("last", "best"):
-            means = {
-                column: mean_std(own, lambda run, value=value, when=when: value(run[when]))["", name]
-                for column, value in COLUMNS.items()
-            }
-            rows.append({"variant": name, "epoch": when} | {column: percent(*mean) for column, mean in means.items()})
+    runs = [run for run in found["runs"] if "best" in run]
+    means = {when: mean_columns(runs, COLUMNS, when, "variant") for when in ("last", "best")}
+    rows = [
+        {"variant": variant, "epoch": when} | {name: percent(*own[variant]) for name, own in columns.items()}
+        for variant in names(runs, "variant") for when, columns in means.items()
+    ]  # fmt: skip
     return rows, "As before, after the last and after the best epoch by validation images under attack."
 
 
-@drawn("slow-start", "cost")
+@drawn("slow-start", "cost", 4)
 def cost(found: dict) -> Drawing:
     """Accuracy against cost, clean, under PGD and under W_2: one mark a run; natural passes counted where known.
 
@@ -84,7 +76,6 @@ def cost(found: dict) -> Drawing:
             axis.plot(passes, values, ms=3.5, label=name, **(look(number, line=False) | mark))
         axis.set(title={"W₂": r"$W_2$"}.get(title, title), xlabel="passes a training image")
     axes[0, 0].set_ylabel("accuracy (%)")
-    legend_below(figure, columns=4)
     return figure
 
 
@@ -92,21 +83,20 @@ def _method(run: dict) -> str:
     return run["variant"].split(" (")[0]
 
 
-@drawn("slow-start", "epochs")
+@drawn("slow-start", "epochs", 4)
 def epochs(found: dict) -> Drawing:
     """Learning rate, and validation accuracy clean and under attack, after every epoch: means over seeds."""
     figure, axes = canvas(1, 3, 2.1)
-    variants = list(dict.fromkeys(run["variant"] for run in found["runs"] if run["history"]))
+    variants = names([run for run in found["runs"] if run["history"]], "variant")
     for axis, (key, label, scale) in zip(
         axes[0], (("lr", "learning rate", 1), ("validation_accuracy", "clean, validation (%)", 100),
                   ("validation_w_pgd", "under attack, validation (%)", 100)), strict=True,
     ):  # fmt: skip
         for number, name in enumerate(variants):
-            own = [run["history"] for run in found["runs"] if run["variant"] == name]
+            own = [run["history"] for run in where(found["runs"], variant=name)]
             values = scale * np.array([[row[key] for row in history] for history in own]).mean(0)
             axis.plot(range(1, len(values) + 1), values, label=name, **look(number, marks=False))
         axis.set(xlabel="epoch", title=label)
     axes[0, 0].set(yscale="log", ylim=(max(run["lr"] for run in found["runs"]) / 300, None))
     plain_log(axes[0, 0].yaxis)
-    legend_below(figure, columns=4)
     return figure

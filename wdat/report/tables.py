@@ -11,15 +11,19 @@ from wdat.report.rows import (
     chosen_runs,
     evaluation_rows,
     loss_name,
+    mean,
     mean_std,
+    names,
     norm_name,
     norm_symbol,
     norms_of,
+    order_symbol,
     passes_of,
     percent,
     rank_rows,
     shown,
     signed,
+    where,
 )
 from wdat.report.table import tabled
 
@@ -33,7 +37,7 @@ def _of_runs(
     grouped = {name: mean_std(runs, value) for name, value in columns.items()}
     rows = []
     for key in dict.fromkeys((r["network"], r["variant"]) for r in runs):
-        own = [r for r in runs if (r["network"], r["variant"]) == key]
+        own = where(runs, network=key[0], variant=key[1])
         method = shown(own[0]["method"]) + (" †" if key in exceeding else "")
         cells = {name: percent(*group[key]) if key in group else "–" for name, group in grouped.items()}
         rows.append({"network": key[0], "method": method, **cells, **extra(own)})
@@ -53,7 +57,7 @@ def finetuning(found: dict) -> tuple[list[dict], str]:
     for threat in found["threats"]:
         columns[f"A_δ {threat['written']}"] = lambda r, d=threat["written"]: r["after"]["optimal"][d]
     columns["worst class"] = lambda r: r["after"]["worst_class"]
-    seeds = len({run["seed"] for run in found["runs"] if not run["before"]})
+    seeds = len(names(where(found["runs"], before=False), "seed"))
     spread = f", mean ± std over {seeds} seeds" if seeds > 1 else ""
     pointwise = "; W_∞: pointwise, by the nearest adversarial examples found" * any("W_∞" in c for c in columns)
     caption = (
@@ -81,23 +85,19 @@ def attacked(found: dict) -> tuple[list[dict], str]:
     def extra(own: list[dict]) -> dict:
         cells = {}
         for d in found["runs"][0]["after"].get("autoattack", {}):
-            both = [
-                (r["after"]["autoattack"][d], r["after"]["nearest"][d])
-                for r in own
-                if d in r["after"].get("autoattack", ())
-            ]
-            both = [sum(values) / len(both) for values in zip(*both, strict=True)]
-            cells[f"AutoAttack {d} ({beside})"] = f"{percent(both[0])} ({percent(both[1])})" if both else "–"
-        upsilon = sum(r["after"]["upsilon"] for r in own) / len(own)
+            met = [r["after"] for r in own if d in r["after"].get("autoattack", ())]
+            both = [percent(mean([after[key][d] for after in met])[0]) for key in ("autoattack", "nearest") if met]
+            cells[f"AutoAttack {d} ({beside})"] = "{} ({})".format(*both) if both else "–"
+        upsilon = mean([r["after"]["upsilon"] for r in own])[0]
         setting = own[0]["variant"].removeprefix(own[0]["method"]).strip(" ,")
         first = {} if own[0]["before"] else {"setting": setting}
         return {**cells, "Υ": f"{upsilon:.2f}", "passes": "0" if own[0]["before"] else passes_of(own[0]), **first}
 
     rows = _of_runs(found, columns, extra)
-    names = [name for name in dict.fromkeys(k for row in rows for k in row) if any(row.get(name) for row in rows)]
-    rows = [{name: row.get(name) or "–" for name in names} for row in rows]
+    columns = [name for name in dict.fromkeys(k for row in rows for k in row) if any(row.get(name) for row in rows)]
+    rows = [{name: row.get(name) or "–" for name in columns} for row in rows]
     part = f"; AutoAttack on {n or 'part'} of them, in brackets what the nearest adversarial examples leave of those"
-    part *= any(name.startswith("AutoAttack") for name in names)
+    part *= any(name.startswith("AutoAttack") for name in columns)
     caption = (
         f"Percent correct on {found['n_test']} test images by attack{part}; Υ of ReDLR; passes: gradient passes per "
         "training image."
@@ -131,8 +131,7 @@ def compared(found: dict, offset: float = -0.01) -> tuple[list[dict], str]:
 
     Differences in points with the interval of a paired bootstrap over test images.
     """
-    rows = [row for row in found["comparison"] if abs(row["offset"] - offset) < 1e-9]
-    return _differences(rows), _equal_caption(found, offset)
+    return _differences(where(found["comparison"], offset=offset)), _equal_caption(found, offset)
 
 
 @tabled("finetuning", "best")
@@ -165,7 +164,7 @@ def evaluation(found: dict) -> tuple[list[dict], str]:
                 low, high = row["band"]
                 cells = {
                     "network": network["network"] + "*" * bool(network.get("findings")), "norm": norm_symbol(key[1]),
-                    "p": "∞" if key[2] == float("inf") else f"{key[2]:g}", "δ": key[0],
+                    "p": order_symbol(key[2]), "δ": key[0],
                     "clean": percent(network["clean"]["accuracy"]), "W-PGD": percent(attacks[key]["accuracy"]),
                     "optimal (upper bound)": percent(row["accuracy"]), "95 %": f"{100 * low:.1f}–{100 * high:.1f}",
                 }  # fmt: skip
@@ -206,10 +205,8 @@ def overview(found: dict, r: float | str = "inf") -> tuple[list[dict], str]:
 def verified(found: dict) -> tuple[list[dict], str]:
     """The handed-out adversarial sets: claimed against re-measured accuracy and W_p cost."""
     rows = [
-        {
-            "network": row["network"], "claimed %": percent(row["claimed"]), "measured %": percent(row["measured"]),
-            "W_p / δ": f"{row['measured_cost'] / row['threat']['delta']:.6f}", "in the box": str(row["in_box"]),
-        }
+        {"network": row["network"], "claimed %": percent(row["claimed"]), "measured %": percent(row["measured"]),
+         "W_p / δ": f"{row['measured_cost'] / row['threat']['delta']:.6f}", "in the box": str(row["in_box"])}
         for row in found["sets"]
     ]  # fmt: skip
     return rows, "The adversarial distribution of the optimal allocation, measured again."
@@ -235,12 +232,10 @@ def converged(found: dict) -> tuple[list[dict], str]:
 def probed(found: dict) -> tuple[list[dict], str]:
     """Probes inside certified balls, and how many changed the prediction: one would refute the certificates."""
     rows = [
-        {
-            "network": row["network"], "norm": norm_symbol(row["r"]),
-            "certified images": str(row["images"]), "probes": str(row["probes"]), "violations": str(row["violations"]),
-        }
+        {"network": row["network"], "norm": norm_symbol(row["r"]), "certified images": str(row["images"])}
+        | {name: str(row[name]) for name in ("probes", "violations")}
         for row in found.get("probes", [])
-    ]  # fmt: skip
+    ]
     return rows, "Attacks inside the certified balls."
 
 
@@ -248,10 +243,8 @@ def probed(found: dict) -> tuple[list[dict], str]:
 def ranks(found: dict) -> tuple[list[dict], str]:
     """How far W_∞ and W₂ order the networks alike, at each radius: Kendall's tau and the pairs in reversed order."""
     rows = [
-        {
-            "norm": row["norm"], "δ": row["written"], "Kendall's τ": f"{row['tau']:.2f}",
-            "pairs reversed": f"{row['reversed']} of {row['pairs']}",
-        }
+        {"norm": row["norm"], "δ": row["written"], "Kendall's τ": f"{row['tau']:.2f}",
+         "pairs reversed": f"{row['reversed']} of {row['pairs']}"}
         for row in rank_rows(found)
     ]  # fmt: skip
     return rows, "Order of the networks under W_∞ and under W₂ at the same radius (ties count as neither)."
@@ -262,12 +255,11 @@ def dual(found: dict) -> tuple[list[dict], str]:
     """Mean cross-entropy V(δ) reached by W-PGD (its highest iterate) and by the dual attack, and its estimate."""
     rows = []
     for network in found["networks"]:
-        attacks = {ball(a["threat"]): a for a in network["attacks"] if a["attack"] == "w-pgd" and a["loss"] == "ce"}
-        for row in network.get("dual", []):
-            written, r, p = key = ball(row["threat"])
-            if p == 2 and key in attacks:
+        for row in where(network.get("dual", []), p=2):
+            r, written = row["threat"]["r"], row["threat"]["written"]
+            for attack in where(network["attacks"], attack="w-pgd", loss="ce", p=2, r=r, written=written):
                 values = {
-                    "V(0)": network["clean"]["losses"]["ce"]["v0"], "W-PGD": attacks[key]["highest_loss"],
+                    "V(0)": network["clean"]["losses"]["ce"]["v0"], "W-PGD": attack["highest_loss"],
                     "dual attack": row["loss_value"], "estimate": row["estimate"],
                 }  # fmt: skip
                 cells = {name: f"{value:.3f}" for name, value in values.items()}
@@ -283,7 +275,7 @@ def failures(found: dict) -> tuple[list[dict], str]:
         rows = evaluation_rows(found, r)
         for network, loss in dict.fromkeys((row["network"], loss) for row in rows for loss in row["bounds"]):
             cells = frame.setdefault((network, r), {"network": network, "norm": norm_symbol(r)})
-            own = [row for row in rows if row["network"] == network and loss in row["bounds"]]
+            own = [row for row in where(rows, network=network) if loss in row["bounds"]]
             bounds = [(row["written"], row["bounds"][loss]["r_l"], row["ratio"]) for row in own]
             above = [f"{written} ({r_l:.2f} > {ratio:.2f})" for written, r_l, ratio in bounds if r_l > ratio + 1e-9]
             cells[loss_name(loss)] = next(iter(above), "–")

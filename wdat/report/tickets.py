@@ -1,54 +1,54 @@
 """Table, figures and quotable numbers of sparse networks, from their record. No torch."""
 
+from collections.abc import Callable
+
 import numpy as np
 
-from wdat.report.canvas import Drawing, canvas, drawn, legend_below, look, outer_labels, plain_log, points
-from wdat.report.rows import percent, signed
+from wdat.report.canvas import Drawing, canvas, drawn, outer_labels
+from wdat.report.looks import look, plain_log, points
+from wdat.report.rows import mean_std, names, percent, signed, where
 from wdat.report.table import tabled
 
-
-def _mean(rows: list[dict], *keys: str) -> tuple[float, float, int]:
-    """Mean over seeds of a number in rows, its standard deviation, 0 for one, and how many."""
-    values = []
-    for row in rows:
-        for key in keys:
-            row = row[key]
-        values.append(row)
-    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0, len(values)
+BY = ("method", "density")
 
 
-def _groups(found: dict) -> dict[tuple[str, float], list[dict]]:
-    groups: dict[tuple[str, float], list[dict]] = {}
-    for row in found["rows"]:
-        groups.setdefault((row["method"], row["density"]), []).append(row)
-    return groups
+def _columns(found: dict) -> dict[str, Callable[[dict], float]]:
+    """Accuracies by heading."""
+    columns = {"clean": lambda row: row["clean"]}
+    for name, key in (("W_∞", "pointwise"), ("W₂", "optimal")):
+        columns |= {f"{name} {d}": lambda row, key=key, d=d: row[key][d] for d in found["rows"][0][key]}
+    return columns
 
 
-def _columns(found: dict) -> dict[str, tuple[str, ...]]:
-    """Columns of accuracies by heading."""
-    first = found["rows"][0]
-    columns = {"clean": ("clean",)}
-    columns |= {f"W_∞ {d}": ("pointwise", d) for d in first["pointwise"]}
-    return columns | {f"W₂ {d}": ("optimal", d) for d in first["optimal"]}
+def _middle(values: list) -> list:
+    """The middle one, the lower of two; nothing of nothing."""
+    return values[(len(values) - 1) // 2 :][:1]
+
+
+def _sparse(found: dict) -> tuple[list[str], list[float]]:
+    """Methods and densities, without the dense network."""
+    rows = [row for row in found["rows"] if row["method"] != "dense"]
+    return names(rows, "method"), sorted({row["density"] for row in rows})
 
 
 @tabled("tickets")
 def tickets(found: dict) -> tuple[list[dict], str]:
     """Accuracies and the kernel's distance to the dense network's, mean ± standard deviation over seeds."""
-    rows, columns = [], _columns(found)
-    for (method, density), own in sorted(_groups(found).items(), key=lambda item: -item[0][1]):
+    rows, means = [], {name: mean_std(found["rows"], value, *BY) for name, value in _columns(found).items()}
+    for method, density in sorted(means["clean"], key=lambda group: -group[1]):
+        own = where(found["rows"], method=method, density=density)
         cells = {"density": f"{density:g}", "mask": method}
-        cells |= {name: percent(*_mean(own, *keys)) for name, keys in columns.items()}
+        cells |= {name: percent(*groups[method, density]) for name, groups in means.items()}
         for place, when in ((0, "start"), (-1, f"epoch {own[0]['kernel'][-1]['epoch']}")):
             distance = np.mean([row["kernel"][place]["to_dense"] for row in own])
             cells[f"kernel ({when})"] = f"{distance:.2f}"
         rows.append(cells)
-    seeds = len({row["seed"] for row in found["rows"]})
     caption = (
         f"Sparse networks trained alike, by density and by how the mask was chosen: percent correct on "
         f"{found['n_test']} images, clean, pointwise (W_∞) and under W₂ by optimal allocation over the nearest "
-        f"adversarial examples found (upper bounds); mean ± standard deviation over {seeds} seeds. Kernel: relative "
-        "distance of the adversarial tangent kernel to the dense network's of the same epoch and seed. " + _rates(found)
+        f"adversarial examples found (upper bounds); mean ± standard deviation over {len(names(found['rows'], 'seed'))}"
+        " seeds. Kernel: relative distance of the adversarial tangent kernel to the dense network's of the same epoch "
+        "and seed. " + _rates(found)
     )
     return rows, caption
 
@@ -71,48 +71,43 @@ def density(found: dict) -> Drawing:
 
     Bars: standard deviation over seeds.
     """
-    groups, columns = _groups(found), list(_columns(found).items())
-    n, m = len(found["rows"][0]["pointwise"]), len(found["rows"][0]["optimal"])
-    shown = [columns[0], *columns[1 + (n - 1) // 2 : 2 + (n - 1) // 2], columns[1 + n + (m - 1) // 2]]
-    methods = [name for name in dict.fromkeys(row["method"] for row in found["rows"]) if name != "dense"]
+    columns, (methods, densities) = list(_columns(found).items()), _sparse(found)
+    n = 1 + len(found["rows"][0]["pointwise"])
+    shown = [columns[0], *_middle(columns[1:n]), *_middle(columns[n:])]
     figure, axes = canvas(1, len(shown), 2.2, sharex=True)
-    for axis, (title, keys) in zip(axes[0], shown, strict=True):
+    for axis, (title, value) in zip(axes[0], shown, strict=True):
+        means = mean_std(found["rows"], value, *BY)
         for number, method in enumerate(methods):
-            own = sorted((d, rows) for (name, d), rows in groups.items() if name == method)
-            values = np.array([_mean(rows, *keys) for _, rows in own])
-            axis.errorbar([d for d, _ in own], points(values[:, 0]), points(values[:, 1]), capsize=2, label=method,
-                          **look(number))  # fmt: skip
-        axis.axhline(points(_mean(groups["dense", 1.0], *keys)[0]), color="grey", lw=1, label="dense")
+            at = [d for d in densities if (method, d) in means]
+            values = points([means[method, d][:2] for d in at])
+            axis.errorbar(at, *values.T, capsize=2, label=method, **look(number))
+        axis.axhline(points(means["dense", 1.0][0]), color="grey", lw=1, label="dense")
         title = title.replace("W_∞", r"$W_\infty$").replace("W₂", "$W_2$")
         axis.set(title=title, xscale="log", xlabel="density", ylabel="accuracy (%)")
-        plain_log(axis.xaxis, sorted({d for name, d in groups if name != "dense"}))
+        plain_log(axis.xaxis, densities)
     outer_labels(list(axes[0]))
-    axes[0, 0].set_ylabel("accuracy (%)")
-    legend_below(figure)
     return figure
 
 
-@drawn("tickets", "kernel")
+@drawn("tickets", "kernel", 4)
 def kernel(found: dict) -> Drawing:
     """Distance of the adversarial kernel to the dense network's along training, a panel a density; means over seeds.
 
     Grey: how far the dense network's own kernel has moved from its start.
     """
-    groups = _groups(found)
-    densities = sorted({d for name, d in groups if name != "dense"})
-    methods = [name for name in dict.fromkeys(row["method"] for row in found["rows"]) if name != "dense"]
+    methods, densities = _sparse(found)
     figure, axes = canvas(1, len(densities), 2.2, sharey=True)
-    dense = groups["dense", 1.0]
+    dense = where(found["rows"], method="dense")
     epochs = [point["epoch"] for point in dense[0]["kernel"]]
     for axis, d in zip(axes[0], densities, strict=True):
         for number, method in enumerate(methods):
-            values = [[point["to_dense"] for point in row["kernel"]] for row in groups[method, d]]
+            own = where(found["rows"], method=method, density=d)
+            values = [[point["to_dense"] for point in row["kernel"]] for row in own]
             axis.plot(epochs, np.mean(values, 0), label=method, **look(number))
         own = np.mean([[point["moved"] for point in row["kernel"]] for row in dense], 0)
         axis.plot(epochs[1:], own[1:], color="grey", label="dense, from its start")
         axis.set(title=f"density {d:g}", xlabel="epoch", ylabel="relative distance", yscale="log")
     outer_labels(list(axes[0]))
-    legend_below(figure, columns=4)
     return figure
 
 
@@ -122,27 +117,27 @@ def ticket_numbers(found: dict) -> dict[str, str]:
     PLACE: "sparse" and "large", the lowest and highest density; COLUMN: clean, pointwise, optimal (middle radii), and
     start, the kernel's distance at initialisation.
     """
-    groups, first = _groups(found), found["rows"][0]
-    densities = sorted({d for name, d in groups if name != "dense"})
-    middle = {key: list(first[key])[(len(first[key]) - 1) // 2] for key in ("pointwise", "optimal")}
-    columns = {"clean": ("clean",)} | {key: (key, radius) for key, radius in middle.items()}
-    made = {"n-train": str(found["n_train"]), "n-test": str(found["n_test"]), "networks": str(len(found["rows"])),
-            "seeds": str(len({row["seed"] for row in found["rows"]})), "parameters": f"{found['parameters']:,}",
+    rows, (methods, densities) = found["rows"], _sparse(found)
+    middle = {key: _middle(list(rows[0][key]))[0] for key in ("pointwise", "optimal")}
+    columns = {"clean": lambda row: row["clean"]}
+    columns |= {key: lambda row, key=key, radius=radius: row[key][radius] for key, radius in middle.items()}
+    made = {"n-train": str(found["n_train"]), "n-test": str(found["n_test"]), "networks": str(len(rows)),
+            "seeds": str(len(names(rows, "seed"))), "parameters": f"{found['parameters']:,}",
             "densities": ", ".join(f"{d:g}" for d in densities)}  # fmt: skip
     made |= {f"{key}.delta": radius for key, radius in middle.items()}
     made |= {"n-validation": str(found["n_validation"])} if "n_validation" in found else {}
     made |= {f"{method}.rate": f"{choice['rate']:g}" for method, choice in found.get("chosen", {}).items()}
-    dense = {name: _mean(groups["dense", 1.0], *keys)[0] for name, keys in columns.items()}
+    groups = {name: mean_std(rows, value, *BY) for name, value in columns.items()}
+    dense = {name: own["dense", 1.0][0] for name, own in groups.items()}
     made |= {f"dense.{name}": percent(value) for name, value in dense.items()}
-    methods = [name for name in dict.fromkeys(row["method"] for row in found["rows"]) if name != "dense"]
+    starts = mean_std(rows, lambda row: row["kernel"][0]["to_dense"], *BY)
     for place, d in (("sparse", densities[0]), ("large", densities[-1])):
         made[f"{place}.density"] = f"{d:g}"
-        for name, keys in columns.items():
-            means = {method: _mean(groups[method, d], *keys)[0] for method in methods}
+        for name, own in groups.items():
+            means = {method: own[method, d][0] for method in methods}
             made |= {f"{method}.{place}.{name}": percent(value) for method, value in means.items()}
             made |= {f"{method}.{place}.{name}.below": signed(v - dense[name]) for method, v in means.items()}
             made[f"{place}.{name}.first"] = max(means, key=means.get)
-        starts = {m: np.mean([row["kernel"][0]["to_dense"] for row in groups[m, d]]) for m in methods}
-        made |= {f"{method}.{place}.start": f"{value:.2f}" for method, value in starts.items()}
-        made[f"{place}.start.first"] = min(starts, key=starts.get)
+        made |= {f"{method}.{place}.start": f"{starts[method, d][0]:.2f}" for method in methods}
+        made[f"{place}.start.first"] = min(methods, key=lambda method: starts[method, d][0])
     return made

@@ -1,29 +1,17 @@
 """First-order theory: slope, images and losses of its attacks; the sensitivity and the rules that track it."""
 
 import numpy as np
+from matplotlib.axes import Axes
 
-from wdat.report.canvas import (
-    BLUE,
-    GREY,
-    ORANGE,
-    Drawing,
-    canvas,
-    drawn,
-    legend_below,
-    look,
-    order,
-    panels,
-    plain_log,
-    points,
-    short,
-)
-from wdat.report.rows import loss_name
+from wdat.report.canvas import Drawing, canvas, drawn
+from wdat.report.looks import BLUE, GREY, ORANGE, look, order, plain_log, points, short
+from wdat.report.rows import loss_name, names, where
 
 
-@drawn("attack-theory", "slope")
+@drawn("attack-theory", "slope", 5)
 def theory(found: dict) -> Drawing:
     """Measured loss against V(0) + delta upsilon, and the remainder's order, for each loss at p = 2."""
-    rows = [row for row in found["theory"] if float(row["p"]) == 2]
+    rows = where(found["theory"], p=2)
     figure, axes = canvas(1, len(rows) + 1, 2.3)
     last = axes[0, -1]
     for number, (axis, row) in enumerate(zip(axes[0], rows, strict=False)):
@@ -41,7 +29,6 @@ def theory(found: dict) -> Drawing:
     guide = np.array([delta.min(), delta.max()])
     last.loglog(guide, np.abs(rest[-1]) * (guide / guide[-1]) ** 2, "-", color=GREY, lw=1, label="slope 2")
     last.set(title="W-FGSM's remainder", xlabel=r"radius $\delta$", ylabel="absolute remainder")
-    legend_below(figure, 5)
     return figure
 
 
@@ -68,44 +55,41 @@ def images(found: dict) -> Drawing:
     return figure
 
 
-@drawn("attack-theory", "losses")
+@drawn("attack-theory", "losses", title="attack loss")
 def losses(found: dict) -> Drawing:
     """Adversarial accuracy and wasted budget by attack loss, over delta, at p = 2 and the largest order."""
     orders = sorted({float(row["p"]) for row in found["theory"]})
     figure, axes = canvas(1, len(orders) + 1, 2.2)
     for axis, p in zip(axes[0], orders, strict=False):
-        for number, row in enumerate(row for row in found["theory"] if float(row["p"]) == p):
+        for number, row in enumerate(where(found["theory"], p=p)):
             delta = [0, *(point["delta"] for point in row["points"])]
             accuracy = [found["accuracy"], *(point["w_pgd"]["accuracy"] for point in row["points"])]
             axis.plot(delta, points(accuracy), **look(number), label=loss_name(row["loss"]))
         axis.set(title=f"W-PGD, p = {order(p)}", xlabel=r"radius $\delta$", ylabel="adversarial accuracy (%)")
     axis = axes[0, -1]
-    for number, row in enumerate(row for row in found["theory"] if float(row["p"]) == orders[0]):
+    for number, row in enumerate(where(found["theory"], p=orders[0])):
         wasted = points([point["wasted"] for point in row["points"]])
         axis.plot([point["delta"] for point in row["points"]], wasted, **look(number))
     axis.set(title=f"spent on wrong images, p = {order(orders[0])}", xlabel=r"radius $\delta$")
     axis.set_ylabel(r"share of $\delta^p$ (%)")
-    legend_below(figure, title="attack loss")
     return figure
 
 
 @drawn("sensitivity")
 def sensitivity(found: dict) -> Drawing:
     """Upsilon across networks, losses and orders; the error of a subset against what it claims."""
-    names = list(dict.fromkeys(row["network"] for row in found["upsilon"]))
-    kinds = list(dict.fromkeys(row["loss"] for row in found["upsilon"]))
+    networks, kinds = names(found["upsilon"]), names(found["upsilon"], "loss")
     figure, axes = canvas(1, len(kinds) + 1, 2.4)
     for axis, loss in zip(axes[0], kinds, strict=False):
-        for number, name in enumerate(names):
-            own = [row for row in found["upsilon"] if row["network"] == name and row["loss"] == loss]
-            own.sort(key=lambda row: float(row["p"]))
+        for number, name in enumerate(networks):
+            own = sorted(where(found["upsilon"], network=name, loss=loss), key=lambda row: float(row["p"]))
             axis.plot(range(len(own)), [row["upsilon"] for row in own], **look(number), label=short(name))
             axis.set_xticks(range(len(own)), [order(row["p"]) for row in own])
         axis.set(title=loss_name(loss), xlabel="Wasserstein order p", ylabel=r"sensitivity $\Upsilon$", yscale="log")
         plain_log(axis.yaxis)
     axis = axes[0, -1]
-    for number, name in enumerate(names):
-        own = [row for row in found["subset"] if row["network"] == name]
+    for number, name in enumerate(networks):
+        own = where(found["subset"], network=name)
         sizes, shape = [row["size"] for row in own], look(number)
         axis.plot(sizes, points([row["error"] for row in own]), **shape | {"linestyle": "none"})
         axis.plot(sizes, points([row["claimed"] for row in own]), **shape | {"marker": "", "lw": 1})
@@ -113,20 +97,15 @@ def sensitivity(found: dict) -> Drawing:
     axis.set(ylabel="relative error (%)", xscale="log", yscale="log")
     plain_log(axis.xaxis, sorted({row["size"] for row in found["subset"]}))
     plain_log(axis.yaxis)
-    legend_below(figure)
     return figure
 
 
-@drawn("upsilon-rules")
-def rules(found: dict) -> Drawing:
+@drawn("upsilon-rules", each="rules", height=1.7, sharex=True, sharey=True)
+def rules(axis: Axes, row: dict, found: dict) -> None:
     """Drift of upsilon during fine-tuning, each rule's value beside the truth, and error against cost."""
-    figure, axes = panels(len(found["rules"]), 3, 1.7, sharex=True, sharey=True)
-    for axis, row in zip(axes, found["rules"], strict=True):
-        epochs = [t["step"] / found["steps_per_epoch"] for t in row["trace"]]
-        axis.plot(epochs, [t["true"] for t in row["trace"]], color=ORANGE, lw=2.6, alpha=0.7, label="full pass")
-        axis.plot(epochs, [t["tracked"] for t in row["trace"]], color=BLUE, lw=0.9, label="rule")
-        axis.set(title=f"{row['rule']}\n{100 * row['rms']:.0f} % off, cost +{100 * row['share']:.1f} %")
-        axis.set(xlabel="epoch", ylabel=r"$\Upsilon$", yscale="log")
-        plain_log(axis.yaxis)
-    legend_below(figure)
-    return figure
+    epochs = [t["step"] / found["steps_per_epoch"] for t in row["trace"]]
+    axis.plot(epochs, [t["true"] for t in row["trace"]], color=ORANGE, lw=2.6, alpha=0.7, label="full pass")
+    axis.plot(epochs, [t["tracked"] for t in row["trace"]], color=BLUE, lw=0.9, label="rule")
+    axis.set(title=f"{row['rule']}\n{100 * row['rms']:.0f} % off, cost +{100 * row['share']:.1f} %")
+    axis.set(xlabel="epoch", ylabel=r"$\Upsilon$", yscale="log")
+    plain_log(axis.yaxis)

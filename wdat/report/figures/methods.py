@@ -4,22 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from wdat.report.canvas import (
-    BLUE,
-    GREY,
-    ORANGE,
-    PAGE,
-    SYMBOLS,
-    Drawing,
-    canvas,
-    drawn,
-    legend_below,
-    look,
-    panels,
-    points,
-    short,
-)
-from wdat.report.rows import best_rows, equal_rows, mean_std, shown, signed
+from wdat.report.canvas import PAGE, Drawing, canvas, drawn, panels
+from wdat.report.looks import BLUE, GREY, ORANGE, SYMBOLS, look, points, short
+from wdat.report.rows import best_rows, equal_rows, mean_std, names, shown, signed, where
 
 OFFSET = -0.01  # the clean accuracy given up at which methods are compared
 TINTS = ("#56b4e9", BLUE, "#003a5c")  # of a proposed method by radius, small to large
@@ -27,7 +14,7 @@ RING = {"marker": "o", "ms": 9, "mfc": "none", "mew": 1.1, "mec": ORANGE, "ls": 
 GREYS = ("#c4c4c4", "#8c8c8c", "#4d4d4d")  # of a baseline
 
 
-@drawn("finetuning", "equal-clean")
+@drawn("finetuning", "equal-clean", 3)
 def equal_clean(found: dict) -> Drawing:
     """Every method minus the best baseline, in points of accuracy by optimal allocation, at equal clean accuracy.
 
@@ -37,12 +24,11 @@ def equal_clean(found: dict) -> Drawing:
     """
     radii = [threat["written"] for threat in found["threats"]]
     everything = equal_rows(found, OFFSET)
-    networks = list(dict.fromkeys(row["network"] for row in everything))
+    networks, methods = names(everything), len(names(everything, "method"))
     floor = -1.3 * max([5.0, *(100 * row["high"] for row in everything if row["high"] is not None)])
-    methods = len({row["method"] for row in everything})
     figure, axes = panels(len(networks), 2, 0.6 + 0.2 * methods, sharex=True)
     for axis, network in zip(axes, networks, strict=True):
-        rows = [row for row in everything if row["network"] == network]
+        rows = where(everything, network=network)
         ranked = _ranked(rows, floor)
         axis.axvline(0, color="black", lw=0.8)
         for row in [row for row in rows if row["value"] is not None]:
@@ -69,7 +55,6 @@ def equal_clean(found: dict) -> Drawing:
     axes[0].plot([], [], "s", color=BLUE, label="proposed, with 95 % interval")
     axes[0].plot([], [], "s", color=GREYS[1], label="baseline")
     axes[0].plot([], [], **RING, label="best of all at this radius")
-    legend_below(figure, 3)
     return figure
 
 
@@ -83,7 +68,7 @@ def _ranked(rows: list[dict], floor: float) -> list[str]:
 
 def _verdict(found: dict, network: str, delta: str) -> str:
     """The best proposed method against the best baseline at one radius, with its interval."""
-    row = next((row for row in best_rows(found, OFFSET) if (row["network"], row["delta"]) == (network, delta)), None)
+    row = next(iter(where(best_rows(found, OFFSET), network=network, delta=delta)), None)
     best = row and row["differences"]["best baseline"]
     if not best or best["value"] is None:
         return "not both reach this clean accuracy"
@@ -91,7 +76,7 @@ def _verdict(found: dict, network: str, delta: str) -> str:
     return rf"best proposed {value} [{low}, {high}] at $\delta$ = {delta}"
 
 
-@drawn("finetuning")
+@drawn("finetuning", "", 3)
 def tradeoff(found: dict) -> Drawing:
     """Accuracy by optimal allocation against clean accuracy: a column a network, a row a radius.
 
@@ -100,7 +85,7 @@ def tradeoff(found: dict) -> Drawing:
     pre-trained network; settings that lose more than 5 points of clean accuracy are not drawn.
     """
     runs, compared = found["runs"], best_rows(found)
-    networks = list(dict.fromkeys(run["network"] for run in runs))
+    networks = names(runs)
     radii = [threat["written"] for threat in found["threats"]]
     figure, axes = canvas(len(radii), len(networks), 1.35, sharex="col")
     clean = mean_std(runs, lambda run: run["after"]["clean"])
@@ -114,9 +99,8 @@ def tradeoff(found: dict) -> Drawing:
                 own = [k for k in own if 100 * clean[k][0] >= start - 5]
                 axis.plot([100 * clean[k][0] for k in own], [100 * robust[k][0] for k in own], marker, ms=3, alpha=0.5,
                           color=colour, label="settings, " + ("proposed" if proposed else "baselines"))  # fmt: skip
-            rows = [r for r in compared if (r["network"], r["delta"]) == (network, written)]
-            rows = sorted((r for r in rows if r["differences"]["best baseline"]["value"] is not None),
-                          key=lambda r: r["offset"])  # fmt: skip
+            rows = sorted(where(compared, network=network, delta=written), key=lambda r: r["offset"])
+            rows = [r for r in rows if r["differences"]["best baseline"]["value"] is not None]
             at = [100 * row["clean"] for row in rows]
             base = points([row["accuracy"]["best baseline"] for row in rows])
             gain = [
@@ -132,27 +116,26 @@ def tradeoff(found: dict) -> Drawing:
         axis.set_title(short(network), fontsize=7)
     for axis in axes[-1]:
         axis.set_xlabel("clean (%)")
-    legend_below(figure, 3)
     return figure
 
 
 @drawn("finetuning", "variants")
 def variants(found: dict) -> Drawing:
     """Every variant of the first network: clean accuracy and that by optimal allocation; lines: pre-trained."""
-    runs = [run for run in found["runs"] if run["network"] == found["runs"][0]["network"]]
-    names = [v for v in dict.fromkeys(run["variant"] for run in runs) if v != "before"]
+    runs = where(found["runs"], network=found["runs"][0]["network"])
+    own = [v for v in names(runs, "variant") if v != "before"]
     columns = [("clean", lambda run: run["after"]["clean"])]
     for threat in found["threats"]:
         d = threat["written"]
         columns.append((rf"$A_\delta$, $\delta$ = {d}", lambda run, d=d: run["after"]["optimal"][d]))
-    figure, axes = canvas(1, len(columns), 0.8 + 0.16 * len(names), sharey=True)
+    figure, axes = canvas(1, len(columns), 0.8 + 0.16 * len(own), sharey=True)
     for axis, (title, value) in zip(axes[0], columns, strict=True):
-        groups = mean_std(runs, value)
-        axis.axvline(100 * groups[runs[0]["network"], "before"][0], color=GREY, lw=1.2)
-        for row, name in enumerate(names):
-            mean, spread, _ = groups[runs[0]["network"], name]
+        groups = mean_std(runs, value, "variant")
+        axis.axvline(100 * groups["before"][0], color=GREY, lw=1.2)
+        for row, name in enumerate(own):
+            mean, spread, _ = groups[name]
             axis.errorbar(100 * mean, row, xerr=100 * spread, fmt="o", lw=1, color=BLUE)
-        axis.set(title=title, xlabel="% correct", yticks=range(len(names)), yticklabels=names)
+        axis.set(title=title, xlabel="% correct", yticks=range(len(own)), yticklabels=own)
         axis.grid(axis="y", lw=0.4, alpha=0.5)
     axes[0, 0].invert_yaxis()
     figure.suptitle(
@@ -166,16 +149,15 @@ def _of_terms(row: dict, key: str) -> float:
     return next((term[key] for term in row["terms"] if key in term), np.nan)
 
 
-@drawn("finetuning", "histories")
+@drawn("finetuning", "histories", 3)
 def histories(found: dict, names: Sequence[str] = ()) -> Drawing:
     """Training curves of some variants (default: the first six) on the first network, one seed each.
 
     Validation accuracy, clean and by W-PGD under the evaluation's threat; tracked upsilon; mean gradient norm.
     """
-    first = found["runs"][0]["network"]
     runs: dict[str, dict] = {}
-    for run in found["runs"]:
-        if run["network"] == first and not run["before"] and run["history"]:
+    for run in where(found["runs"], network=found["runs"][0]["network"], before=False):
+        if run["history"]:
             runs.setdefault(run["variant"], run)
     runs = {name: runs[name] for name in (names or list(runs)[:6])}
     columns = (
@@ -193,5 +175,4 @@ def histories(found: dict, names: Sequence[str] = ()) -> Drawing:
                           label=variant)  # fmt: skip
         axis.set(title=title, xlabel="epoch")
         axis.locator_params(axis="x", integer=True, nbins=5)
-    legend_below(figure, 3)
     return figure
