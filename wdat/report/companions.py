@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from wdat.report.classwise import CHANGES, COLUMNS, PGD, plain_pgd, raised, spread_of, twins
 from wdat.report.quotable import _counted, _places, _spread
+from wdat.report.randomised import margins
 from wdat.report.rows import mean_columns, mean_std, names, norm_name, percent, signed, where
 from wdat.report.slow_start import COLUMNS as SLOW
 
@@ -92,24 +93,49 @@ def _slow_start_numbers(results: dict) -> dict[str, str]:
 
 
 def _randomised_numbers(results: dict) -> dict[str, str]:
-    """SIGMA.clean.change.* and SIGMA.NORM.DELTA.gain.*: points, over networks; ".above": on how many it is positive.
+    """SIGMA.clean.change.*, points, and NORM.RADIUS.*, over networks at the chosen sigmas (`randomised.margins`).
 
-    change: accuracy of one draw minus the clean accuracy of the network before; gain: what is certified of one draw (a
-    lower bound) minus what optimal allocation left of the network before (an upper bound).
+    change: accuracy of one draw minus the clean accuracy without noise, also "clean.change.*" at the chosen sigmas.
+    RADIUS is as written and small, middle, large; gain.*: what is certified of one draw (a lower bound) minus the most
+    that optimal allocation leaves of the network and its fine-tunings (an upper bound); above: on how many it is
+    positive; aim and met: how many points it should be, and on how many it is; "aims.met": of all together. gap.*: of
+    the brackets, attack through the noise minus certified.
     """
     first = results["networks"][0]
-    found = {"n": str(first["n"]), "draws": f"{first['draws']:.0f}", "confidence": f"{100 * first['confidence']:g}"}
+    found = {"n": str(first["n"]), "confidence": f"{100 * first['confidence']:g}"}
     for sigma in names(results["networks"], "sigma"):
-        own = {n["network"]: n for n in where(results["networks"], sigma=sigma) if "before" in n}
-        found["networks"] = str(len(own))
-        changes = {name: n["accuracy"] - n["before"]["clean"] for name, n in own.items()}
-        found |= _spread(f"{sigma:g}.clean.change", changes, signed)
-        for number, row in enumerate(first["threats"]):
-            key = f"{sigma:g}.{norm_name(row['threat']['r'])}.{row['threat']['written']}"
-            gains = {k: n["threats"][number]["lower"] - n["before"]["threats"][number]["upper"] for k, n in own.items()}
-            found |= _spread(f"{key}.gain", gains, signed)
-            found[f"{key}.above"] = _counted(gain > 0 for gain in gains.values())
-    return found
+        if own := [n for n in where(results["networks"], sigma=sigma) if "before" in n]:
+            found[f"{sigma:g}.draws"] = f"{max(n['draws'] for n in own):,.0f}"
+            changes = {n["network"]: n["accuracy"] - n["before"]["clean"] for n in own}
+            found |= _spread(f"{sigma:g}.clean.change", changes, signed)
+    rows = {row["network"]: row for row in margins(results)}
+    if not rows:
+        return found
+    found |= {"networks": str(len(rows)), "tunings": " and ".join(first["tunings"]),
+              "validation": str(first.get("validation", {}).get("n", 0)),
+              "fewest": str(min(row["n"] for row in rows.values()))}  # fmt: skip
+    found |= _spread("clean.change", {name: row["change"] for name, row in rows.items()}, signed)
+    found |= _verdict("clean.", results["aims"]["clean"], kept := [row["kept"] for row in rows.values()])
+    every, threats = kept, [row["threat"] for row in first["threats"]]
+    for number, threat in enumerate(threats):
+        at = {name: row["threats"][number] for name, row in rows.items()}
+        met = [row["met"] for row in at.values()]
+        own = {"delta": threat["written"], **_spread("gain", {k: row["gain"] for k, row in at.items()}, signed)}
+        own["above"] = _counted(row["gain"] > 0 for row in at.values())
+        own |= _verdict("", results["aims"]["threats"][number], met)
+        chosen = [n for n in results["networks"] if "bracket" in n and n["sigma"] == at[n["network"]]["sigma"]]
+        ends = {n["network"]: n["bracket"]["threats"][number] for n in chosen}
+        own |= _spread("gap", {name: end["upper"] - end["lower"] for name, end in ends.items()})
+        places = _places(t["written"] for t in where(threats, r=threat["r"]))
+        for place in (threat["written"], *(place for place, written in places if written == threat["written"])):
+            found |= {f"{norm_name(threat['r'])}.{place}.{key}": text for key, text in own.items()}
+        every = every + met
+    return found | _verdict("aims.", 0, [met for met in every if met is not None])
+
+
+def _verdict(key: str, aim: float | None, met: list[bool]) -> dict[str, str]:
+    """How many points are the aim, and in how many cases it is met; nothing where there is none."""
+    return {} if aim is None else {f"{key}aim": f"{aim:+g}", f"{key}met": _counted(met)}
 
 
 def _key(variant: str) -> str:

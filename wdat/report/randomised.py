@@ -1,13 +1,16 @@
-"""Table and figure of a certified randomised network, from its record. No torch."""
+"""Tables and figures of certified randomised networks, from their record. No torch."""
 
 import numpy as np
 from matplotlib.axes import Axes
 
 from wdat.report.canvas import drawn
-from wdat.report.looks import COLOURS, GREEN, GREY, ORANGE, norm, over_radius, points, short
-from wdat.report.rows import names, norm_symbol, order_symbol, percent, where
+from wdat.report.looks import BLUE, COLOURS, GREEN, GREY, ORANGE, PINK, norm, over_radius, points, short
+from wdat.report.rows import names, norm_symbol, order_symbol, percent, signed, where
 from wdat.report.table import tabled
 
+AS_IT_WAS = "as published"
+CHOSEN = "*: the σ chosen there on validation images."
+LEFT = (("s", GREY), ("o", ORANGE), ("D", PINK), ("v", BLUE))  # marks of what attack leaves: as it was, fine-tuned
 BY = {"every image at once": "every image", "the mean alone": "mean"}
 
 
@@ -21,12 +24,13 @@ def certified(found: dict) -> tuple[list[dict], str]:
             threat = row["threat"]
             name = network["network"] + (f" ({percent(before['clean'])})" if before else "")
             cells = {
-                "network": name, "σ": f"{network['sigma']:g}", "norm": norm_symbol(threat["r"]),
+                "network": name, "σ": _sigma(found, network, number), "norm": norm_symbol(threat["r"]),
                 "p": order_symbol(threat["p"]), "δ": threat["written"],
             }  # fmt: skip
-            if before:
-                cells["before (upper)"] = percent(before["threats"][number]["upper"])
+            for name, left in _left(network).items():
+                cells[f"{name} (upper)"] = percent(left["threats"][number]["upper"])
             cells |= {
+                "n": f"{network['n']}", "draws": f"{network['draws']:.0f}",
                 "accuracy": percent(network["accuracy"]), "certified": percent(row["lower"]),
                 "by": BY[row["statement"]], "every image": percent(row["every_image"]), "vote": percent(row["vote"]),
             }  # fmt: skip
@@ -34,17 +38,16 @@ def certified(found: dict) -> tuple[list[dict], str]:
                 both = bracket["threats"][number]
                 cells[f"bracket (n = {bracket['n']})"] = f"{percent(both['lower'])}–{percent(both['upper'])}"
             rows.append(cells)
-    first = found["networks"][0]
     caption = (
-        f"Percent correct on {first['n']} images of networks behind Gaussian noise of standard deviation σ, one draw a "
-        f"prediction, certified against every distribution in the ball with confidence {first['confidence']:g} from "
-        f"{first['draws']:.0f} draws an image, by the tighter of two statements: on every image, or on the mean alone. "
+        "Percent correct on n images of networks behind Gaussian noise of standard deviation σ, one draw a prediction, "
+        f"certified against every distribution in the ball with confidence {found['networks'][0]['confidence']:g} by "
+        "counts of so many draws an image, by the tighter of two statements: on every image, or on the mean alone. "
         "Vote: the majority of many draws. Bracket: on the images attacked, certified to what an attack leaves."
     )
-    if "before" in first:
+    if "before" in found["networks"][0]:
         caption += (
-            " Before: the network without noise, its clean accuracy in brackets, and what optimal allocation over the "
-            "nearest adversarial examples leaves, an upper bound."
+            " Upper: what optimal allocation over the nearest adversarial examples leaves of the network without noise,"
+            f" as it was (in brackets its clean accuracy) and fine-tuned. {CHOSEN}"
         )
     return rows, caption
 
@@ -56,18 +59,107 @@ def certified_overview(found: dict) -> tuple[list[dict], str]:
     for network in found["networks"]:
         before = network["before"]
         cells = {
-            "network": network["network"], "σ": f"{network['sigma']:g}",
+            "network": network["network"] + _fewer(found, network), "σ": f"{network['sigma']:g}",
             "clean": f"{percent(before['clean'])} → {percent(network['accuracy'])}",
         }  # fmt: skip
-        for row, old in zip(network["threats"], before["threats"], strict=True):
-            name = f"{norm_symbol(row['threat']['r'])} {row['threat']['written']}"
-            cells[name] = f"{percent(old['upper'])} / {percent(row['lower'])}"
+        for number, (row, old) in enumerate(zip(network["threats"], before["threats"], strict=True)):
+            mark = "*" * _is_chosen(found, network, number)
+            cells[_at(row["threat"])] = f"{percent(old['upper'])} / {percent(row['lower'])}{mark}"
         rows.append(cells)
     caption = (
-        f"Percent correct on {found['networks'][0]['n']} images under W₂: left of the network as it was by optimal "
-        "allocation, an upper bound / certified for one draw of the network behind noise, a lower bound."
+        f"Percent correct on {found['n']} images under W₂ (n: on fewer): left of the network as it was by optimal "
+        f"allocation, an upper bound / certified for one draw of the network behind noise, a lower bound. {CHOSEN}"
     )
     return rows, caption
+
+
+@tabled("randomised", "aims")
+def certified_aims(found: dict) -> tuple[list[dict], str]:
+    """One row a network: clean accuracy, and what is proved against the most that attack leaves, at the chosen sigmas.
+
+    At the threats that have an aim, or at all where none has; an aim that is missed is said to be. Without rows for
+    records that say no choice.
+    """
+    gained, rows = margins(found), []
+    if not gained:
+        return rows, ""
+    numbers = [k for k, aim in enumerate(found["aims"]["threats"]) if aim is not None]
+    for network in gained:
+        shown = [network["threats"][k] for k in numbers] or network["threats"]
+        sigmas = [f"{row['sigma']:g}" for row in shown]
+        cells = {"network": network["network"], "n": f"{network['n']}",
+                 "σ": " / ".join(sigmas if len(set(sigmas)) > 1 else sigmas[:1]),
+                 "clean": f"{percent(network['clean'])} {_points(network['change'], network['kept'])}"}  # fmt: skip
+        for row in shown:
+            points = _points(row["gain"], row["met"])
+            cells[_at(row["threat"])] = f"{percent(row['left'])} / {percent(row['lower'])} {points}"
+        rows.append(cells)
+    curves = " or ".join(dict.fromkeys(of for network in found["networks"] for of in _left(network)))
+    caption = (
+        f"Percent correct under W₂: the most that optimal allocation leaves of the network {curves}, an upper bound / "
+        "certified for one draw behind noise, a lower bound, and the difference in points. σ was chosen on validation "
+        "images; where it differs it is given for each radius. Clean: without noise, and what one draw changes."
+    )
+    aims = [f"{_at(gained[0]['threats'][k]['threat'])} {found['aims']['threats'][k]:+g}" for k in numbers]
+    aims += [f"clean {found['aims']['clean']:+g}"] if found["aims"]["clean"] is not None else []
+    return rows, caption + (f" Aims, in points: {', '.join(aims)}." if aims else "")
+
+
+def margins(found: dict) -> list[dict]:
+    """For each network what is proved more than attack leaves at best, behind the chosen noise; fractions, not points.
+
+    "network", "n", "clean" without noise, "change" of one draw against it, the lowest over the sigmas chosen where
+    there is an aim (anywhere, if there is none), "kept": whether this meets its aim (None without one). "threats", in
+    order: "threat", "sigma", "lower", "left", the most that attack leaves of the network or a fine-tuning, "of", its
+    name, "gain", the difference, and "met". Empty for records that say no choice.
+    """
+    rows = []
+    for name in names(found.get("chosen", [])):
+        own = {network["sigma"]: network for network in where(found["networks"], network=name)}
+        at, changes = [], {}
+        for number, choice in enumerate(where(found["chosen"], network=name)):
+            network, aim = own[choice["sigma"]], found["aims"]["threats"][number]
+            lower = network["threats"][number]["lower"]
+            left = {of: curve["threats"][number]["upper"] for of, curve in _left(network).items()}
+            best = max(left, key=left.get)
+            at.append({"threat": choice["threat"], "sigma": choice["sigma"], "lower": lower, "left": left[best],
+                       "of": best, "gain": lower - left[best], "met": _met(lower - left[best], aim)})  # fmt: skip
+            changes.setdefault(aim is not None, []).append(network["accuracy"] - network["before"]["clean"])
+        change, first = min(changes.get(True) or changes[False]), next(iter(own.values()))
+        rows.append({"network": name, "n": first["n"], "clean": first["before"]["clean"], "change": change,
+                     "kept": _met(change, found["aims"]["clean"]), "threats": at})  # fmt: skip
+    return rows
+
+
+def _met(value: float, aim: float | None) -> bool | None:
+    return None if aim is None else 100 * value >= aim
+
+
+def _points(value: float, met: bool | None) -> str:
+    return f"({signed(value)}{', missed' if met is False else ''})".replace("-", "−")
+
+
+def _left(network: dict) -> dict[str, dict]:
+    """What attack leaves without noise, by name of the network as it was and of its fine-tunings."""
+    return ({AS_IT_WAS: network["before"]} if "before" in network else {}) | network.get("tunings", {})
+
+
+def _is_chosen(found: dict, network: dict, number: int) -> bool:
+    threat = network["threats"][number]["threat"]
+    choice = {"network": network["network"], "threat": threat, "sigma": network["sigma"]}
+    return choice in found.get("chosen", [])
+
+
+def _sigma(found: dict, network: dict, number: int) -> str:
+    return f"{network['sigma']:g}" + "*" * _is_chosen(found, network, number)
+
+
+def _fewer(found: dict, network: dict) -> str:
+    return f" (n = {network['n']})" if network["n"] != found["n"] else ""
+
+
+def _at(threat: dict) -> str:
+    return f"{norm_symbol(threat['r'])} {threat['written']}"
 
 
 def _names(found: dict) -> list[str]:
@@ -102,25 +194,23 @@ def certified_curves(axis: Axes, name: str, found: dict, r: float | str = 2, p: 
 
 @drawn("randomised", "proved", 2, each=_names, height=1.9, sharex=True, sharey=True)
 def proved(axis: Axes, name: str, found: dict, r: float | str = 2, p: float = 2) -> None:
-    """What attack leaves of each network, and of it after W-TRADES, and what is proved of it behind noise.
+    """What attack leaves of each network, and of its fine-tunings, and what is proved of it behind noise.
 
-    Squares and circles: optimal allocation, upper bounds. Lines: certified for one draw, lower bounds, at each radius
-    the largest of the sigmas, by the statement on every image at once; triangles: by the tighter statement.
+    Squares, circles, diamonds: optimal allocation, upper bounds. Lines: certified for one draw, lower bounds, at each
+    radius the largest of the sigmas, by the statement on every image at once; triangles: by the tighter statement.
     """
     own, ball = where(found["networks"], network=name), {"p": p, "r": float(r)}
-    marks = (("before", "s", GREY, "left by attack: as published"),
-             ("tuned", "o", ORANGE, "left by attack: W-TRADES"))  # fmt: skip
-    for key, marker, colour, label in marks:
-        if left := own[0].get(key):
-            x, y = over_radius(where(left["threats"], **ball), "upper")
-            axis.plot([0.0, *x], [*points([left["clean"]]), *y], marker, ms=4, color=colour, label=label)
+    for (marker, colour), (of, left) in zip(LEFT, _left(own[0]).items(), strict=False):
+        x, y = over_radius(where(left["threats"], **ball), "upper")
+        axis.plot([0.0, *x], [*points([left["clean"]]), *y], marker, ms=4, color=colour, label=f"left by attack: {of}")
     curves = [curve for network in own for curve in where(network["curves"], **ball)]
     best = np.max([curve["every_image"] for curve in curves], axis=0)
     axis.plot(curves[0]["delta"], points(best), color=GREEN, label="proved behind noise: every image")
     marked = [over_radius(where(network["threats"], **ball), "lower") for network in own]
     best = np.max([y for _, y in marked], axis=0)
     axis.plot(marked[0][0], best, "^", ms=5, color=GREEN, label="proved behind noise: tighter statement")
-    axis.set(title=short(name), xlabel=rf"radius $\delta$ ($W_2$, {norm(r)})", ylabel="accuracy (%)", ylim=(0, 100))
+    title = short(name) + _fewer(found, own[0])
+    axis.set(title=title, xlabel=rf"radius $\delta$ ($W_2$, {norm(r)})", ylabel="accuracy (%)", ylim=(0, 100))
 
 
 def choice_in_words(found: dict) -> str:

@@ -43,7 +43,7 @@ def frontier(
     items = expand(variants, base)
     shared = {"work": work, "draws": draws, "batch_size": batch_size, "threats": threats}
     calls = [
-        Run(f"{name}, {item['variant']}, sigma={sigma:g}, seed {seed}", _trained,
+        Run(f"{name}, {item['variant']}, sigma={sigma:g}, seed {seed}", trained,
             {**shared, "network": name, "model": model, "item": item, "sigma": sigma, "seed": seed, "train": rest,
              "validation": held})
         for (name, model), sigma, item, seed in itertools.product(models.items(), sigmas, items, repeats)
@@ -89,7 +89,7 @@ def _best(rows: Sequence[dict], group: Callable[[dict], tuple], value: Callable[
     return [found[key][max(own, key=own.get)][0] for key, own in means.items()]
 
 
-def _trained(
+def trained(
     network: str, model: nn.Module, item: dict, sigma: float, seed: int, train: Data, validation: Data,
     threats: Sequence[Threat], work: Path, draws: int, batch_size: int,
 ) -> tuple[dict, nn.Module]:  # fmt: skip

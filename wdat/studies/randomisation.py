@@ -1,6 +1,6 @@
-"""Published networks and W-TRADES against the same networks behind noise: left by attack, and proved."""
+"""Published networks and fine-tuned ones against the same networks behind noise: left by attack, and proved."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -9,7 +9,9 @@ from torch import nn
 from wdat.accuracy.allocation import accuracy_curve
 from wdat.clock import spending
 from wdat.randomised.certify import certify
+from wdat.settings import check_names, read
 from wdat.studies.cache import Cache, distances
+from wdat.studies.frontier import trained
 from wdat.studies.jobs import Run, resident, run_all
 from wdat.threats.ball import Threat
 from wdat.training.loop import finetune
@@ -17,44 +19,107 @@ from wdat.training.recipes import make_recipe
 from wdat.zoo.data import Data
 from wdat.zoo.noise import Randomised
 
+VALIDATING = 200  # draws of every validation image
+METHOD = "noise alone"
+
 
 def randomised(
     models: dict[str, nn.Module], train: Data, test: Data, threats: Sequence[Threat], work: Path, *,
-    sigmas: Sequence[float], recipe: dict, search: dict, batch_size: int = 128, seed: int = 0, jobs: int = 1,
-    **settings,
+    sigmas: Sequence[float], draws: Sequence[int], recipe: dict, tunings: dict[str, dict], search: dict,
+    own: dict[str, dict] | None = None, aims: dict[str, float] | None = None, validation: float = 0.2,
+    batch_size: int = 128, seed: int = 0, jobs: int = 1, **settings,
 ) -> dict:  # fmt: skip
     """Each network fine-tuned with noise of each sigma and certified behind it; resumable by what lies in `work`.
 
-    "networks": a row for each network and sigma as `wdat.randomised.certify.certify` gives it (settings: its own), and
-    "before", of the network as it was: "clean" accuracy and what optimal allocation over minimal distances leaves at
-    each threat, an upper bound; "tuned", the same of it fine-tuned by W-TRADES at the middle l2 threat (of all, where
-    none is l2) by the same recipe. recipe: as for `make_recipe`, its noise set to sigma; search: of minimal distances.
+    Args:
+        sigmas, draws: standard deviations of the noise, and for each the draws of an image in the mean.
+        recipe: as for `make_recipe`, its noise set to sigma.
+        tunings: recipes of fine-tunings without noise by name, which attack is tried on as on the networks; search: of
+            minimal distances, for both.
+        own: of some networks, by name, what differs for them of all the above and of `settings`; and "n_train",
+            "n_test": fewer images, drawn with seed 0.
+        aims: points, by threat as text ("W_2 l2 1/4"), that should be proved more than the best attack leaves of the
+            network and its fine-tunings; by "clean", that one draw should gain (or, below 0, may lose) without attack.
+        validation: share of the training images on which sigma is chosen, where there are several: each network is
+            trained on the others for that, and once more on all for what is reported.
+        settings: of `wdat.randomised.certify.certify`.
+
+    Returns: "networks": a row for each network and sigma as `certify` gives it, with "before", of the network as it
+    was: "clean" accuracy and what optimal allocation over minimal distances leaves at each threat, an upper bound;
+    "tunings": the same of each; "validation": "n" images, "accuracy" of one draw and, at the threats, "plug_in"
+    (`wdat.randomised.certify.plug_in`). "chosen": of each network and threat the sigma of the largest plug-in, or the
+    only one. "aims": "clean" and those of the "threats" in their order, None where there is none.
+    ValueError for aims and `own` that fit no threat, network or setting, and for other than one number of draws for a
+    sigma.
     """
-    shared = {"test": test, "threats": threats, "work": work, "batch_size": batch_size}
-    left = {**shared, "search": search}
-    before = [Run(name, _before, {**left, "name": name, "model": model}) for name, model in models.items()]
-    known = dict(zip(models, run_all(before, jobs, desc="before", memory=resident()), strict=True))
-    own = [t for t in threats if t.r == 2] or list(threats)
-    ball = own[(len(own) - 1) // 2]
-    objective = {"kind": "w-trades", "delta": ball.written, "p": ball.p, "r": ball.r, "steps": 5}
-    tuned = {**left, "train": train, "recipe": {**recipe, "objective": objective, "init": "perturb"}, "seed": seed}
-    calls = [Run(f"{name}, W-TRADES", _tuned, {**tuned, "name": name, "model": m}) for name, m in models.items()]
-    tuned = dict(zip(models, run_all(calls, jobs, desc="W-TRADES", memory=resident()), strict=True))
-    given = {**shared, "train": train, "recipe": recipe, "seed": seed, "settings": settings}
-    calls = [
-        Run(f"{name}, sigma={sigma:g}", _behind_noise, {**given, "name": name, "model": model, "sigma": sigma})
-        for name, model in models.items() for sigma in sigmas
-    ]  # fmt: skip
-    found = run_all(calls, jobs, desc="noise", memory=resident())
-    return {
-        "n": len(test),
-        "networks": [{**row, "before": known[row["network"]], "tuned": tuned[row["network"]]} for row in found],
-    }  # fmt: skip
+    aimed = _aimed(aims or {}, threats)
+    usual = {"sigmas": sigmas, "draws": draws, "recipe": recipe, "tunings": tunings, "search": search, **settings}
+    plans = _plans(usual, own or {}, models, train, test)
+    shared = {"threats": threats, "work": work, "batch_size": batch_size, "seed": seed}
+    without, tried, behind = {}, {}, {}
+    for name, (plan, ours, theirs) in plans.items():
+        given = {**shared, "name": name, "model": models[name], "train": ours}
+        bare = {**given, "test": theirs, "search": plan["search"]}
+        without[name] = Run(name, _left, bare)
+        for tuning, its in plan["tunings"].items():
+            again = {**bare, "name": f"{name}-{tuning}", "recipe": its}
+            without[name, tuning] = Run(f"{name}, {tuning}", _left, again)
+        several = len(plan["sigmas"]) > 1
+        rest, held = ours.split_off(validation, seed=0) if several else (ours, None)
+        for sigma, number in zip(plan["sigmas"], plan["draws"], strict=True):
+            title, noisy = f"{name}, sigma={sigma:g}", {**given, "sigma": sigma, "recipe": plan["recipe"]}
+            certified = {key: plan[key] for key in settings} | {"draws": number}
+            behind[name, sigma] = Run(title, _behind_noise, {**noisy, "test": theirs, "settings": certified})
+            if several:
+                tried[name, sigma] = Run(title, _tried, {**noisy, "train": rest, "validation": held})
+    left, seen, found = (
+        dict(zip(runs, run_all(list(runs.values()), jobs, desc=desc, memory=resident()), strict=True))
+        for desc, runs in (("left by attack", without), ("validation", tried), ("behind noise", behind))
+    )
+    rows = []
+    for (name, sigma), row in found.items():
+        row = {"network": name, **row, "before": left[name]}
+        row["tunings"] = {tuning: left[name, tuning] for tuning in plans[name][0]["tunings"]}
+        rows.append(row | ({"validation": seen[name, sigma]} if (name, sigma) in seen else {}))
+    return {"n": len(test), "networks": rows, "chosen": _chosen(rows, threats), "aims": aimed}
 
 
-def _before(
-    name: str, model: nn.Module, test: Data, threats: Sequence[Threat], work: Path, batch_size: int, search: dict
-) -> dict:
+def _aimed(aims: dict[str, float], threats: Sequence[Threat]) -> dict:
+    points = {key: read(float, value, f"aims: {key}") for key, value in aims.items()}
+    clean, at = points.pop("clean", None), {Threat.read(text): value for text, value in points.items()}
+    if strange := [str(threat) for threat in at if threat not in threats]:
+        raise ValueError(f"aims name {strange[0]}, which is not among the threats: {', '.join(map(str, threats))}")
+    return {"clean": clean, "threats": [at.get(threat) for threat in threats]}
+
+
+def _plans(
+    usual: dict, own: dict[str, dict], models: Mapping[str, nn.Module], train: Data, test: Data
+) -> dict[str, tuple[dict, Data, Data]]:  # fmt: skip
+    """By network: its settings, its training images and its test images."""
+    check_names(own, models, "own")
+    plans, sets = {}, {"n_train": train, "n_test": test}
+    for name in models:
+        given = read(dict, own.get(name, {}), f"own: {name}")
+        check_names(given, (*usual, *sets), f"own: {name}")
+        plan = usual | given
+        if len(plan["sigmas"]) != len(plan["draws"]):
+            raise ValueError(
+                f"{name}: {len(plan['sigmas'])} sigmas and {len(plan['draws'])} numbers of draws; give one for each"
+            )
+        taken = [data.take(plan.pop(key), seed=0) if plan.get(key) else data for key, data in sets.items()]
+        plans[name] = (plan, *taken)
+    return plans
+
+
+def _left(
+    name: str, model: nn.Module, train: Data, test: Data, threats: Sequence[Threat], work: Path, search: dict,
+    batch_size: int, seed: int, recipe: dict | None = None,
+) -> dict:  # fmt: skip
+    """Clean accuracy of a network, fine-tuned by the recipe if there is one, and what attack leaves at each threat."""
+    if recipe is not None:
+        with spending("training"):
+            chosen = make_recipe(recipe, seed)
+            model = finetune(model, train, chosen, checkpoint=work / f"{name}.checkpoint", progress=False).model
     clean, row = None, {}
     for r in sorted({t.r for t in threats}):
         with spending("evaluation"):
@@ -66,13 +131,26 @@ def _before(
     return {"clean": clean, "threats": [{"threat": t.describe(), "upper": row[t]} for t in threats]}
 
 
-def _tuned(name: str, model: nn.Module, train: Data, work: Path, recipe: dict, seed: int, **left) -> dict:
-    """What attack leaves of the network fine-tuned by the recipe."""
-    name = f"{name}-tuned"
-    with spending("training"):
-        chosen = make_recipe(recipe, seed)
-        done = finetune(model, train, chosen, checkpoint=work / f"{name}.checkpoint", progress=False)
-    return _before(name, done.model, work=work, **left)
+def _tried(
+    name: str, sigma: float, recipe: dict, seed: int, validation: Data, work: Path, batch_size: int, **given
+) -> dict:  # fmt: skip
+    """What draws of validation images suggest of a network trained on the other images."""
+    item = {"method": METHOD, "variant": METHOD, "recipe": recipe}
+    row, _ = trained(
+        name, item=item, sigma=sigma, seed=seed, validation=validation, work=work / "validation", draws=VALIDATING,
+        batch_size=batch_size, **given,
+    )  # fmt: skip
+    return {"n": len(validation), **row["validation"]}
+
+
+def _chosen(rows: Sequence[dict], threats: Sequence[Threat]) -> list[dict]:
+    found = []
+    for name in dict.fromkeys(row["network"] for row in rows):
+        own = [row for row in rows if row["network"] == name]
+        for number, threat in enumerate(threats):
+            best = max(own, key=lambda row, k=number: row["validation"]["plug_in"][k]) if len(own) > 1 else own[0]
+            found.append({"network": name, "threat": threat.describe(), "sigma": best["sigma"]})
+    return found
 
 
 def _behind_noise(
@@ -87,8 +165,7 @@ def _behind_noise(
     with spending("evaluation"), torch.no_grad():
         noisy = Randomised(tuned.model, sigma)
         state = stem.with_name(f"{stem.name}.draws")
-        found = certify(
+        return certify(
             noisy, test, threats, kept=Cache(state, tuned.model).get, batch_size=batch_size, seed=seed, state=state,
             progress=False, **settings,
         )  # fmt: skip
-    return {"network": name, **found}
