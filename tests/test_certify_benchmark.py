@@ -32,11 +32,14 @@ def test_published_radii_lie_below_the_margin_and_close():
 
 
 def test_the_command_writes_its_record_and_tables(tmp_path):
-    benchmark.main(
-        ["--images=6", "--draws=200", "--rounds=1", "--epochs=1", "--deltas=1/4", "--out", str(tmp_path / "c.json")]
-    )
+    benchmark.main([
+        "--images", "6", "3", "--draws", "200", "300", "--rounds=1", "--epochs=1", "--deltas=1/4",
+        "--out", str(tmp_path / "c.json"),
+    ])  # fmt: skip
     table = benchmark.speeds(tmp_path / "c.json")
-    assert isinstance(table, Table) and len(table.frame) == 3
+    assert isinstance(table, Table) and len(table.frame) == 6
     assert {"c.md", "c-curves.md", "c.tex"} <= {path.name for path in tmp_path.iterdir()}
-    results = benchmark.records.read(tmp_path / "c.json", "certify-benchmark")["results"]
-    assert all(row["vote"] >= 0 and row["one_draw"] >= 0 for row in results["curves"]) and len(results["curves"]) == 2
+    sizes = benchmark.records.read(tmp_path / "c.json", "certify-benchmark")["results"]["sizes"]
+    assert [(size["n"], size["draws"]) for size in sizes] == [(6, 200), (3, 300)]
+    rows = [row for size in sizes for row in size["curves"]]
+    assert len(rows) == 4 and all(0 <= row["vote"] <= 1 and 0 <= row["one_draw"] <= 1 for row in rows)
