@@ -130,6 +130,20 @@ def test_the_vote_keeps_an_image_up_to_its_radius():
     assert float(accuracy_curve(radii, 0.0, 2)) == pytest.approx(float((distance > 0).double().mean()))
 
 
+def test_an_attack_on_the_vote_stays_above_its_curve():
+    """Pointwise and W_2: the majority of many fresh draws, after an attack through the noise."""
+    model = Randomised(relu().eval(), 0.2)
+    data = data_of(model.network, 24)
+    counts = count(model, data, draws=2000, progress=False)
+    ends = lower_ends(counts.right, counts.draws, 0.01 / 24)
+    for p, delta in ((math.inf, 0.1), (math.inf, 0.25), (2, 0.2)):
+        threat = wdat.Threat(delta, p, 2)
+        found = attack_through(model, data, threat, m=16, steps=10)
+        left = float((model.vote(found.x, 500, confidence=1e-9) == data.y).double().mean())  # it never abstains
+        proved = float(accuracy_curve(vote_radii(ends, sigma=0.2, pixels=counts.pixels), delta, p))
+        assert proved <= left < 1
+
+
 # Statements
 
 
@@ -160,6 +174,29 @@ def test_the_mean_alone_is_missed_as_rarely_as_promised_and_pays_less():
     each = lower_ends((200 * g).long(), torch.full_like(g, 200), level / 80)
     assert bounds.mean() > float(lower_curve(torch.special.ndtri(each), [d * 0.25], 2, sigma=0.25, pixels=18)) + 0.02
     assert bounds.mean() < truth
+
+
+def test_many_draws_bring_the_mean_close_at_large_radii():
+    """There the curve lives on images with g near 1, where counts must not be rounded to bins of one width."""
+    g = torch.special.ndtr(3 + torch.randn(1000, generator=generator(0)).double())
+    truth = float(lower_curve(torch.special.ndtri(g), [0.5], 2, sigma=0.25, pixels=18))
+    few, many = (mean_bound(drawn_counts(g, draws, 1), 2.0, 2, 1e-4) for draws in (1000, 10_000))
+    assert few < many <= truth < many + 0.01
+
+
+def test_adaptive_draws_reach_the_curve_of_five_times_as_many():
+    """Within half a point at a fifth of the draws, up to a radius of sigma."""
+    g = torch.special.ndtr(1 + 1.5 * torch.randn(1000, generator=generator(0)).double())
+    threats = [wdat.Threat(0.25 * d, 2, 2) for d in (0.25, 0.5, 1)]
+    pilot = torch.binomial(torch.full_like(g, 200), g, generator=generator(1)).long()
+    plan = adaptive(pilot, 200, 2000)
+    assert 200 + plan.double().mean() <= 2000
+    right = torch.binomial(plan.double(), g, generator=generator(2)).long()
+    few, many = (
+        torch.tensor([row["lower"] for row in summary(counts, threats, 0.999)["threats"]])
+        for counts in (Counts(right, plan, pilot, 200, 0.25, 18), drawn_counts(g, 10_000, 3))
+    )
+    assert (few > many - 0.005).all()
 
 
 def test_draws_go_where_they_move_the_curve():

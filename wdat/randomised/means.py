@@ -50,12 +50,17 @@ def bracketed(g: Tensor, weight: float, d: float, p: float) -> Tensor:
     return priced(z, as_tensor(weight), as_tensor(d), p)[0].clamp_min(0)
 
 
+def _even(parts: int) -> Tensor:
+    """Ends of so many parts of [0, 1], even in standard deviations of a share: fine where z = Phi^-1 is large."""
+    return torch.linspace(0, math.pi / 2, parts + 1, dtype=torch.float64).sin().square()
+
+
 @functools.lru_cache(maxsize=8)
 def _binomial(n: int) -> tuple[Tensor, Tensor, Tensor]:
     """Lower ends of the cells of g (C,), the first count of every bin of k (B,), P(k >= first) at upper ends (C, B)."""
     cells = min(MOST_CELLS, math.ceil(CELLS * math.pi * math.sqrt(n)))
-    g = torch.linspace(0, math.pi / 2, cells + 1, dtype=torch.float64).sin().square()  # even in standard deviations
-    first = torch.arange(0, n + 1, max(1, n // BINS))
+    g = _even(cells)
+    first = torch.arange(n + 1) if n < 2 * BINS else (n * _even(BINS)).ceil().long().unique()
     return g[:-1], first, torch.from_numpy(binom.sf(first.numpy() - 1, n, g[1:, None].numpy()))
 
 
