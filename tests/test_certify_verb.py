@@ -76,6 +76,23 @@ def test_a_killed_run_goes_on(place, monkeypatch, capsys):
     assert cli.main(words) == 0 and len(drawn) == batches  # nothing is drawn twice
 
 
+def test_draws_are_spread_on_demand_and_none_is_drawn_twice(place, monkeypatch, capsys):
+    drawn, original = [], counts.noise
+
+    def counted(like, *given):
+        drawn.append(len(like))
+        return original(like, *given)
+
+    monkeypatch.setattr(counts, "noise", counted)
+    for more in ([], ["--spread"]):
+        drawn.clear()
+        assert cli.main([*RUN, "--draws", "400", "--sigma", "0.3", *more, "--out", f"out{len(more)}"]) == 0
+        (network,) = json.loads((place / f"out{len(more)}/net-certified.json").read_text())["results"]["networks"]
+        assert sum(drawn) == round(12 * network["draws"]) <= 12 * 400
+    plain, spread = ({f.name for f in (place / f"out{k}/net.draws").glob("*.pt")} for k in (0, 1))
+    assert len(spread - plain) == 1  # the main pass, which is of other draws; the pilot is the same
+
+
 def test_an_attack_through_the_noise_is_not_made_twice(place, monkeypatch, capsys):
     made = []
     original = attack.attack_through

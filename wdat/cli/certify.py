@@ -12,6 +12,7 @@ def add(sub: Any) -> None:
     source(verb)
     verb.add_argument("--sigma", type=kind(float), help="standard deviation of the noise (default: the card's)")
     verb.add_argument("--draws", type=kind(int), default=1000, help="of each image, in the mean (default: 1000)")
+    verb.add_argument("--spread", action="store_true", help="more draws where they move the curve, fewer elsewhere")
     verb.add_argument("--delta", nargs="+", default=["1/8", "1/4"], help="radii of the ball (default: 1/8 1/4)")
     verb.add_argument("--p", default="2", help="Wasserstein order in (1, inf] (default: 2)")
     verb.add_argument("--norm", default="2", help="pixel norm, 2 or inf (default: 2)")
@@ -44,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
     threats = [Threat(d, args.p, args.norm) for d in args.delta]
     model, data, name = load(args, "test")
     found = proved(
-        model, data, threats, args.sigma, draws=args.draws, confidence=args.confidence, curve=61,
+        model, data, threats, args.sigma, draws=args.draws, spread=args.spread, confidence=args.confidence, curve=61,
         orders=sorted({1.0, threats[0].p, float("inf")}), attacked=args.attacked, batch_size=args.batch_size,
         seed=args.seed, state=out / f"{name}.draws", autoattack=args.autoattack, minutes=args.certified_minutes,
     )  # fmt: skip

@@ -15,7 +15,8 @@ from wdat.accuracy.allocation import accuracy_curve
 from wdat.randomised.attack import autoattacked
 from wdat.randomised.certificate import vote_radii
 from wdat.randomised.certify import certify, plug_in
-from wdat.randomised.counts import Counts, count
+from wdat.randomised.counts import Counts, count, uniform
+from wdat.randomised.means import adaptive
 from wdat.studies.cache import Cache
 from wdat.studies.certificates import certificates
 from wdat.threats.ball import Threat
@@ -29,7 +30,8 @@ AUTOATTACKED = "8/255"
 
 def proved(
     model: nn.Module, data: Data, threats: Sequence[Threat], sigma: float | None, *, state: Path,
-    autoattack: int = 0, minutes: float = 10.0, draws: int = 1000, batch_size: int = 256, seed: int = 0, **settings,
+    autoattack: int = 0, minutes: float = 10.0, draws: int = 1000, batch_size: int = 256, seed: int = 0,
+    spread: bool = False, **settings,
 ) -> dict:  # fmt: skip
     """`wdat.randomised.certify.certify`, and what else may prove more; all of it resumes from the folder `state`.
 
@@ -41,8 +43,8 @@ def proved(
     """
     base = model.network if isinstance(model, Randomised) else model
     drawn = {"draws": draws, "batch_size": batch_size, "seed": seed, "state": state}
-    found = certify(model, data, threats, sigma, kept=Cache(state, base).get, **drawn, **settings)
-    counts = count(model, data, sigma, **drawn, progress=False)  # those of before
+    found = certify(model, data, threats, sigma, kept=Cache(state, base).get, spread=spread, **drawn, **settings)
+    counts = count(model, data, sigma, plan=adaptive if spread else uniform, **drawn, progress=False)  # as before
     index = draw(len(data), min(PILOT, len(data)), 0)
     found["choice"] = _choice(base, data.at(index), counts.at(index), threats, state)
     if found["choice"]["chosen"] == RELAXATION:
