@@ -6,7 +6,7 @@
 # itself as objective; all at equal passes, each with its setting chosen on validation images.
 #
 # *Place in the paper: 6.11 Trained for the noise; third-party networks: 7.*
-# *Time: digits 1 min, zoo hours on a CPU.*
+# *Time: digits 1 min, zoo 20 min on a core.*
 
 # %% tags=["parameters"]
 from_records = False  # True: show the committed results, compute nothing
