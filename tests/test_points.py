@@ -1,5 +1,6 @@
 """No attack of an evaluation is below its curve; gradients that say nothing are counted, told and searched without."""
 
+import dataclasses
 import math
 import warnings
 
@@ -10,12 +11,14 @@ from hypothesis import strategies as st
 from nets import images, quick
 from torch import nn
 
+from wdat import records
 from wdat.accuracy.allocation import accuracy_curve
 from wdat.attacks.autoattack import autoattack
 from wdat.attacks.nearest import minimal_distances
 from wdat.attacks.pgd import pgd
+from wdat.report import tables
 from wdat.studies.evaluation import adversary, evaluate
-from wdat.studies.points import NearestPoints, nearer_points
+from wdat.studies.points import NearestPoints, findings, nearer_points
 from wdat.threats.ball import Threat, pixel_norm
 from wdat.threats.losses import margin
 from wdat.zoo.data import from_tensors
@@ -177,6 +180,33 @@ def test_quantised_pixels_no_longer_look_robust():
                for s in found["findings"])  # fmt: skip
     plain = evaluate(*case("plain", 40), [threat], steps=5, search={"steps": 15}, progress=False)
     assert plain["findings"] == [] and plain["clean"]["zero_gradients"] == 0
+
+
+def test_accuracy_below_chance_is_said(tmp_path):
+    """Labels in another order than the outputs: accuracy 0, and a sentence of it in result, record, table, warning."""
+    model, data = case("plain", 40)
+    wrong = dataclasses.replace(data, y=(data.y + 1) % len(data.classes))
+    settings = {"steps": 1, "losses": ("redlr",), "optimal": True, "search": {"steps": 3}, "progress": False}
+    with pytest.warns(UserWarning, match="below chance"):
+        found = evaluate(model, wrong, [Threat("1/4", 2)], **settings)
+    (said,) = found["findings"]
+    outputs = model(wrong.x).shape[1]
+    right = int((model(wrong.x).argmax(1) == wrong.y).sum())
+    assert f"{right} of 40" in said and f"{outputs} classes" in said and f"{100 / outputs:g} %" in said
+    assert "data.classes" in said and "normalisation" in said
+    path = records.write(tmp_path / "w.json", "evaluation", {"n": 40, "networks": [{"network": "w", **found}]})
+    assert said in tables.evaluation(path).caption
+
+
+@pytest.mark.parametrize(
+    "right, n, classes, below",
+    [(0, 40, 10, False), (0, 66, 10, True), (25, 100, 4, False), (9, 100, 4, True), (0, 9, 2, False)],
+)
+def test_chance_is_judged_by_a_binomial_test(right, n, classes, below):
+    """The probability of so few right guesses, added up by hand, against a thousandth."""
+    chance = sum(math.comb(n, k) * (classes - 1) ** (n - k) for k in range(right + 1)) / classes**n
+    assert (chance < 1e-3) == below
+    assert bool(findings({"n": n, "clean": {"zero_gradients": 0}}, right, classes)) == below
 
 
 RIPPLES = {"before": lambda x: x + 0.004 * (2 * math.pi * 255 * x).sin()}  # as 8-bit pixels see it, a factor of 7

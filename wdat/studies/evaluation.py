@@ -95,8 +95,8 @@ def evaluate(
 
     Returns: a dict of plain numbers, ready for `wdat.records.write`: "clean", "sensitivity", "attacks", "optimal",
         "certified", "autoattack", "dual". Accuracies are fractions. The distances behind "optimal" hold every attack's
-        flips (`wdat.studies.points`), so no attack is below the curve. "findings": sentences about gradients that say
-        nothing, steps that weaken an attack and searches that lost to one, which are also warned of.
+        flips (`wdat.studies.points`), so no attack is below the curve. "findings": sentences about accuracy below
+        chance, gradients that say nothing, steps that weaken an attack and searches that lost to one, also warned of.
     Raises: ValueError with number and remedy for unusable images, labels, logits, gradients or settings.
     """
     classes = check_fit(model, data, threats)
@@ -194,7 +194,7 @@ def evaluate(
                 )
         made = [handed_out(model, data, near[t.r], t, path, batch_size) for t, path in sets]
         result |= {"sets": made} if made else {}
-    result["findings"] = findings(result, int(clean["correct"].sum()))
+    result["findings"] = findings(result, int(clean["correct"].sum()), classes)
     if result["findings"]:
         warnings.warn("; ".join(result["findings"]), stacklevel=2)
     return result

@@ -11,11 +11,13 @@ one rule for who is flipped: the true class does not win strictly, by the very f
 from dataclasses import dataclass
 
 import torch
+from scipy.stats import binomtest
 from torch import Tensor
 
 from wdat.attacks.nearest import Nearest
 
 LOST = 0.05  # of the images, from which on it is said that attacks beat the search, or fewer steps more of them
+CHANCE = 1e-3  # how improbable guesses as bad as the network's must be before it is said
 STEPPED = 64  # images, in each pixel norm, of which it is seen whether more steps weaken the attack
 
 
@@ -66,13 +68,20 @@ class NearestPoints:
             self.x[images[nearer]] = points[nearer]
 
 
-def findings(result: dict, correct: int) -> list[str]:
-    """What an evaluation shows of gradients that say nothing, in sentences: what was seen, and what it means.
+def findings(result: dict, correct: int, classes: int) -> list[str]:
+    """What an evaluation shows of labels that do not fit and of gradients that say nothing: what was seen and means.
 
     After the advice of AutoAttack's authors: no zero gradients, accuracy that reaches 0 at large radii, more steps that
     do not weaken an attack, and no search without gradients that wins.
     """
-    said, zero = [], result["clean"]["zero_gradients"]
+    said, zero, n = [], result["clean"]["zero_gradients"], result["n"]
+    if (chance := binomtest(correct, n, 1 / classes, "less").pvalue) < CHANCE:
+        said.append(
+            f"{correct} of {n} images are classified correctly, {100 * correct / n:.1f} %, below chance: guesses among "
+            f"{classes} classes are right for {100 / classes:.3g} %, as few as here with probability {chance:.1g}; "
+            "compare the order of data.classes with that of the network's outputs, and the normalisation inside the "
+            "model with that of its training"
+        )
     if zero:
         said.append(
             f"{zero} of {correct} correctly classified images have zero gradients: attacks by gradients say nothing of "
@@ -83,11 +92,11 @@ def findings(result: dict, correct: int) -> list[str]:
         if row["weakened"] > LOST * right:
             said.append(
                 f"{row['weakened']} of {right} correctly classified images are flipped by one step of PGD "
-                f"({_norm(threat['r'])}, {threat['written']}, {row['loss']}) and left right by {row['steps']} steps: "
-                "gradients lead astray on the way, attacks by gradients are weak here, their accuracies too high"
+                f"(l{float(threat['r']):g}, {threat['written']}, {row['loss']}) and left right by {row['steps']} "
+                "steps: gradients lead astray on the way, attacks by gradients are weak here, their accuracies too high"
             )
     for row in result.get("optimal", []):
-        norm = _norm(row["r"])
+        norm = f"l{float(row['r']):g}"
         if row["silent"]:
             said.append(
                 f"{row['silent']} of {correct} correctly classified images have gradients that say nothing ({norm}): "
@@ -104,7 +113,3 @@ def findings(result: dict, correct: int) -> list[str]:
                 f"({norm}); the curve counts what they found, a longer search (restarts, tight) may find more"
             )
     return said
-
-
-def _norm(r: float | str) -> str:
-    return f"l{float(r):g}"
