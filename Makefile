@@ -35,7 +35,7 @@ lint: .venv/.ready
 
 # Needs uv; the lock holds for CPython 3.11 and 3.12 on Linux.
 lock:
-	uv pip compile --universal --python-version 3.11 --no-annotate --no-emit-index-url --no-emit-find-links --extra dev --custom-compile-command "make lock" pyproject.toml -o requirements.lock.txt
+	uv pip compile --universal --python-version 3.11 --no-annotate --no-emit-index-url --no-emit-find-links --extra dev --extra notebooks --extra robustbench --custom-compile-command "make lock" pyproject.toml -o requirements.lock.txt
 
 clean:
 	rm -rf .venv .wdat

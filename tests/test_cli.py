@@ -11,6 +11,7 @@ from wdat import cli
 from wdat.report import figures
 from wdat.studies import cache, measures
 from wdat.zoo.networks import build
+from wdat.zoo.robustbench import zoo
 
 RUN = ["evaluate", "net.yaml", "--data", "digits", "--n", "40", "--steps", "3", "--delta", "1/16", "2/16"]
 
@@ -69,6 +70,22 @@ def test_the_set_written_can_be_verified_by_others(place, capsys):
         ".parts",
         ".tex",
     ]
+
+
+@pytest.mark.parametrize(("module", "extra"), [("papermill", "notebooks"), ("robustbench", "robustbench")])
+def test_a_missing_extra_is_named(module, extra, monkeypatch, capsys, place):
+    """`None` in sys.modules is a module that can not be imported."""
+    verb = ["evaluate", "Rade2021Helper_R18_ddpm", "--data", "digits"]
+    if module == "papermill":  # what the runner meets when it comes to the first cell
+        verb = ["reproduce"]
+        monkeypatch.setattr("wdat.reproduce.runner.reproduce", lambda *_, **__: __import__("papermill"))
+    else:
+        file = place / "models/cifar10/Linf/Rade2021Helper_R18_ddpm.pt"
+        file.parent.mkdir(parents=True)
+        torch.save({"w": torch.zeros(1)}, file)
+        zoo.cache_clear()
+    monkeypatch.setitem(sys.modules, module, None)
+    assert cli.main(verb) == 2 and f"pip install 'wdat[{extra}]'" in capsys.readouterr().err
 
 
 def test_an_interrupted_command_continues(place, capsys, monkeypatch):

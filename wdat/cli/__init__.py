@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from wdat.cli import certify, evaluate, finetune, paper, reproduce
 
+EXTRAS = {"robustbench": ("robustbench",), "notebooks": ("papermill", "jupytext", "nbformat", "jupyter_client")}
 VERBS = (reproduce, paper, evaluate, finetune, certify)
 
 
@@ -33,6 +34,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args.run(args)
     except KeyboardInterrupt:
         return _say("interrupted; run the same command again to resume", 130)
+    except ModuleNotFoundError as error:
+        extra = next((extra for extra, modules in EXTRAS.items() if error.name in modules), None)
+        if extra is None or os.environ.get("WDAT_DEBUG"):
+            raise
+        return _say(f"{error.name} is not installed; run: python -m pip install 'wdat[{extra}]'", 2)
     except Exception as error:
         failed = type(error).__name__ in ("CellFailed", "PaperFailed")
         if os.environ.get("WDAT_DEBUG") or not (failed or isinstance(error, (ValueError, OSError))):

@@ -78,11 +78,19 @@ def _register_autoattack() -> None:
 
 @cache
 def zoo() -> ModuleType:
-    """The imported `robustbench` package (a few seconds the first time)."""
+    """The imported `robustbench` package (a few seconds the first time); ModuleNotFoundError says how to get it."""
     _register_autoattack()
-    with _quiet():
-        import robustbench
-        import robustbench.utils
+    try:
+        with _quiet():
+            import robustbench
+            import robustbench.utils
+    except ModuleNotFoundError as error:
+        if error.name != "robustbench":
+            raise
+        remedy = "it is not installed; run: python -m pip install 'wdat[robustbench]'"
+        raise ModuleNotFoundError(
+            f"RobustBench's networks need robustbench, and {remedy}", name="robustbench"
+        ) from None
     return robustbench
 
 
