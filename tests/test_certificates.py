@@ -108,3 +108,56 @@ def test_an_evaluation_says_how_many_were_reached_and_counts_the_rest_as_wrong(t
     assert row["n"] == 9 and "asked" not in row and "unreached_wrong" not in row["threats"][0]
     with pytest.raises(ValueError, match="certified_minutes=-1"):
         evaluate(tiny_model, data, [threat], certified_minutes=-1)
+
+
+def test_branch_and_bound_raises_the_lower_curve_and_a_second_run_finds_its_proofs(
+    tiny_model, data, tmp_path, monkeypatch
+):
+    given = dict(losses=("ce",), steps=1, certified=12, curve=5, search={"steps": 4}, progress=False, state=tmp_path)
+    threats, calls, real = [Threat("1/128", 2), Threat("1/64", 2)], [], certificates.prove
+
+    def counted(*arguments, **settings):
+        calls.append(arguments[3])
+        return real(*arguments, **settings)
+
+    monkeypatch.setattr(certificates, "prove", counted)
+    (plain,) = evaluate(tiny_model, data, threats, **given)["certified"]
+    (row,) = evaluate(tiny_model, data, threats, branching_minutes=0.1, **given)["certified"]
+    assert calls and row["violations"] == 0 and row["n"] == 12
+    assert row["branching"]["raised"] > 0 and 0 < row["branching"]["seconds"] < 60
+    for own, crown in zip(row["threats"], plain["threats"], strict=True):
+        assert own["crown"] == crown["accuracy"] <= own["accuracy"] <= own["optimal"]
+    assert sum(own["accuracy"] for own in row["threats"]) > sum(own["accuracy"] for own in plain["threats"])
+    for own, crown in zip(row["curves"], plain["curves"], strict=True):
+        assert own["crown"] == crown["accuracy"]
+        ends = zip(own["crown"], own["accuracy"], own["optimal"], strict=True)
+        assert all(low <= middle <= high for low, middle, high in ends)
+    assert 0 <= row["branching"]["known_before"] <= row["known"] <= 1 and plain["known"] <= row["known"]
+    del calls[:]
+    (again,) = evaluate(tiny_model, data, threats, branching_minutes=0.1, **given)["certified"]
+    assert again == row and not calls
+    with pytest.raises(ValueError, match="branching_minutes=-1"):
+        evaluate(tiny_model, data, threats, branching_minutes=-1)
+    with pytest.raises(ValueError, match="branching_minutes need minimal distances"):
+        evaluate(tiny_model, data, threats, branching_minutes=1, optimal=False)
+
+
+def test_time_that_certificates_leave_goes_to_branch_and_bound(tiny_model, data, monkeypatch):
+    given = []
+
+    def raises(radii, distances, balls, attempt, *, seconds, first):
+        given.append((seconds, first, balls))
+        return 2 * radii, 1.0
+
+    monkeypatch.setattr(certificates, "raise_radii", raises)
+    part, threats = data.at(torch.arange(6)), [Threat("1/16", 2), Threat("1/8", "inf")]
+    distances = torch.ones(6)
+    found = certificates.bracketed(
+        Cache(None, tiny_model), part, math.inf, distances, threats, minutes=2, branching=1, progress=False
+    )
+    ((seconds, first, balls),) = given
+    assert 120 < seconds < 180 and balls == [(1 / 16, 2.0)]  # p = inf has no level but its radius: averaged ones first
+    assert first * 6 / certificates.FIRST == pytest.approx(180 - seconds)
+    assert torch.equal(found.raised, 2 * found.crown) and found.seconds == 1
+    alone = certificates.bracketed(Cache(None, tiny_model), part, math.inf, None, threats, minutes=2, progress=False)
+    assert torch.equal(alone.raised, alone.crown) and alone.seconds == 0 and len(given) == 1

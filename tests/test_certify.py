@@ -370,7 +370,7 @@ def test_no_window_is_larger_than_its_layer_and_every_row_is_its_gradient(monkey
         where = torch.zeros_like(z).bernoulli(0.1, generator=generator(i)).nonzero(as_tuple=True)
         rows = relaxation._unit_rows(steps[i], where, torch.ones_like(z).detach())
         found, constant = relaxation.substitute(steps, steps[i].parents[0], rows, lines)
-        value = constant + relaxation._dot(found.a, relaxation._window(x, found))
+        value = constant + relaxation.row_dot(found.a, relaxation.window(x, found))
         assert torch.allclose(value, z[where].detach(), atol=1e-12)
         for k, neuron in enumerate(z[where]):
             (gradient,) = torch.autograd.grad(neuron, inputs, retain_graph=True)

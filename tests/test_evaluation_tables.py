@@ -108,6 +108,32 @@ def test_the_bracket_shows_everything_the_record_has_and_its_legend_fits(tmp_pat
     assert all(axis.get_window_extent().y0 > box.y1 and axis.get_window_extent().height > 90 for axis in figure.axes)
 
 
+def test_the_bracket_before_and_after_branching_is_shown(tmp_path):
+    """The table has both lower ends, the overview what is known, the figure both parts of the gap."""
+    own = network("net", [0.6, 0.4], [0.6, 0.4], [0.5, 0.2])
+    rows = [row | {"accuracy": 0.3, "crown": 0.2, "optimal": row["accuracy"]} for row in own["optimal"][0]["threats"]]
+    curves = [
+        line | {"accuracy": [0.8 * a for a in line["accuracy"]], "crown": [0.7 * a for a in line["accuracy"]],
+                "optimal": line["accuracy"]}
+        for line in own["optimal"][0]["curves"]
+    ]  # fmt: skip
+    own["certified"] = [
+        own["optimal"][0] | {"n": 10, "threats": rows, "curves": curves, "known": 0.25}
+        | {"branching": {"seconds": 60.0, "raised": 3, "known_before": 0.125}}
+    ]  # fmt: skip
+    path = written(tmp_path, own)
+    frame = tables.evaluation(path).frame
+    assert list(frame["CROWN alone"]) == ["20.0"] * len(rows)
+    assert [text.partition("–")[0] for text in frame["bracket (n = 10)"]] == ["30.0"] * len(rows)
+    assert list(tables.overview(path).frame["known"]) == ["25.0"]
+    figure = figures.bracket(path)
+    figure.canvas.draw()
+    (legend,) = figure.legends
+    assert {"open", "closed by branching"} <= {text.get_text() for text in legend.get_texts()}
+    shades = {shade.get_label(): shade.get_paths()[0].get_extents() for shade in figure.axes[0].collections}
+    assert shades["closed by branching"].height <= shades["open"].height
+
+
 def test_a_figure_shows_itself_whatever_the_backend_and_leaves_matplotlib_as_it_was(tmp_path):
     """No pyplot figure to close, no style left behind, and the same bytes for the same record."""
     import matplotlib

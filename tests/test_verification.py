@@ -21,13 +21,13 @@ def data(tiny_data):
 
 
 def test_probes_find_no_violation_inside_certified_balls_and_many_beyond(tiny_model, data, tmp_path, monkeypatch):
-    norms = (float("inf"), 2.0)
-    for row in [probed(tiny_model, data, r, tmp_path, 40, restarts=3, steps=30) for r in norms]:
+    balls = [[Threat("1/16", 2, r)] for r in (float("inf"), 2.0)]
+    for row in [probed(tiny_model, data, t, tmp_path, 40, restarts=3, steps=30) for t in balls]:
         assert row["images"] > 20 and row["violations"] == 0
         assert row["probes"] == row["images"] * 4 * 31
     real = certificates.certified_search
     monkeypatch.setattr(certificates, "certified_search", lambda *a, **k: tuple(10 * part for part in real(*a, **k)))
-    wrong = [probed(tiny_model, data, r, tmp_path / "other", 40) for r in norms]
+    wrong = [probed(tiny_model, data, t, tmp_path / "other", 40) for t in balls]
     assert all(row["violations"] > row["images"] for row in wrong)
 
 
@@ -63,5 +63,6 @@ def test_certificates_of_third_party_networks_withstand_probes(name, r, shared: 
         pytest.skip(f"no weights at {weights}")
     model = load_model(ROOT / f"notebooks/zoo/{name}.yaml", root=weights)
     part = from_tensors(png_test[0][:10], png_test[1][:10])
-    row = probed(model, part, float(r), tmp_path, 10, restarts=4, steps=40)
+    threats = [Threat("1/255" if r == "inf" else "1/16", 2, r)]
+    row = probed(model, part, threats, tmp_path, 10, branching_minutes=0.1, restarts=4, steps=40)
     assert row["violations"] == 0 and row["images"] >= 4 and row["probes"] >= 800

@@ -8,19 +8,21 @@ is no larger than that of f over its part z >= 0. Whatever the ascent finds is a
 
 import math
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from wdat.accuracy.graph import Step, network_steps
+from wdat.accuracy.graph import Step
+from wdat.accuracy.halfspace import HalfSpace
 from wdat.accuracy.relaxation import LayerBounds, Rows, hidden_bounds, infimum, margin_rows, relu_lines, substitute
-from wdat.threats.checks import device_of
 
-PARTS = 24  # parts of the ball bounded at once on a CPU
-CANDIDATES = 3  # neurons whose two halves are bounded before one is chosen
-ASCENT = {"root": 15, "part": 6}  # steps
+CANDIDATES = 5  # neurons whose two halves are bounded before one is chosen
+ASCENT, LAST = 10, 300  # steps; where every neuron is split
+RATES = 0.1, 0.05  # of the ascent, for slopes and for multipliers
+ROUNDS = 6  # half-spaces, each from the bound that the last one gave, before a split
+WORTHWHILE = 0.15  # of what a bound lacks, that a half-space has to bring for another one
+EMPTY = 1e-6  # of a hidden input
 
 
 @dataclass(frozen=True)
@@ -47,36 +49,57 @@ class Parts:
 
 
 class Ball:
-    """One image's ball with bounds of its hidden layers: bounds of its margins on parts of it."""
+    """One image's ball with bounds of its hidden layers: bounds of its margins on parts of it.
+
+    Or that part of the ball in which the hidden inputs `split`, 1 or -1 by ReLU step, have these signs, and all that
+    lies in a half-space, where `bounds` hold too.
+    """
 
     def __init__(
-        self, steps: list[Step], x: Tensor, y: Tensor, radius: float, r: float, bounds: LayerBounds | None = None
-    ) -> None:
-        self.steps, self.x, self.radius, self.r = steps, x, x.new_tensor([radius]), r
+        self, steps: list[Step], x: Tensor, y: Tensor, radius: float, r: float, bounds: LayerBounds | None = None,
+        split: dict[int, Tensor] | None = None, space: HalfSpace | None = None,
+    ) -> None:  # fmt: skip
+        self.steps, self.x, self.y, self.radius, self.r, self.space = steps, x, y, x.new_tensor([radius]), r, space
         self.bounds = hidden_bounds(steps, x, self.radius, r) if bounds is None else bounds
+        self.signs = {i: torch.zeros_like(low) for i, (low, _) in self.bounds.items()} if split is None else split
         self.lines = {i: relu_lines(*bound) for i, bound in self.bounds.items()}
-        self.free = {i: ((low < 0) & (high > 0)).flatten().nonzero()[:, 0] for i, (low, high) in self.bounds.items()}
+        self.free = {
+            i: (((low < 0) & (high > 0)) | (self.signs[i] != 0)).flatten().nonzero()[:, 0]
+            for i, (low, high) in self.bounds.items()
+        }
         self.rows = margin_rows(y, steps[-1].shape[0], x.dtype).a
         self.sizes = [len(index) for index in self.free.values()]
-        self.gap = torch.cat([self.lines[i][2].flatten()[index] for i, index in self.free.items()])
-        self.low, self.high = (
-            torch.cat([self.bounds[i][side].flatten()[index] for i, index in self.free.items()]) for side in (0, 1)
-        )
+        self.gap = self._of_free({i: line[2] for i, line in self.lines.items()})
+        self.low, self.high = (self._of_free({i: b[side] for i, b in self.bounds.items()}) for side in (0, 1))
+
+    def _of_free(self, maps: dict[int, Tensor]) -> Tensor:
+        """The numbers of the undecided and split neurons, (U,)."""
+        return torch.cat([maps[i].flatten()[index] for i, index in self.free.items()])
 
     def root(self) -> Parts:
         """The whole ball, once for each rival."""
         count = len(self.rows)
-        alpha = torch.cat([self.lines[i][0].flatten()[index] for i, index in self.free.items()]).expand(count, -1)
-        nothing = torch.zeros_like(alpha)
+        alpha = self._of_free({i: line[0] for i, line in self.lines.items()}).expand(count, -1)
+        sign = self._of_free(self.signs).expand(count, -1)
         unknown = alpha.new_full((count,), -math.inf)
-        return Parts(torch.arange(count, device=alpha.device), nothing, alpha, nothing, unknown)
+        return Parts(torch.arange(count, device=alpha.device), sign, alpha, torch.zeros_like(alpha), unknown)
 
     def lower(self, parts: Parts, intercept: Tensor | None = None) -> Tensor:
         """Lower bounds (D,) of the margins, differentiable in alpha, beta and `intercept` (D, U) of the upper lines."""
+        return self.least(*self.linear(parts, intercept))
+
+    def least(self, rows: Rows, constant: Tensor) -> Tensor:
+        """Minima over the ball, or its part in the half-space."""
+        if self.space is None:
+            return infimum(rows, constant, self.x, self.radius, self.r)
+        return self.space.least(rows, constant)
+
+    def linear(self, parts: Parts, intercept: Tensor | None = None) -> tuple[Rows, Tensor]:
+        """Lower bounds of the margins as linear functions of the pixels."""
         count, lines, pull = len(parts.rival), {}, {}
         split, active = parts.sign != 0, (parts.sign > 0).to(parts.alpha)
         below = torch.where(split, active, parts.alpha)
-        chord = self.high / (self.high - self.low)
+        chord = self.high / (self.high - self.low).clamp_min(1e-30)
         above = torch.where(split, active, chord)
         offset = torch.where(split, 0.0, self.gap if intercept is None else intercept)
         pulls = -parts.sign * parts.beta
@@ -90,22 +113,19 @@ class Ball:
             pull[i] = pulled.new_zeros(count, shape.numel()).index_copy(1, index, pulled).view(count, *shape)
         each = torch.arange(count, device=parts.rival.device)
         rows = Rows(self.rows[parts.rival], each, each.new_zeros(count, 2))
-        found, constant = substitute(self.steps, len(self.steps) - 1, rows, lines, pull)
-        return infimum(found, constant, self.x, self.radius.expand(count), self.r)
+        return substitute(self.steps, len(self.steps) - 1, rows, lines, pull)
 
     @torch.enable_grad()
-    def ascend(self, parts: Parts, steps: int, slack: float) -> tuple[Parts, Tensor]:
-        """The parts with better slopes and multipliers, and what each split might bring, (D, U)."""
+    def ascend(self, parts: Parts, steps: int, slack: float, end: float = math.inf) -> tuple[Parts, Tensor]:
+        """The parts with better slopes and multipliers, and what each split might bring, (D, U); until a moment."""
         alpha, beta = parts.alpha.clone().requires_grad_(), parts.beta.clone().requires_grad_()
         intercept = self.gap.expand_as(alpha).clone().requires_grad_()
-        optimiser = torch.optim.Adam([{"params": alpha, "lr": 0.1}, {"params": beta, "lr": 0.05}], maximize=True)
+        means = [(torch.zeros_like(alpha), torch.zeros_like(alpha)) for _ in RATES]  # of gradients and their squares
         best, score = parts, torch.zeros_like(parts.alpha)
-        for _ in range(steps):
+        for step in range(1, steps + 1):
             bound = self.lower(replace(parts, alpha=alpha, beta=beta), intercept)
-            optimiser.zero_grad()
             (*gradients, weight) = torch.autograd.grad(bound.sum(), (alpha, beta, intercept))
-            better = bound.detach() > best.bound
-            alpha.grad, beta.grad = gradients
+            better = bound.detach() >= best.bound
             choose = better[:, None]
             best = Parts(
                 parts.rival, parts.sign, torch.where(choose, alpha.detach(), best.alpha),
@@ -114,37 +134,62 @@ class Ball:
             # the upper line's offset, which a split removes; the lower line's gap where it is the one that is used
             kink = torch.minimum(-alpha.detach() * self.low, (1 - alpha.detach()) * self.high)
             score = torch.where(choose, -weight * self.gap + 1e-3 * kink, score)
-            if (best.bound > slack).all():
+            if (best.bound > slack).all() or time.monotonic() > end:
                 break
-            optimiser.step()
-            with torch.no_grad():
+            with (
+                torch.no_grad()
+            ):  # Adam; torch.optim's costs as much as the bounds of a few parts, and seconds to import
+                for value, gradient, rate, (first, second) in zip((alpha, beta), gradients, RATES, means, strict=True):
+                    first.lerp_(gradient, 0.1)
+                    second.lerp_(gradient.square(), 0.001)
+                    scale = (second / (1 - 0.999**step)).sqrt_().add_(1e-8)
+                    value.addcdiv_(first, scale, value=rate / (1 - 0.9**step))
                 alpha.clamp_(0, 1)
                 beta.clamp_(min=0)
         return best, torch.where(parts.sign == 0, score, -math.inf)
 
-    def split(self, parts: Parts, score: Tensor) -> Parts:
-        """Both halves of every part, at the best of a few candidates by the worse half's bound; 2 D parts."""
-        top = score.topk(min(CANDIDATES, score.shape[1]), 1).indices
-        best = None
-        for column in top.unbind(1):
-            halves = [self._half(parts, column, side) for side in (1.0, -1.0)]
-            value = torch.stack([half.bound for half in halves])
-            worth = value.amin(0) + 1e-2 * value.amax(0)
-            if best is None:
-                best, most = halves, worth
-                continue
-            better = worth > most
-            most = torch.maximum(worth, most)
-            best = [
-                Parts(*(torch.where(better.view(-1, *[1] * (new.dim() - 1)), new, old)
-                        for new, old in zip(vars(one).values(), vars(other).values(), strict=True)))
-                for one, other in zip(halves, best, strict=True)
-            ]  # fmt: skip
-        return best[0].joined(best[1])
+    def best_split(self, part: Parts, score: Tensor) -> Tensor:
+        """The column, of a few of highest score, whose halves' bounds are best: the worse one, then the other."""
+        columns = score[0].topk(min(CANDIDATES, int((score[0] > -math.inf).sum()))).indices
+        both = columns.repeat(2)
+        side = torch.ones_like(both, dtype=part.sign.dtype)
+        side[len(columns) :] = -1
+        many = part[torch.zeros_like(both)]
+        value = self.lower(replace(many, sign=many.sign.scatter(1, both[:, None], side[:, None]))).view(2, -1)
+        return columns[(value.amin(0) + 1e-2 * value.amax(0)).argmax()]
 
-    def _half(self, parts: Parts, column: Tensor, side: float) -> Parts:
-        half = replace(parts, sign=parts.sign.scatter(1, column[:, None], side))
-        return replace(half, bound=torch.maximum(self.lower(half), parts.bound))
+    def within(self, part: Parts, slack: float) -> "Ball":
+        """The half-space in which one part's margin may be <= slack, with bounds of the hidden layers for it alone."""
+        rows, constant = self.linear(part)
+        if self.space is not None:  # both hold; their sum with the best multiplier cuts deeper than either
+            _, weight = self.space.infimum(rows, constant)
+            rows = replace(rows, a=(rows.a + weight * self.space.a) / (1 + weight))
+            constant = (constant + weight * self.space.constant) / (1 + weight)
+        space = HalfSpace(rows.a, constant, self.x, self.radius, self.r, slack)
+        bounds = hidden_bounds(self.steps, self.x, self.radius, self.r, self.bounds, space.least)
+        return Ball(self.steps, self.x, self.y, float(self.radius), self.r, bounds, self.signs, space)
+
+    def halves(self, column: int) -> list["Ball"]:
+        """The two parts in which the undecided neuron `column` (of U) has either sign."""
+        ends = torch.tensor(self.sizes).cumsum(0)
+        place = int((ends <= column).sum())
+        i, index = list(self.free.items())[place]
+        column -= int(ends[place]) - len(index)
+        parts = []
+        for side in (1.0, -1.0):
+            low, high = (bound.flatten(1).clone() for bound in self.bounds[i])
+            sign, (chosen,) = self.signs[i].flatten(1).clone(), index[column : column + 1]
+            (low if side > 0 else high)[0, chosen], sign[0, chosen] = 0.0, side
+            shape = self.signs[i].shape
+            bounds = self.bounds | {i: (low.view(shape), high.view(shape))}
+            signs = self.signs | {i: sign.view(shape)}
+            parts.append(Ball(self.steps, self.x, self.y, float(self.radius), self.r, bounds, signs, self.space))
+        return parts
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing is left of it: an interval whose ends have passed each other, beyond rounding."""
+        return any(bool((low > high + EMPTY).any()) for low, high in self.bounds.values())
 
 
 @torch.no_grad()
@@ -159,69 +204,34 @@ def prove(
     `wdat.accuracy.crown.certified_radii`.
     """
     end = time.monotonic() + seconds
-    ball = Ball(steps, x, y, radius, r, bounds)
-    parts = ball.root()
-    parts = replace(parts, bound=ball.lower(parts))
-    parts, steps_now = parts[parts.bound <= slack], ASCENT["root"]
-    size = PARTS * (32 if x.is_cuda else 1)
-    while len(parts.rival):
-        if time.monotonic() > end or not sum(ball.sizes):
-            return False
-        order = parts.bound.argsort(descending=True)
-        now, parts = parts[order[:size]], parts[order[size:]]
-        now, score = ball.ascend(now, steps_now, slack)
-        left = now.bound <= slack
-        now, score, steps_now = now[left], score[left], ASCENT["part"]
-        if not len(now.rival):
-            continue
-        if (score == -math.inf).all(1).any():  # nothing left to split
-            return False
-        halves = ball.split(now, score)
-        parts = parts.joined(halves[halves.bound <= slack])
-    return True
-
-
-@torch.no_grad()
-def raise_radii(
-    model: nn.Module, x: Tensor, y: Tensor, r: float, radii: Tensor, distances: Tensor, levels: Sequence[float], *,
-    p: float = 2.0, seconds: float = 600.0, first: float | None = None, slack: float = 1e-4,
-) -> Tensor:  # fmt: skip
-    """Certified radii (N,) raised where the curve moves: a proof counts up to the water level alone.
-
-    At a radius delta the lower curve is at least E[min(1, (c/t)^p)] - (delta/t)^p for any t, such as the water level
-    of the attack's distances. So each image is proved at the highest of the `levels` below its `distances` (N,) first,
-    and by bisection below where that fails; an image whose two radii are within 2 % is left. The image is taken next
-    that promises most for the sum over levels; what fails within `first` seconds (default: thirty times what the hidden
-    bounds of one image take here) comes again with four times as many.
-    Ends after `seconds`, or when nothing is open: the result is valid whenever it ends, and never below `radii`.
-    """
-    begun, steps, device = time.monotonic(), network_steps(model, x[:1].to(device_of(model))), device_of(model)
-    end, limit = begun + seconds, first
-    best, far = radii.double().clone(), 0.98 * distances.double()
-    level = torch.tensor(sorted(levels), dtype=torch.float64)
-    ceiling = torch.minimum(far, level[-1])
-
-    def worth(radius: Tensor) -> Tensor:
-        return (radius[:, None] / level).clamp_max(1).pow(p).sum(1)
-
-    if limit is None:
-        hidden_bounds(steps, x[:1].to(device, torch.float64), level[-1:].to(device), r)
-        limit = 30 * (time.monotonic() - begun)
-    while time.monotonic() < end:
-        fits = torch.where(level <= ceiling[:, None], level, 0).amax(1)
-        aim = torch.where(fits > 1.02 * best, fits, (best * ceiling).sqrt())
-        promise = (worth(aim) - worth(best)) * (best / aim) ** 4
-        promise = torch.where((aim > 1.02 * best) & (best > 0), promise, 0)
-        i = int(promise.argmax())
-        if promise[i] <= 0:
-            if limit > seconds:  # nothing is open, or no single proof could use the time
+    whole = Ball(steps, x, y, radius, r, bounds)
+    parts = whole.root()
+    parts = replace(parts, bound=whole.lower(parts))
+    nodes = [(whole, parts[k : k + 1]) for k in (parts.bound <= slack).nonzero()[:, 0]]
+    while nodes:
+        ball, part = nodes.pop()
+        for round_ in range(ROUNDS):
+            if ball.empty or part.bound > slack:
                 break
-            ceiling, limit = torch.minimum(far, level[-1]), 4 * limit
+            if time.monotonic() > end or not sum(ball.sizes):  # linear there: nothing could be better
+                return False
+            before = float(part.bound)
+            part, score = ball.ascend(part, ASCENT, slack, end)
+            if part.bound > slack or (round_ and float(part.bound) - before < WORTHWHILE * (slack - before)):
+                break
+            ball = ball.within(part, slack)
+            part = ball.root()[part.rival]
+            part = replace(part, bound=ball.lower(part))
+        if ball.empty or part.bound > slack:
             continue
-        left = min(limit, end - time.monotonic())
-        one = (x[i : i + 1].to(device, torch.float64), y[i : i + 1].to(device))
-        if prove(steps, *one, float(aim[i]), r, slack=slack, seconds=left):
-            best[i] = aim[i]
-        else:
-            ceiling[i] = 0.999 * aim[i]  # below it: the same aim would fail again
-    return best
+        part, score = ball.ascend(part, ASCENT, slack, end)
+        if (score == -math.inf).all():  # nothing left to split: the multipliers alone are not found yet
+            part, _ = ball.ascend(part, LAST, slack, end)
+            if part.bound <= slack:
+                return False
+        if part.bound > slack:
+            continue
+        for half in ball.halves(int(ball.best_split(part, score))):
+            own = half.root()[part.rival]
+            nodes.append((half, replace(own, bound=half.lower(own))))
+    return True

@@ -7,8 +7,9 @@ interval arithmetic (Gowal et al. 2018, arXiv 1810.12715) leaves undecided.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +38,7 @@ class Rows:
     padding: tuple[int, int] = (0, 0)
 
 
-def _window(maps: Tensor, rows: Rows) -> Tensor:
+def window(maps: Tensor, rows: Rows) -> Tensor:
     """The part of every image's maps (B or 1, C, H, W) that each row sees, zero outside: (M or 1, C, h, w)."""
     if rows.stride == (0, 0):
         return maps[rows.image] if len(maps) > 1 else maps
@@ -47,7 +48,7 @@ def _window(maps: Tensor, rows: Rows) -> Tensor:
     return views[image, :, rows.site[:, 0], rows.site[:, 1]]
 
 
-def _dot(a: Tensor, b: Tensor) -> Tensor:
+def row_dot(a: Tensor, b: Tensor) -> Tensor:
     """Inner products of rows, (M, C, h, w) with (M or 1, C, h, w) -> (M,)."""
     a, b = a.flatten(1), b.flatten(1)
     return a @ b[0] if len(b) == 1 else torch.bmm(a[:, None], b[:, :, None])[:, 0, 0]
@@ -90,7 +91,7 @@ def _through_conv(rows: Rows, step: Step, source: Step) -> Rows:
         return _spread(moved, shape)
     if padding == (0, 0) or source.kind in ("relu", "scale"):  # these zero what lies outside the layer themselves
         return moved
-    inside = _window(a.new_ones(1, 1, *shape[1:]), moved)
+    inside = window(a.new_ones(1, 1, *shape[1:]), moved)
     return Rows(a * inside, rows.image, rows.site, stride, padding)
 
 
@@ -146,16 +147,16 @@ def substitute(
                 constant = constant + a.sum((2, 3)) @ step.bias
             rows = _through_conv(rows, step, steps[step.parents[0]])
         elif step.kind == "scale":
-            constant = constant + _dot(a, _window(step.bias[None], rows))
-            rows = Rows(a * _window(step.weight[None], rows), rows.image, rows.site, rows.stride, rows.padding)
+            constant = constant + row_dot(a, window(step.bias[None], rows))
+            rows = Rows(a * window(step.weight[None], rows), rows.image, rows.site, rows.stride, rows.padding)
         elif step.kind == "flatten":
             rows = Rows(a.reshape(-1, *steps[step.parents[0]].shape), rows.image, rows.site)
         elif step.kind == "relu":
-            below, above, intercept = (_window(line, rows) for line in lines[i])
-            constant = constant + _dot(a.clamp_max(0), intercept)
+            below, above, intercept = (window(line, rows) for line in lines[i])
+            constant = constant + row_dot(a.clamp_max(0), intercept)
             a = a * torch.where(a > 0, below, above)  # positive coefficients need the line below
             if pull is not None:
-                a = a + _window(pull[i], rows)
+                a = a + window(pull[i], rows)
             rows = Rows(a, rows.image, rows.site, rows.stride, rows.padding)
         for parent in step.parents:
             pending[parent] = _sum(rows, pending.get(parent), steps[parent].shape)
@@ -169,11 +170,11 @@ def infimum(rows: Rows, constant: Tensor, x: Tensor, radius: Tensor, r: float) -
     """
     if r == 2:
         spread = radius[rows.image] * torch.linalg.vector_norm(rows.a.flatten(1), dim=1)
-        return constant + _dot(rows.a, _window(x, rows)) - spread
+        return constant + row_dot(rows.a, window(x, rows)) - spread
     e = radius.view(-1, 1, 1, 1)
     low, high = (x - e).clamp_min(0), (x + e).clamp_max(1)
-    centre, half = _window((low + high) / 2, rows), _window((high - low) / 2, rows)
-    return constant + _dot(rows.a, centre) - _dot(rows.a.abs(), half)
+    centre, half = window((low + high) / 2, rows), window((high - low) / 2, rows)
+    return constant + row_dot(rows.a, centre) - row_dot(rows.a.abs(), half)
 
 
 def margin_rows(labels: Tensor, classes: int, dtype: torch.dtype) -> Rows:
@@ -205,13 +206,16 @@ def _unit_rows(step: Step, where: tuple[Tensor, ...], sign: Tensor) -> Rows:
 
 
 def hidden_bounds(
-    steps: list[Step], x: Tensor, radius: Tensor, r: float, outer: LayerBounds | None = None
-) -> LayerBounds:
+    steps: list[Step], x: Tensor, radius: Tensor, r: float, outer: LayerBounds | None = None,
+    least: Callable[[Rows, Tensor], Tensor] | None = None,
+) -> LayerBounds:  # fmt: skip
     """Bounds (low, high), each (B, C, H, W), on the input of every ReLU over the r-balls of radius (B,) around x.
 
     The neurons that interval arithmetic leaves with both signs are bounded again by substitution, and the better bound
-    of each side is kept. outer: bounds known to hold, to start from.
+    of each side is kept. outer: bounds known to hold, to start from. least: minima (M,) of rows on the pixels plus
+    constants over what is bounded, if that is not the whole ball.
     """
+    least = least or partial(infimum, x=x, radius=radius, r=r)
     e = radius.view(-1, 1, 1, 1)
     low, high = (x - e).clamp_min(0), (x + e).clamp_max(1)
     intervals, bounds, lines = [((low + high) / 2, (high - low) / 2)], {}, {}
@@ -228,7 +232,7 @@ def hidden_bounds(
         for side in (sign, -sign):
             for some in _undecided(low, high, _rows_at_once(steps[:i], x.is_cuda)):
                 rows = _unit_rows(step, some, side)
-                found = infimum(*substitute(steps, step.parents[0], rows, lines), x, radius, r)
+                found = least(*substitute(steps, step.parents[0], rows, lines))
                 low[some] = torch.where(side[some] > 0, torch.maximum(low[some], found), low[some])
                 high[some] = torch.where(side[some] < 0, torch.minimum(high[some], -found), high[some])
         bounds[i], lines[i] = (low, high), relu_lines(low, high)

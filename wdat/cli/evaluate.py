@@ -19,6 +19,9 @@ def add(sub: Any) -> None:
     verb.add_argument(
         "--certified-minutes", type=kind(float), default=0, metavar="M", help="certify for so long, images at random"
     )
+    verb.add_argument(
+        "--branching-minutes", type=kind(float), default=0, metavar="M", help="then raise the lower bound for so long"
+    )
     verb.add_argument("--autoattack", type=kind(int), default=0, metavar="N", help="AutoAttack on N images, p = inf")
     verb.add_argument("--dual", action="store_true", help="also the dual attack on the cross-entropy")
     verb.add_argument("--per-class", action="store_true", help="who pays: every class under --p and p = inf; figures")
@@ -53,8 +56,8 @@ def run(args: argparse.Namespace) -> None:
     shared["state"] = out / f"{name}.parts"
     results = evaluate(
         model, data, [*threats, *balls], steps=args.steps, search=search, dual=args.dual,
-        orders=sorted({1.0, p, float("inf")}), curve=121, certified=args.certified,
-        certified_minutes=args.certified_minutes, autoattacked=args.autoattack,
+        orders=sorted({1.0, p, float("inf")}), curve=121, certified=args.certified, autoattacked=args.autoattack,
+        certified_minutes=args.certified_minutes, branching_minutes=args.branching_minutes,
         sets=[(threats[0], args.save_set)] if args.save_set else (), **shared,
     )  # fmt: skip
     if args.save_set:

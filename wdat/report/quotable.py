@@ -226,7 +226,7 @@ def _norm_numbers(rows: list[dict]) -> dict[str, str]:
     found = {}
     for place, written in _places(row["written"] for row in rows):
         found[f"{place}.delta"] = written
-        for key in ("optimal", "w-pgd", "certified", "same"):
+        for key in ("optimal", "w-pgd", "certified", "crown", "same"):
             own = where(rows, written=written)
             found |= _spread(f"{place}.{key}", {row["network"]: row[key] for row in own if row[key] is not None})
     found |= _spread("gap", {f"{r['network']} at {r['written']}": r["w-pgd"] - r["optimal"] for r in rows})
@@ -234,6 +234,8 @@ def _norm_numbers(rows: list[dict]) -> dict[str, str]:
     found["band"] = percent(max(row["band"] for row in rows))
     proved = [row for row in rows if row["certified"] is not None]
     found |= _spread("open", {f"{r['network']} at {r['written']}": r["same"] - r["certified"] for r in proved})
+    before = [row for row in proved if row["crown"] is not None]
+    found |= _spread("closed", {f"{r['network']} at {r['written']}": r["certified"] - r["crown"] for r in before})
     for loss in sorted({loss for row in rows for loss in row["bounds"]}):
         for bound in ("r_tilde_l", "r_bar_l", "r_l"):
             bounded = [(row["bounds"][loss][bound], row["ratio"]) for row in rows if loss in row["bounds"]]

@@ -166,7 +166,7 @@ def evaluation_rows(results: dict, r: float) -> list[dict]:
             rows.append({
                 "network": network["network"], "written": written, "optimal": row["accuracy"], "clean": clean,
                 "w-pgd": attacks["redlr", written]["accuracy"], "certified": proved.get("accuracy"),
-                "same": proved.get("optimal", row["accuracy"]) if certified else None,
+                "crown": proved.get("crown"), "same": proved.get("optimal", row["accuracy"]) if certified else None,
                 "ratio": row["accuracy"] / clean if clean else 0.0,
                 "bounds": {loss: a["bounds"] for (loss, w), a in attacks.items() if w == written and a["bounds"]},
                 "band": (row["band"][1] - row["band"][0]) / 2,

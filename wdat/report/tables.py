@@ -145,8 +145,9 @@ def evaluation(found: dict) -> tuple[list[dict], str]:
     """Optimal allocation beside W-PGD (PGD for p = inf) for every network and threat, in percent.
 
     The attack's loss is ReDLR, or the first one of a network without it (two classes). The order p has a column
-    unless it is 2 throughout. The bracket, certified to optimal allocation, and AutoAttack (beside it what the nearest
-    adversarial examples leave) are of the same images in one cell, of how many the heading says.
+    unless it is 2 throughout. The bracket, certified to optimal allocation (beside it the lower end before branch and
+    bound), and AutoAttack (beside it what the nearest adversarial examples leave) are of the same images, of how many
+    the heading says.
     """
     rows = []
     for network in found["networks"]:
@@ -172,6 +173,8 @@ def evaluation(found: dict) -> tuple[list[dict], str]:
                     proved = certified["threats"][i]
                     ends = percent(proved["accuracy"]), percent(proved.get("optimal", row["accuracy"]))
                     cells[f"bracket (n = {certified.get('n', found['n'])})"] = "–".join(ends)
+                    if "branching" in certified:
+                        cells["CROWN alone"] = percent(proved["crown"])
                 if auto:
                     n, same = min(a.get("n", found["n"]) for a in auto.values()), auto.get(key, {}).get("optimal")
                     beside = f" ({percent(same)})" if same is not None else ""
@@ -184,6 +187,9 @@ def evaluation(found: dict) -> tuple[list[dict], str]:
         "(upper bound) with its 95 % band, and the bracket, certified (lower bound) to optimal allocation on the n "
         "images certified. AutoAttack: on n images, in brackets what the nearest adversarial examples leave of these."
     )
+    if any("CROWN alone" in row for row in rows):
+        caption += " CROWN alone: the lower end before branch and bound."
+        rows = [row | {"CROWN alone": row.get("CROWN alone", "–")} for row in rows]
     for network in found["networks"]:
         if network.get("findings"):
             caption += f" * {network['network']}: {'; '.join(network['findings'])}."
@@ -192,13 +198,26 @@ def evaluation(found: dict) -> tuple[list[dict], str]:
 
 @tabled("evaluation", "overview-{r}")
 def overview(found: dict, r: float | str = "inf") -> tuple[list[dict], str]:
-    """One row a network at p = 2 in one norm: clean accuracy, then W-PGD / optimal allocation at every radius."""
+    """One row a network at p = 2 in one norm: clean accuracy, then W-PGD / optimal allocation at every radius.
+
+    Known: of the images certified that are classified correctly, those whose minimal distance is known within 1 %.
+    """
     frame: dict[str, dict[str, str]] = {}
     for row in evaluation_rows(found, float(r)):
         cells = frame.setdefault(row["network"], {"network": row["network"], "clean": percent(row["clean"])})
         cells[f"δ = {row['written']}"] = f"{percent(row['w-pgd'])} / {percent(row['optimal'])}"
     caption = f"Percent correct on {found['n']} test images under W₂, {norm_name(r)}"
-    return list(frame.values()), f"{caption}: W-PGD / optimal allocation, both upper bounds."
+    caption += ": W-PGD / optimal allocation, both upper bounds."
+    known = {
+        network["network"]: c["known"] for network in found["networks"] for c in network.get("certified", [])
+        if float(c["r"]) == float(r) and "known" in c
+    }  # fmt: skip
+    if known:
+        caption += " Known: minimal distances known within 1 %, of the images right and certified."
+        frame = {
+            name: cells | {"known": percent(known[name]) if name in known else "–"} for name, cells in frame.items()
+        }
+    return list(frame.values()), caption
 
 
 @tabled("verification", "sets")

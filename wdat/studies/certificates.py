@@ -2,23 +2,29 @@
 
 What a certificate costs differs a thousandfold between networks and tenfold between images, and is no number of
 passes: so time is measured on the first image and said, the bar counts images, and a limit in minutes leaves radii of a
-random part of the images, whatever the network.
+random part of the images, whatever the network. Once every image has a radius of CROWN's, branch and bound raises them
+where the curve of optimal allocation moves. Its time is that of the proofs, kept with them: what was spent before
+counts, so that a run that was killed ends the same, and more time goes on from there.
 """
 
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from wdat.accuracy.branch import prove
 from wdat.accuracy.crown import certified_search, shrinkage
 from wdat.accuracy.graph import network_steps
+from wdat.accuracy.raising import raise_radii
 from wdat.clock import spending
 from wdat.studies.cache import Cache, Part
+from wdat.threats.ball import Threat
 from wdat.threats.checks import device_of
 from wdat.threats.inputs import as_model, taking
 from wdat.zoo.adapt import as_data
@@ -27,6 +33,7 @@ from wdat.zoo.data import Data
 EFFORT = 2**14  # ReLUs in a part: one image of a network of that many, which takes seconds
 LEARN = 8  # parts from which the first guess of all later ones is learned
 WORTH_SAYING = 60  # seconds
+FIRST = 8  # times an image's seconds of CROWN: the first limit of a proof
 
 
 def certify(model: nn.Module, data: Data, r: float, scale: float) -> Part:
@@ -35,6 +42,15 @@ def certify(model: nn.Module, data: Data, r: float, scale: float) -> Part:
     with spending("certificates"):
         radii, first = certified_search(model, data.x, data.y, r, tolerance=0.05, batch_size=16, scale=scale)
     return {"radii": radii, "first": first, "seconds": time.monotonic() - started}
+
+
+def proof(model: nn.Module, data: Data, r: float, radius: float, seconds: float) -> Part:
+    """Whether one image is proved right in the ball of this radius within a time limit, and the seconds it took."""
+    started, device = time.monotonic(), device_of(model)
+    with spending("certificates"):
+        x, y = data.x.to(device), data.y.to(device)
+        proved = prove(network_steps(model, x), x.double(), y, radius, r, seconds=seconds)
+    return {"proved": proved, "seconds": time.monotonic() - started}
 
 
 def _parts(kept: Cache, data: Data, r: float) -> Iterator[tuple[Tensor, Part]]:
@@ -75,13 +91,16 @@ def announce(kept: Cache, data: Data, r: float, minutes: float = 0) -> None:
         tqdm.write(said, file=sys.stderr)
 
 
-def certified_in_parts(kept: Cache, data: Data, r: float, minutes: float = 0, progress: bool = True) -> Tensor:
-    """`certificates` among other work."""
-    radii, started = torch.full((len(data),), math.nan, dtype=torch.float64), time.monotonic()
+def certified_in_parts(
+    kept: Cache, data: Data, r: float, minutes: float = 0, progress: bool = True
+) -> tuple[Tensor, float]:
+    """`certificates` among other work, and the seconds that those found took, whenever that was."""
+    radii, started, seconds = torch.full((len(data),), math.nan, dtype=torch.float64), time.monotonic(), 0.0
     now = started
     with tqdm(total=len(data), desc=f"certify l{r:g}", unit="image", smoothing=0, disable=not progress) as bar:
         for index, part in _parts(kept, data, r):
             radii[index], before, now = part["radii"].cpu(), now, time.monotonic()
+            seconds += part["seconds"]
             if now - before < part["seconds"] / 2:  # found in the cache: it must not make the rest look cheap
                 bar.total -= len(index)
                 bar.refresh()
@@ -89,7 +108,45 @@ def certified_in_parts(kept: Cache, data: Data, r: float, minutes: float = 0, pr
                 bar.update(len(index))
             if minutes and now - started >= 60 * minutes:
                 break
-    return radii
+    return radii, seconds
+
+
+@dataclass(frozen=True)
+class Bracket:
+    """Certified radii (N,), NaN where not reached: of CROWN, those raised, and the seconds spent on raising them."""
+
+    crown: Tensor
+    raised: Tensor
+    seconds: float
+
+
+def bracketed(
+    kept: Cache, data: Data, r: float, distances: Tensor | None, threats: Sequence[Threat], *, minutes: float = 0,
+    branching: float = 0, progress: bool = True,
+) -> Bracket:  # fmt: skip
+    """CROWN's radii of a data set, then raised by branch and bound at the threats' water levels.
+
+    distances: (N,), of a search for nearest adversarial examples (None: nothing is raised); minutes: as of
+    `certificates`; branching: minutes of proofs, beside what CROWN leaves of `minutes`.
+    """
+    crown, took = certified_in_parts(kept, data, r, minutes, progress)
+    seconds, done = 60 * branching + max(0.0, 60 * minutes - took), crown.isfinite().nonzero()[:, 0]
+    if distances is None or seconds <= 0:
+        return Bracket(crown, crown, 0.0)
+    averaged = [t for t in threats if not t.pointwise] or threats
+    raised = crown.clone()
+    with tqdm(total=round(seconds), desc=f"branch and bound l{r:g}", unit="s", disable=not progress) as bar:
+
+        def attempt(i: int, radius: float, limit: float) -> tuple[bool, float]:
+            found = kept.get(proof, data.at(done[i : i + 1]), r=r, radius=radius, seconds=limit)
+            bar.update(min(found["seconds"], bar.total - bar.n))
+            return found["proved"], found["seconds"]
+
+        raised[done], spent = raise_radii(
+            crown[done], distances.cpu()[done], [(t.delta, t.p) for t in averaged], attempt, seconds=seconds,
+            first=FIRST * took / len(done),
+        )  # fmt: skip
+    return Bracket(crown, raised, spent)
 
 
 @taking(model=as_model, data=as_data)
@@ -106,4 +163,4 @@ def certificates(
     kept = Cache(state, model)
     if progress:
         announce(kept, data, r, minutes)
-    return certified_in_parts(kept, data, r, minutes, progress)
+    return certified_in_parts(kept, data, r, minutes, progress)[0]

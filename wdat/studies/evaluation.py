@@ -22,7 +22,7 @@ from wdat.attacks.autoattack import suite
 from wdat.settings import Order, reads
 from wdat.studies.allocated import allocated, allocated_certificates, handed_out
 from wdat.studies.cache import Cache, Part, distances_in_parts, nearest, part_size, search_settings
-from wdat.studies.certificates import announce, certified_in_parts
+from wdat.studies.certificates import announce, bracketed
 from wdat.studies.measures import (
     attacked,
     autoattack_accuracy,
@@ -58,6 +58,7 @@ def evaluate(
     curve: int = 0,
     certified: int = 0,
     certified_minutes: float = 0,
+    branching_minutes: float = 0,
     autoattacked: int = 0,
     autoattack_version: str = "standard",
     batch_size: int = 128,
@@ -84,7 +85,11 @@ def evaluate(
             take is said first, from one image.
         certified_minutes: certify for so long for each pixel norm, all images unless `certified` says how many: the
             numbers are those of the random part reached, whose "n" they say; "asked" is how many there were, and
-            "unreached_wrong" the lower bound for all of them that counts the others as misclassified.
+            "unreached_wrong" the lower bound for all of them that counts the others as misclassified. What is left of
+            the time once all have a radius goes to branch and bound.
+        branching_minutes: so long, for each pixel norm, certified radii are raised by branch and bound where that moves
+            the curve most (`wdat.accuracy.raising`); needs `optimal`. Proofs in `state` count with the time they took:
+            the same setting ends the same, a larger one goes on.
         autoattacked: run AutoAttack on this many images (likewise) at every radius with p = inf among the threats.
         sets: pairs of a threat at which the optimal adversary's distribution is handed out and a path or None: "sets",
             see `adversary`.
@@ -109,14 +114,17 @@ def evaluate(
         raise ValueError('loss "kl" compares two predictions, and its gradient at clean images is 0; use redlr or ce')
     for name in losses:
         get_loss(name)
-    if min(steps, batch_size) < 1 or min(curve, certified, certified_minutes, autoattacked) < 0:
+    if min(steps, batch_size) < 1 or min(curve, certified, certified_minutes, branching_minutes, autoattacked) < 0:
         raise ValueError(
             f"steps={steps} and batch_size={batch_size} must be >= 1, curve={curve}, certified={certified}, "
-            f"certified_minutes={certified_minutes} and autoattacked={autoattacked} >= 0"
+            f"certified_minutes={certified_minutes}, branching_minutes={branching_minutes} and "
+            f"autoattacked={autoattacked} >= 0"
         )
+    if branching_minutes and not optimal:
+        raise ValueError("branching_minutes need minimal distances; optimal=False leaves them out")
     if min(orders, default=1) < 1:
         raise ValueError(f"Wasserstein order p={min(orders):g} must be in [1, inf]")
-    certified = certified or len(data) * (certified_minutes > 0)
+    certified = certified or len(data) * (max(certified_minutes, branching_minutes) > 0)
     search = search_settings(search)
     norms = sorted({t.r for t in threats})
     wanted = {t.r for t, _ in sets}
@@ -187,8 +195,9 @@ def evaluate(
                 result.setdefault("optimal", []).append(row | points.describe())
             if certified:
                 part = data.take(len(some["c"]), seed=0)
-                proved = certified_in_parts(kept, part, r, certified_minutes, progress)
-                known = points.distance[some["c"]] if points else None
+                searched, known = (d[some["c"]] for d in (points.searched, points.distance)) if points else (None, None)
+                proved = bracketed(kept, part, r, searched, own, minutes=certified_minutes,
+                                   branching=branching_minutes, progress=progress)  # fmt: skip
                 result.setdefault("certified", []).append(
                     allocated_certificates(proved, part, own, orders, curve, known)
                 )

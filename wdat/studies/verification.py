@@ -9,19 +9,20 @@ from torch import nn
 from wdat.accuracy.allocation import accuracy_curve
 from wdat.attacks.pgd import attack
 from wdat.clock import spending
-from wdat.studies.cache import SEARCH, distances, search_settings
-from wdat.studies.certificates import certificates
+from wdat.studies.cache import SEARCH, Cache, distances, search_settings
+from wdat.studies.certificates import bracketed
 from wdat.studies.evaluation import adversary
 from wdat.studies.jobs import Run, resident, run_all
 from wdat.threats.ball import Threat, plain_number
-from wdat.zoo.data import Data
+from wdat.zoo.data import Data, draw
 
 
 def verify(
     models: dict[str, nn.Module], data: Data, threats: Sequence[Threat], work: Path, *, middle: Threat,
-    search: dict | None = None, longer: int = 10, certified: int = 0, batch_size: int = 128, jobs: int = 1,
+    search: dict | None = None, longer: int = 10, certified: int = 0, branching_minutes: float = 0,
+    batch_size: int = 128, jobs: int = 1,
 ) -> dict:  # fmt: skip
-    """Three checks of what `experiments.across_networks` found with the same `work`, `search` and `certified`.
+    """Three checks of what `experiments.across_networks` found with the same `work`, `search` and certificates.
 
     "sets": the optimal adversary's distribution at the threat `middle`, handed out and measured again (`adversary`).
     "convergence": what a search of about `longer` times the passes still lowers the optimal allocation by, at all
@@ -38,7 +39,11 @@ def verify(
         ]  # fmt: skip
         calls += [Run(f"{name}, set", _set, {**own, "threat": middle, "search": search})]
         if certified:
-            calls += [Run(f"{name}, l_{r:g}, probes", probed, {**own, "r": r, "certified": certified}) for r in norms]
+            given = {**own, "certified": certified, "branching_minutes": branching_minutes, "search": search}
+            calls += [
+                Run(f"{name}, l_{r:g}, probes", probed, {**given, "threats": [t for t in threats if t.r == r]})
+                for r in norms
+            ]
     found = dict(
         zip((call.name for call in calls), run_all(calls, jobs, desc="checks", memory=resident()), strict=True)
     )
@@ -90,17 +95,22 @@ def converged(
 
 
 def probed(
-    model: nn.Module, data: Data, r: float, state: Path, certified: int, batch_size: int = 128,
-    restarts: int = 2, steps: int = 8,
+    model: nn.Module, data: Data, threats: Sequence[Threat], state: Path, certified: int, branching_minutes: float = 0,
+    search: dict | None = None, batch_size: int = 128, restarts: int = 2, steps: int = 8,
 ) -> dict:  # fmt: skip
-    """Attempts to refute certificates: probes inside the certified balls, and violations.
+    """Attempts to refute certificates, raised ones too, at threats of one norm: probes inside, and violations.
 
     PGD on the margin from the image and from `restarts` uniform draws from its ball; every iterate is a probe. Radii
     are drawn in by what float32 could round a probe out of its ball.
     """
-    part = data.take(min(certified, len(data)), seed=0)
+    r, few = threats[0].r, draw(len(data), min(certified, len(data)), 0)
+    part, found = data.at(few), None
+    if branching_minutes:
+        search = search_settings(search)
+        found = distances(model, data, r, search, batch_size=batch_size, state=state, progress=False).distance[few]
     with spending("certificates"):
-        radii = certificates(model, part, r, state=state, progress=False)
+        kept = Cache(state, model)
+        radii = bracketed(kept, part, r, found, threats, branching=branching_minutes, progress=False).raised
     radii = (radii * (1 - 1e-6) - 2e-6).clamp_min(0).float()
     chosen = (radii > 0).nonzero()[:, 0]
     row = {"r": plain_number(r), "images": len(chosen), "probes": 0, "violations": 0}

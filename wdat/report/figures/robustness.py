@@ -54,6 +54,7 @@ def bounds(axis: Axes, network: dict, found: dict, r: float | str = "inf") -> No
 def bracket(axis: Axes, network: dict, found: dict, r: float | str = "inf", p: float = 2) -> None:
     """The bracket of A_delta at one p, per network: certified radii below, optimal allocation and attacks above.
 
+    Between the two, on the same images, the gap: what branch and bound closed of it (darker), and what is open.
     With a confidence band and the first-order R^l. Drawn as far as the record has them: W-PGD by loss, W-PGD-Budget,
     AutoAttack (p = inf, so above A_delta for p < inf) on its own images, the mixture bound.
     """
@@ -74,6 +75,10 @@ def bracket(axis: Axes, network: dict, found: dict, r: float | str = "inf", p: f
     if network.get("certified"):
         proved, curve = _one(network["certified"], r=float(r)), _curve(network["certified"], r, p)
         label = CERTIFIED + _part([proved], found["n"])
+        if "crown" in curve:
+            lower, crown, upper = (points(curve[key]) for key in ("accuracy", "crown", "optimal"))
+            axis.fill_between(curve["delta"], lower, upper, color=GREEN, alpha=0.1, lw=0, label="open")
+            axis.fill_between(curve["delta"], crown, lower, color=GREEN, alpha=0.35, lw=0, label="closed by branching")
         axis.plot(curve["delta"], points(curve["accuracy"]), color=GREEN, ls=(0, (6, 1)), lw=1.8, label=label)
         if proved["n"] < found["n"]:  # other images than the blue curve's: mark where that one is on these
             own = [row for row in where(proved["threats"], p=p) if "optimal" in row]

@@ -1,0 +1,73 @@
+"""Certified radii raised where the curve moves: which image to prove next, and in how large a ball.
+
+At a radius delta the lower curve is at least E[min(1, (c/t)^p)] - (delta/t)^p for any t: a proof counts up to the water
+level alone, so that a few images with radii c just below it move the curve, and the largest balls do not.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from wdat.accuracy.allocation import threshold_distance
+
+KNOWN = 0.99  # of an attack's distance: a ball so large leaves nothing to find out
+STEP = 1.03  # least factor by which a proof shall raise a radius
+HARDER = 4  # power of the factor with which the chance of a proof within the limit falls, about
+
+
+def raise_radii(
+    radii: Tensor, distances: Tensor, balls: Sequence[tuple[float, float]], attempt: Callable[..., tuple[bool, float]],
+    *, seconds: float, first: float,
+) -> tuple[Tensor, float]:  # fmt: skip
+    """Radii (N,) float64 raised by proofs within a time limit, never beyond 0.99 `distances`; and the seconds spent.
+
+    radii, distances: (N,), certified and of attacks; balls: pairs (delta, p). attempt(i, radius, limit) says whether
+    image i is proved in that ball, and the seconds it took; a second run with the same answers does the same.
+
+    The next ball is the one that promises most: what it adds to the lower bounds at all balls' water levels (those of
+    `radii` as they stand, where the curve moves now, and those of `distances`, where it shall), times the chance that
+    the proof comes off. Aims are the levels, the attack's distance, and half-way to what failed. What fails within
+    `first` seconds comes again with four times as many, once everything else was tried. The result holds whenever the
+    time ends. Images with radius 0 are left.
+    """
+    best, far = radii.double().clone(), KNOWN * distances.double()
+    spent, limit, failed = 0.0, first, torch.full_like(far, math.inf)
+    while spent < seconds:
+        level, power = _levels([best, distances], balls)
+        if not len(level):
+            break
+        ceiling = torch.minimum(torch.minimum(far, failed), level.max())
+        aims = torch.cat([level.unique().expand(len(best), -1), ceiling[:, None], (best * ceiling).sqrt()[:, None]], 1)
+        now = best[:, None].expand_as(aims)
+        fits = (aims > STEP * now) & (aims <= ceiling[:, None]) & (now > 0)
+        promise = (_worth(aims, level, power) - _worth(now, level, power)) * (now / aims) ** HARDER
+        promise = torch.where(fits, promise, 0)
+        i, k = divmod(int(promise.argmax()), aims.shape[1])
+        if promise[i, k] <= 0:
+            if limit > seconds or not failed.isfinite().any():  # no proof could use the time, or nothing is open
+                break
+            failed, limit = torch.full_like(far, math.inf), 4 * limit
+            continue
+        aim = float(aims[i, k])
+        proved, took = attempt(i, aim, min(limit, seconds - spent))
+        spent += took
+        if proved:
+            best[i] = aim
+        else:
+            failed[i] = math.sqrt(float(best[i]) * aim)
+    return best, spent
+
+
+def _levels(distances: Sequence[Tensor], balls: Sequence[tuple[float, float]]) -> tuple[Tensor, Tensor]:
+    """Water levels of every ball by each of the distances, and their powers p; without levels of 0."""
+    found = [(float(threshold_distance(d, delta, p)), p) for delta, p in balls for d in distances]
+    found = [(t * (1 + math.isinf(p) * 1e-9), p) for t, p in found]  # a pointwise adversary of delta reaches delta
+    level, power = torch.tensor(found, dtype=torch.float64).unbind(1)
+    return level[level > 0], power[level > 0]
+
+
+def _worth(radius: Tensor, level: Tensor, power: Tensor) -> Tensor:
+    """What radii (...) count for at the water levels (L,): the sum of min(1, (radius / level)^p)."""
+    return (radius[..., None] / level).clamp_max(1).pow(power).sum(-1)
