@@ -4,27 +4,30 @@
 writes `timing.json` with the machine, and from it a table and the README's line. On a machine with other work the times
 mean nothing: its load before each run is recorded, and a busy one is said.
 
-The model: what a notebook does outside its lists of runs (start of a kernel, loading, drawing) takes as long on any
-machine; its runs are spread over the cores, but no list ends before its longest run; and where all cores are busy, a
-run takes longer (shared caches, memory, clock) by a factor measured once, of all runs together.
+The model: all work is spread over the cores, runs and what notebooks do beside their lists of runs (start of a kernel,
+loading, drawing); every worker of the notebooks has to start; no notebook ends before what it does beside its runs and
+the longest run of each list, nor begins before those it needs; and where all cores are busy, a run takes longer (shared
+caches, memory, clock) by a factor measured once, of all runs together.
 """
 
 import argparse
 import json
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from wdat import records
 from wdat.report.numbers import fill
 from wdat.report.table import tabled
+from wdat.reproduce.profiles import needed, notebooks
 from wdat.reproduce.runner import reproduce
 
 HERE = Path(__file__).parent
 MORE = (4, 8, 16)  # cores that the model speaks of
 BUSY = 0.3  # of a core, from which on a machine is not quiet
 
-Parts = dict[str, dict[str, float]]  # by notebook: seconds "serial", in "runs" added up, of the "longest" of each list
+Parts = dict[str, dict[str, float]]  # by notebook: seconds "serial", of "runs", "longest" of each list, worker "starts"
 
 
 def parts(state: dict[str, dict]) -> Parts:
@@ -33,7 +36,8 @@ def parts(state: dict[str, dict]) -> Parts:
     for name, entry in state.items():
         spent = entry["spent"]
         serial = entry["seconds"] - spent.get("lists", 0)
-        found[name] = {"serial": serial, "runs": spent.get("runs", 0), "longest": spent.get("longest", 0)}
+        found[name] = {"serial": serial} | {key: spent.get(key, 0) for key in ("runs", "longest")}
+        found[name]["starts"] = spent.get("waiting", 0)
     return found
 
 
@@ -46,37 +50,55 @@ def alone(one: Parts, many: Parts) -> Parts:
     """Parts with one run at once: as timed, or by the slow-down of the others where only `many` has the notebook."""
     factor = slowdown(one, many)
     scaled = {n: own | {key: own[key] / factor for key in ("runs", "longest")} for n, own in many.items()}
-    return scaled | one
+    return scaled | {name: own | {"starts": many[name]["starts"]} for name, own in one.items()}
 
 
-def seconds(notebooks: Parts, cores: int, factor: float) -> float:
-    """By the model. factor: of the slow-down, which one core does not have."""
-    factor = factor if cores > 1 else 1.0
-    return sum(own["serial"] + factor * max(own["longest"], own["runs"] / cores) for own in notebooks.values())
+def seconds(notebooks: Parts, cores: int, factor: float, needs: dict[str, Sequence[str]], workers: int) -> float:
+    """By the model. factor: of the slow-down, which one core does not have; workers: of a notebook, whose start it has.
+
+    needs: notebooks, by name, before which one does not begin.
+    """
+    if cores == 1:
+        return sum(own["serial"] + own["runs"] for own in notebooks.values())
+    ends: dict[str, float] = {}
+    for name, own in notebooks.items():
+        begins = max((ends[other] for other in needs[name] if other in ends), default=0.0)
+        ends[name] = begins + own["serial"] + factor * own["longest"] + own["starts"] / workers
+    work = sum(own["serial"] + factor * own["runs"] for own in notebooks.values()) / cores
+    return max(*ends.values(), work + sum(own["starts"] for own in notebooks.values()) / workers)
 
 
-def timed(profile: str, jobs: int, only: Sequence[str] | None) -> tuple[dict[str, dict], float]:
-    """The state of the notebooks made anew, and the machine's load before."""
+def timed(profile: str, jobs: int, only: Sequence[str] | None) -> tuple[dict[str, dict], float, float]:
+    """The state of the notebooks made anew, the machine's load before, and how long all took."""
     load = os.getloadavg()[0]
     if load > BUSY:
         print(f"load {load:.2f} before the run with {jobs} at once: busy, its times mean little", flush=True)
+    begun = time.perf_counter()
     made = reproduce(profile, only, force=True, jobs=jobs)
+    wall = time.perf_counter() - begun
     state = json.loads((records.root() / ".wdat" / profile / "state.json").read_text())
-    return {name: state[name] for name in made}, load
+    return {name: state[name] for name in sorted(made)}, load, wall
 
 
-def results(one: dict[str, dict], many: dict[str, dict], jobs: int, loads: Sequence[float]) -> dict:
-    """Measured and modelled seconds by cores. "measured" with one core only where every notebook was timed so."""
+def results(
+    one: dict[str, dict], many: dict[str, dict], jobs: int, loads: Sequence[float], walls: Sequence[float],
+    needs: dict[str, Sequence[str]],
+) -> dict:  # fmt: skip
+    """Measured and modelled seconds by cores. "measured" with one core only where every notebook was timed so.
+
+    walls: of the call with `jobs`, and of that with one.
+    """
     factor, whole = slowdown(parts(one), parts(many)), alone(parts(one), parts(many))
-    measured = {jobs: sum(entry["seconds"] for entry in many.values())}
-    if one.keys() == many.keys():
-        measured[1] = sum(entry["seconds"] for entry in one.values())
-    first = measured.get(1, seconds(whole, 1, factor))
-    rows = []
-    for cores in sorted({1, jobs, *MORE}):
-        model = seconds(whole, cores, factor)
-        faster = first / measured.get(cores, model)
-        rows.append({"cores": cores, "measured": measured.get(cores), "model": model, "efficiency": faster / cores})
+    measured = {jobs: walls[0]} | ({1: walls[1]} if one.keys() == many.keys() else {})
+    model = {cores: seconds(whole, cores, factor, needs, jobs) for cores in sorted({1, jobs, *MORE})}
+    first = measured.get(1, model[1])
+    rows = [
+        {
+            "cores": cores, "measured": measured.get(cores), "model": took,
+            "efficiency": first / measured.get(cores, took) / cores,
+        }
+        for cores, took in model.items()
+    ]  # fmt: skip
     return {"jobs": jobs, "loads": list(loads), "slowdown": factor, "notebooks": whole, "rows": rows}
 
 
@@ -110,10 +132,12 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs at once (default: 2)")
     parser.add_argument("--one", nargs="*", help="notebooks also timed with one run at once (default: all)")
     args = parser.parse_args()
-    many, busy = timed(args.profile, args.jobs, None)
-    one, idle = timed(args.profile, 1, args.one or None)
+    many, busy, wall = timed(args.profile, args.jobs, None)
+    one, idle, longer = timed(args.profile, 1, args.one or None)
+    needs = needed(notebooks(records.root()))
+    found = results(one, many, args.jobs, [busy, idle], [wall, longer], needs)
     config = {"profile": args.profile, "jobs": args.jobs, "one": sorted(one)}
-    path = records.write(HERE / "timing.json", "timing", results(one, many, args.jobs, [busy, idle]), config, "cpu")
+    path = records.write(HERE / "timing.json", "timing", found, config, "cpu")
     print(table(path).markdown())
     records.write_file(HERE / "timing-took.md", sentence(records.read(path)))
     for page in (HERE / "README.md", records.root() / "README.md"):

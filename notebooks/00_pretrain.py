@@ -9,7 +9,7 @@
 # *Place in the paper: 6.1 Setting.*
 # *Time: digits 1 min, others none.*
 
-# %% tags=["parameters"]
+# %% tags=["parameters"] needs=[]
 from_records = False  # True: show the committed results, compute nothing
 data = "digits"  # see wdat.zoo.data.load_data
 train_root = ""  # folder of the training images; not used by digits

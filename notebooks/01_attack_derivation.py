@@ -9,7 +9,7 @@
 # *Place in the paper: 6.2 First order against measurement; third-party networks: 7.*
 # *Time: digits 1 min, zoo 5 min on a CPU, cifar10 10 min on a GPU.*
 
-# %% tags=["parameters"]
+# %% tags=["parameters"] needs=["00"]
 from_records = False  # True: show the committed results, compute nothing
 data = "digits"
 test_root = ""  # folder of the test images; not used by digits

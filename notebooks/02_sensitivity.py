@@ -8,7 +8,7 @@
 # *Place in the paper: 6.3 Sensitivity and how cheaply it is known; third-party networks: 7.*
 # *Time: digits 1 min, zoo 5 min on a CPU, cifar10 30 min on a GPU.*
 
-# %% tags=["parameters"]
+# %% tags=["parameters"] needs=["00"]
 from_records = False  # True: show the committed results, compute nothing
 data = "digits"
 train_root = ""

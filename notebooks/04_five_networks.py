@@ -10,7 +10,7 @@
 # *Place in the paper: 6.5 Five networks, before and after; third-party networks: 7.*
 # *Time: digits 10 min, zoo four hours on a CPU, cifar10 days on a GPU.*
 
-# %% tags=["parameters"]
+# %% tags=["parameters"] needs=["00"]
 from_records = False  # True: show the committed results, compute nothing
 data = "digits"
 train_root = ""

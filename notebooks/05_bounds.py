@@ -8,7 +8,7 @@
 # *Place in the paper: 6.6 Where first-order bounds end; third-party networks: 7.*
 # *Time: digits 1 min, zoo 5 min on a CPU, cifar10 1 h on a GPU.*
 
-# %% tags=["parameters"]
+# %% tags=["parameters"] needs=["00"]
 from_records = False  # True: show the committed results, compute nothing
 data = "digits"
 test_root = ""

@@ -8,7 +8,7 @@
 # *Place in the paper: 6.7 How robust is it really?; third-party networks: 7.*
 # *Time: digits 2 min, zoo 45 min on a CPU, cifar10 2 h on a GPU.*
 
-# %% tags=["parameters"]
+# %% tags=["parameters"] needs=["00", "05"]
 from_records = False  # True: show the committed results, compute nothing
 data = "digits"
 test_root = ""

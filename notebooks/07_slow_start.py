@@ -12,7 +12,7 @@
 # *Place in the paper: 6.9 Slow start, fast decay; third-party networks: 7.*
 # *Time: digits 1 min, zoo 1 h on a CPU.*
 
-# %% tags=["parameters"]
+# %% tags=["parameters"] needs=["00"]
 from_records = False  # True: show the committed results, compute nothing
 data = "digits"
 train_root = ""

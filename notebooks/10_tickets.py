@@ -9,7 +9,7 @@
 # *Place in the paper: 6.12 Adversarial winning tickets; third-party networks: 7.*
 # *Time: digits 1 min, zoo half an hour on a CPU.*
 
-# %% tags=["parameters"]
+# %% tags=["parameters"] needs=[]
 from_records = False  # True: show the committed results, compute nothing
 data = "digits"
 train_root = ""

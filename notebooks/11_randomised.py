@@ -13,7 +13,7 @@
 # *Place in the paper: 6.8 Provably more accurate: a network behind noise; third-party networks: 7.*
 # *Time: digits 2 min, zoo 3 h on a core, most of it 10,000 draws of ResNet-2B and 1,000 of ResNet-18.*
 
-# %% tags=["parameters"]
+# %% tags=["parameters"] needs=["00"]
 from_records = False  # True: show the committed results, compute nothing
 data = "digits"
 train_root = ""

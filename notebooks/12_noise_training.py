@@ -8,7 +8,7 @@
 # *Place in the paper: 6.11 Trained for the noise; third-party networks: 7.*
 # *Time: digits 1 min, zoo 20 min on a core.*
 
-# %% tags=["parameters"]
+# %% tags=["parameters"] needs=["00"]
 from_records = False  # True: show the committed results, compute nothing
 data = "digits"
 train_root = ""

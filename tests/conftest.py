@@ -92,7 +92,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, str]]:
     """Notebooks that only pretend to run: each writes the files that `writes` names for it, with that content."""
     writes = {"01_first": {"figures/digits/a.json": "1"}, "02_second": {"figures/digits/b.json": "1"}}
 
-    def execute(source, executed, passed, scratch, command, root):
+    def execute(source, executed, passed, scratch, told, root, screen):
         for path, content in writes[source.stem].items():
             (root / path).parent.mkdir(parents=True, exist_ok=True)
             (root / path).write_text(content)

@@ -1,6 +1,5 @@
 """One notebook in a kernel of its own, and the copy of it that is committed."""
 
-import io
 import json
 import sys
 
@@ -12,6 +11,7 @@ from repository import notebook, said
 from wdat import cli
 from wdat.reproduce import execution
 from wdat.reproduce.runner import reproduce
+from wdat.reproduce.screen import Screen
 
 
 def test_notebooks_run_in_this_interpreter_without_ports_and_leave_no_trace_of_the_machine(repo, monkeypatch, capsys):
@@ -107,11 +107,14 @@ def test_an_executed_copy_keeps_outputs_but_no_bars_and_paths(tmp_path):
     assert found.metadata == {} and found.id == "cell-00"
 
 
-def test_progress_bars_are_relayed_now_and_then():
-    stream = io.StringIO()
-    relay = execution._relay(stream, every=0)
-    relay.write("plain\n\nlines\n")
-    relay.write("\r 10%|#  | 1/10\r 20%|## | 2/10")
-    assert stream.getvalue() == "    plain\n    lines\n    20%|## | 2/10\n"
-    execution._relay(stream, every=1e9).write("\r 30%|###| 3/10")
-    assert "30%" not in stream.getvalue()
+def test_progress_bars_are_relayed_now_and_then_in_one_line(capsys):
+    one, other = (often := Screen(every=0)).of("01"), often.of("02")
+    one.write("plain\n\nlines\n")
+    one.write("\r 10%|#  | 1/10\r 20%|## | 2/10")
+    other.write("\rruns: 1 of 3 runs")
+    one.write("\r")
+    said = capsys.readouterr().out
+    assert said.startswith("    01  plain\n    01  lines\n    01  20%|## | 2/10\n")
+    assert said.endswith("    01  20%|## | 2/10 | 02  runs: 1 of 3 runs\n    02  runs: 1 of 3 runs\n")
+    Screen(every=1e9).of("01").write("\r 30%|###| 3/10")
+    assert "30%" not in capsys.readouterr().out

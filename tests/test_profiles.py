@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from wdat.reproduce import runner
+from wdat.reproduce import profiles
 from wdat.zoo.models import save_model
 
 ROOT = Path(__file__).parents[1]
@@ -31,9 +31,9 @@ def small(settings: Any) -> Any:
 
 def run(profile: str, number: str, tmp_path: Path, **changed: Any) -> None:
     """One notebook's cells with the parameters of a profile, made small, in this process."""
-    sources = runner.notebooks(ROOT)
+    sources = profiles.notebooks(ROOT)
     name = next(name for name in sources if name.startswith(number))
-    known, settings = runner.declared(sources[name]), runner.read_profile(ROOT, profile, sources)
+    known, settings = profiles.declared(sources[name]), profiles.read_profile(ROOT, profile, sources)
     given = small(settings["common"] | settings[name])
     if "rounds" in given:
         given["rounds"] |= {"rounds": 1, "biases": 1, "steps": 1, "validation": 0.3}

@@ -17,7 +17,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from wdat import digest, records
-from wdat.reproduce import runner, staleness
+from wdat.reproduce import profiles, staleness
 
 ROOT = Path(__file__).parents[1]
 # What each room may import of wdat, besides itself; a new room is put in its place here.
@@ -137,7 +137,7 @@ def code_cells(notebook: nbformat.NotebookNode) -> list[str]:
 
 @pytest.mark.parametrize("source", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_is_thin(source):
-    runner.declared(source)  # one parameters cell, of literals
+    profiles.declared(source)  # one parameters cell, of literals
     code = "\n".join(code_cells(jupytext.read(source)))
     tree = ast.parse(code)
     logic = (ast.FunctionDef, ast.ClassDef, ast.Lambda, ast.Try, ast.While)
@@ -190,9 +190,9 @@ def test_every_cell_that_draws_shows_a_picture_and_every_table_a_table(source):
     "profile", sorted((ROOT / "notebooks" / "profiles").glob("*.yaml")), ids=lambda path: path.stem
 )
 def test_every_parameter_in_a_profile_is_declared(profile):
-    sources = runner.notebooks(ROOT)
-    settings = runner.read_profile(ROOT, profile.stem, sources)
-    runner._parameters(sources, list(sources), settings, {}, {})
+    sources = profiles.notebooks(ROOT)
+    settings = profiles.read_profile(ROOT, profile.stem, sources)
+    profiles.parameters(sources, list(sources), settings, {}, {})
 
 
 def test_every_figure_and_table_lies_beside_the_record_it_is_drawn_from():

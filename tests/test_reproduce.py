@@ -15,7 +15,7 @@ import pytest
 from repository import notebook, said
 
 from wdat import cli
-from wdat.reproduce import execution, paper, runner
+from wdat.reproduce import execution, paper, profiles, runner
 from wdat.reproduce.runner import reproduce
 
 
@@ -153,7 +153,7 @@ def test_only_what_a_notebook_declares_is_passed(repo, pretend, monkeypatch):
 )
 def test_a_parameters_cell_holds_literals(repo, cells, sentence):
     with pytest.raises(ValueError, match=sentence):
-        runner.declared(notebook(repo, "01_first", head=cells))
+        profiles.declared(notebook(repo, "01_first", head=cells))
 
 
 @pytest.mark.parametrize("blocked", [".wdat", "figures"])

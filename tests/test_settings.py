@@ -11,7 +11,7 @@ import yaml
 
 import wdat
 from wdat import cli
-from wdat.reproduce import runner
+from wdat.reproduce import profiles
 from wdat.settings import Order, Written, arguments, read, reads, typed
 from wdat.studies.study import Sweep
 from wdat.training.recipes import Recipe, make_recipe
@@ -116,7 +116,7 @@ def test_a_function_takes_the_settings_of_a_part():
     ],
 )  # fmt: skip
 def test_a_parameter_is_of_the_kind_of_its_default(default, kind):
-    assert runner.kind(default) == kind
+    assert profiles.kind(default) == kind
 
 
 @pytest.mark.parametrize(

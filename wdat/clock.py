@@ -1,7 +1,7 @@
 """Where the time goes: seconds by kind of work, in this process and in the workers it waited for. No torch.
 
-Beside the kinds of work: "lists", how long lists of runs took, "runs", all runs added up, and "longest", of each list
-the longest run. They say what more cores would gain (`benchmarks.timing`).
+Beside the kinds of work: "lists", how long lists of runs took; "runs", what all of them had of a core; "longest", of
+each list the longest run; "waiting", for workers to start. They say what more cores would gain (`benchmarks.timing`).
 """
 
 import time

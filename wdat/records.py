@@ -52,7 +52,8 @@ def root(start: str | Path | None = None) -> Path:
 def write_file(path: str | Path, content: bytes | str) -> Path:
     """Write a whole file or nothing: parent folders made, flushed to the disk, then put in place in one step.
 
-    OSError says which file and why (folder not writable, disk full); what stood there before is untouched then.
+    OSError says which file and why (folder not writable, disk full); what stood there before is untouched then. A
+    notebook's files are listed, while the runner asks for it: others may run at the same time.
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -63,6 +64,9 @@ def write_file(path: str | Path, content: bytes | str) -> Path:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
+        if journal := os.environ.get("WDAT_WRITTEN"):
+            with open(journal, "a", encoding="utf-8") as file:
+                file.write(f"{os.path.realpath(path)}\n")
     except OSError as error:
         with contextlib.suppress(OSError):  # the folder itself may be at fault: the first error says so
             partial.unlink(missing_ok=True)

@@ -7,6 +7,6 @@ here says what must run again: a notebook depends on the definitions its code re
 those before it, and on its parameters. Looked at instead: jupyter-cache goes by code cells alone; ploomber (over
 papermill, too) by the source of a task, not of what it imports; snakemake by times, parameters and the rule's own code;
 doit and pytask by digests of files that each task lists, which would keep this key and save the order of a handful of
-notebooks and one state file, for a dependency with a database of its own. Notebooks run one after another, for every
-list of runs in them fills the cores; side by side they would need one budget of cores across kernels.
+notebooks and one state file, for a dependency with a database of its own. Nor would any of them share one budget of
+cores among the runs inside notebooks at the same time: that is a folder of files to lock (`studies.jobs.slot`).
 """

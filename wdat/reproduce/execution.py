@@ -3,19 +3,21 @@
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import re
 import shutil
+import signal
 import sys
 import tempfile
-import time
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from wdat import records
+from wdat.reproduce.screen import Screen
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
@@ -30,21 +32,24 @@ def execute(
     executed: Path,
     passed: dict[str, Any],
     scratch: Path,
-    command: str,
+    told: dict[str, str],
     root: Path,
+    screen: Screen,
 ) -> float:
     """Run one notebook in a fresh kernel, in the folder of its source as Jupyter would; put its copy in place.
 
-    command: what a user would type for it, as records say. Returns the seconds of cells with figures and tables.
+    told: environment variables of its kernel. Returns the seconds of cells with figures and tables. Several may run in
+    threads of one process; `stop` ends their kernels.
     """
     import papermill
+    from jupyter_core.utils import ensure_event_loop
     from papermill.exceptions import PapermillExecutionError
 
     partial = scratch / "notebooks" / f"{source.stem}.partial.ipynb"
     partial.parent.mkdir(parents=True, exist_ok=True)
-    relay = _relay(sys.stdout)
+    relay = screen.of(source.stem.split("_")[0])
     saved = f"as far as it ran: {relative(root, partial)}; mend the cause and run the same command to go on"
-    with kernel(scratch, command) as manager:
+    with kernel(scratch, source.parent, told) as manager:
         try:
             notebook = papermill.execute_notebook(
                 load(source),
@@ -53,7 +58,6 @@ def execute(
                 kernel_name="python3",
                 language="python",
                 kernel_manager_class=manager,
-                cwd=source.parent,
                 progress_bar=False,
                 stdout_file=relay,
                 stderr_file=relay,
@@ -67,6 +71,9 @@ def execute(
             last = _first_line("\n".join(reversed(manager.said.read_text(errors="replace").splitlines())))
             reason += f"; its last words: {last}" if last else "; out of memory?"
             raise CellFailed(f"{source.stem} stopped with its kernel ({reason})\n{saved}") from None
+        finally:
+            relay.write("\r")  # its bar is over
+            ensure_event_loop().close()  # of this thread, which nobody else would
     drawing = sum(
         cell.metadata["papermill"]["duration"] or 0
         for cell in notebook.cells
@@ -87,32 +94,55 @@ def spent(written: Iterable[Path]) -> dict[str, float]:
     return found
 
 
+_kernels: set[int] = set()  # processes of those that run
+_stopped = threading.Event()
+
+
 @contextmanager
-def kernel(scratch: Path, command: str) -> Iterator[type]:
+def stoppable() -> Iterator[None]:
+    """If this is left by an exception, no kernel started inside goes on; their workers end with them."""
+    _stopped.clear()
+    try:
+        yield
+    except BaseException:
+        _stopped.set()
+        logging.getLogger("papermill").setLevel(logging.CRITICAL)  # it would complain of every kernel's end
+        for process in list(_kernels):
+            _end(process)
+        raise
+
+
+def _end(process: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process, signal.SIGTERM)
+
+
+@contextmanager
+def kernel(scratch: Path, folder: Path, told: dict[str, str]) -> Iterator[type]:
     """A kernel manager class for this very interpreter that opens no port and writes nothing to the user's home."""
     from jupyter_client import AsyncKernelManager
     from jupyter_client.kernelspec import KernelSpec
 
-    folder = tempfile.mkdtemp(prefix="wdat-")
-    if len(folder) > 60:  # the path of a socket must stay below 108 characters
-        shutil.rmtree(folder)
-        folder = tempfile.mkdtemp(prefix="wdat-", dir="/tmp")
+    own = tempfile.mkdtemp(prefix="wdat-")
+    if len(own) > 60:  # the path of a socket must stay below 108 characters
+        shutil.rmtree(own)
+        own = tempfile.mkdtemp(prefix="wdat-", dir="/tmp")
     environment = {
         **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1"),
-        "IPYTHONDIR": f"{folder}/ipython",
-        "JUPYTER_RUNTIME_DIR": folder,
-        "JUPYTER_DATA_DIR": folder,
-        "JUPYTER_CONFIG_DIR": folder,
+        "IPYTHONDIR": f"{own}/ipython",
+        "JUPYTER_RUNTIME_DIR": own,
+        "JUPYTER_DATA_DIR": own,
+        "JUPYTER_CONFIG_DIR": own,
         "MPLCONFIGDIR": str(scratch.parent / "matplotlib"),
         # tqdm would advise to install widgets; the tracker tells what it cleans up after an interrupt
         "PYTHONWARNINGS": "ignore:IProgress not found,ignore:resource_tracker",
-        "WDAT_COMMAND": command,
+        **told,
     }
 
-    (Path(folder) / "stderr").touch()
+    (Path(own) / "stderr").touch()
 
     class Manager(AsyncKernelManager):
-        said = Path(folder) / "stderr"  # the kernel's own: what cells print there comes as messages
+        said = Path(own) / "stderr"  # the kernel's own: what cells print there comes as messages
 
         @property
         def kernel_spec(self) -> KernelSpec:
@@ -120,12 +150,15 @@ def kernel(scratch: Path, command: str) -> Iterator[type]:
             return KernelSpec(argv=argv, env=environment, display_name="Python 3", language="python")
 
         def __init__(self, **arguments: Any) -> None:
-            super().__init__(**arguments, transport="ipc", connection_file=f"{folder}/kernel.json")
+            super().__init__(**arguments, transport="ipc", connection_file=f"{own}/kernel.json")
             self.shutdown_wait_time = 1.0  # half of it until SIGTERM, which ends its workers, too
 
         async def start_kernel(self, **options: Any) -> None:
             with self.said.open("w") as file:
-                await super().start_kernel(**options, stderr=file)
+                await super().start_kernel(**options, stderr=file, cwd=str(folder))
+            _kernels.add(self.provisioner.pid)
+            if _stopped.is_set():
+                _end(self.provisioner.pid)
 
         async def shutdown_kernel(self, *words: Any, **options: Any) -> None:
             left = asyncio.all_tasks() - {asyncio.current_task()}
@@ -134,10 +167,14 @@ def kernel(scratch: Path, command: str) -> Iterator[type]:
             await asyncio.gather(*left, return_exceptions=True)
             await super().shutdown_kernel(*words, **options)
 
+        async def cleanup_resources(self, *words: Any, **options: Any) -> None:
+            _kernels.discard(self.provisioner.pid if self.provisioner else None)
+            await super().cleanup_resources(*words, **options)
+
     try:
         yield Manager
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(own, ignore_errors=True)
 
 
 def load(source: Path) -> "NotebookNode":
@@ -204,25 +241,3 @@ def _failing_line(error: Any) -> str:
 
 def _first_line(text: str) -> str:
     return next((line.strip()[:400] for line in text.splitlines() if line.strip()), "")
-
-
-def _relay(stream: TextIO, every: float = 20.0) -> SimpleNamespace:
-    """A file that passes on what a notebook prints; of progress bars the last state, in a log only now and then."""
-    last = time.monotonic()
-    live = stream.isatty()
-
-    def write(text: str) -> None:
-        nonlocal last
-        if "\r" in text:
-            bar = text.rstrip().split("\r")[-1].strip()
-            if live:
-                stream.write(f"\r\033[K    {bar}")
-            elif bar and time.monotonic() - last > every:
-                last = time.monotonic()
-                stream.write(f"    {bar}\n")
-        else:
-            lines = [line for line in text.splitlines() if line.strip()]
-            stream.write("".join(("\r\033[K" if live else "") + f"    {line}\n" for line in lines))
-        stream.flush()
-
-    return SimpleNamespace(write=write, flush=stream.flush)

@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from wdat import records
-from wdat.reproduce import execution, runner
+from wdat.reproduce import execution, profiles, runner
+from wdat.reproduce.screen import Screen
 from wdat.reproduce.staleness import SHOWN, digests
 
 
 def show(
-    profile: str = runner.DEFAULT,
+    profile: str = profiles.DEFAULT,
     only: Sequence[str] | None = None,
     root: str | Path | None = None,
     out: str | Path | None = None,
@@ -23,11 +24,11 @@ def show(
     which nothing is recorded is left out.
     """
     root = records.root() if root is None else Path(root).absolute()
-    sources = runner.notebooks(root)
-    settings, chosen = runner.read_profile(root, profile, sources), runner._choose(sources, only)
+    sources = profiles.notebooks(root)
+    settings, chosen = profiles.read_profile(root, profile, sources), profiles.choose(sources, only)
     scratch = root / ".wdat" / profile
     places = {"out": str(out or f"figures/{profile}"), "work": f".wdat/{profile}/made"}
-    passed = runner._parameters(sources, chosen, settings, places, {**(parameters or {}), "from_records": True})
+    passed = profiles.parameters(sources, chosen, settings, places, {**(parameters or {}), "from_records": True})
     scratch.mkdir(parents=True, exist_ok=True)
     with runner._one_run_at_a_time(scratch, profile):
         state = runner._read_state(scratch / "state.json")
@@ -37,9 +38,9 @@ def show(
                 print(f"{name}: nothing is recorded yet", flush=True)
                 continue
             print(f"{name} …", flush=True)
-            command = f"wdat reproduce --profile {profile} --from-records"
-            copy = runner._executed_copy(root, profile, name)
-            execution.execute(sources[name], copy, passed[name], scratch, command, root)
+            told = {"WDAT_COMMAND": f"wdat reproduce --profile {profile} --from-records"}
+            copy = profiles.executed_copy(root, profile, name)
+            execution.execute(sources[name], copy, passed[name], scratch, told, root, Screen())
             if name in state:  # what was drawn again is as good as what the run drew
                 drawn = [root / path for path in state[name]["outputs"] if Path(path).suffix in {*SHOWN, ".ipynb"}]
                 state[name]["outputs"] |= digests(root, drawn)

@@ -14,14 +14,13 @@ DRAWING = "wdat.report"  # reads records and changes no network
 
 
 def key(
-    root: Path, sources: dict[str, Path], name: str, passed: dict[str, Any], state: dict[str, Any]
+    root: Path, source: Path, passed: dict[str, Any], state: dict[str, Any], needs: Sequence[str]
 ) -> dict[str, Any]:
-    """Digests and values of all that a notebook depends on; its inputs are what `state` gives notebooks before it."""
-    cells = load(sources[name]).cells
+    """Digests and values of all that a notebook depends on; its inputs are what `state` gives notebooks it needs."""
+    cells = load(source).cells
     code = "\n...\n".join(cell.source for cell in cells if cell.cell_type == "code")  # cells do not flow together
     whole, definitions = reached(code)
     lock = root / "requirements.lock.txt"
-    earlier = [other for other in sources if other < name and other in state]
     return {
         "code": whole,
         "computing": reached(code, apart=DRAWING)[0],
@@ -31,8 +30,8 @@ def key(
         "lock": text_digest(lock.read_text(encoding="utf-8")) if lock.is_file() else None,
         "inputs": {
             path: _content(root / path)
-            for other in earlier
-            for path in state[other]["outputs"]
+            for other in needs
+            for path in state.get(other, {"outputs": ()})["outputs"]
             if Path(path).suffix not in {*SHOWN, ".ipynb"} and (root / path).is_file()
         },
     }

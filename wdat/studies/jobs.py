@@ -4,10 +4,14 @@ A run is a pure function of its settings and computes with one thread, so what i
 run at once, where, or in which order. `joblib.Parallel` hands the list out. On this machine every one of its threads
 has a worker process of its own (loky's), so that a worker that is killed takes one run with it, which is then known
 by name. Inside `joblib.parallel_config(backend="dask")`, or "ray", a cluster's workers compute the same list.
+
+Notebooks that run at the same time share one budget: every run holds one of the files in the folder WDAT_SLOTS, locked,
+and a lock ends with the process that has it. Whoever computes keeps its slot from run to run; others wait for a gap.
 """
 
 import atexit
 import contextlib
+import fcntl
 import os
 import queue
 import re
@@ -16,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +53,17 @@ class Run:
     settings: dict = field(default_factory=dict)
 
 
+class _Closed(RuntimeError):
+    """The workers were ended while a run waited for its turn."""
+
+
 @dataclass(frozen=True)
 class _Done:
     number: int
     value: Any = None
     seconds: float = 0.0
+    processor: float = 0.0  # seconds that it had of one core: among other work, fewer
+    held: float = 0.0  # seconds that it had a slot: with the start of its worker
     spent: dict = field(default_factory=dict)
     process: int = 0
     killed: str = ""  # by which signal
@@ -70,7 +80,7 @@ def run_all(
     if jobs < 0:
         raise ValueError(f"jobs={jobs} must be 0 (as many as the machine allows) or at least 1")
     jobs = max(1, min(jobs or how_many(memory), len(runs)))
-    found, killed, measured, begun = [None] * len(runs), [], [], time.perf_counter()
+    found, killed, ended, begun = [None] * len(runs), [], [], time.perf_counter()
     with (
         tqdm(total=len(runs), desc=desc, disable=not progress, leave=False,
              bar_format="{desc}: {n_fmt} of {total_fmt} runs, {elapsed} so far{postfix}") as bar,
@@ -78,18 +88,18 @@ def run_all(
     ):  # fmt: skip
         for done in outcomes:
             found[done.number] = done.value
-            measured.append(done.seconds)
+            ended.append(done)
             if done.process != os.getpid():
                 clock.add(done.spent)
             if done.killed:
                 killed.append(f"{runs[done.number].name} ({done.killed})")
                 tqdm.write(f"the worker of run {killed[-1]} was killed; out of memory? The other runs go on")
-            bar.set_postfix_str(_left(measured, len(runs), jobs), refresh=False)
+            bar.set_postfix_str(_left([done.seconds for done in ended], len(runs), jobs), refresh=False)
             bar.update()
-    wall, inside = time.perf_counter() - begun, sum(measured)
-    clock.add({"lists": wall, "runs": inside, "longest": max(measured, default=0.0)}, jobs)
-    if jobs > 1:
-        clock.add({"waiting": max(jobs * wall - inside, 0.0)})
+    used = [done.processor for done in ended]
+    waited = sum(done.held - done.seconds for done in ended if done.held)
+    lists = {"lists": time.perf_counter() - begun, "runs": sum(used), "longest": max(used, default=0.0)}
+    clock.add(lists | ({"waiting": waited} if jobs > 1 else {}), jobs)
     if killed:
         raise WorkerKilled(
             f"{len(killed)} of {len(runs)} runs lost their worker: {', '.join(killed)}; out of memory? The others are "
@@ -146,6 +156,12 @@ class _Workers:
         self.made: list[ProcessPoolExecutor] = []
 
     def compute(self, number: int, one: Run) -> _Done:
+        with slot(lambda: _workers.get(os.getpid()) is self):
+            begun = time.perf_counter()
+            done = self._compute(number, one)
+            return replace(done, held=time.perf_counter() - begun)
+
+    def _compute(self, number: int, one: Run) -> _Done:
         try:
             worker = self.idle.get_nowait()
         except queue.Empty:
@@ -161,6 +177,29 @@ class _Workers:
             return _Done(number, killed=name[0] if name else "it ended by itself")
         self.idle.put(worker)
         return done
+
+
+@contextmanager
+def slot(wanted: Callable[[], bool] = lambda: True) -> Iterator[None]:
+    """One of the places of the budget that notebooks share, for as long as this is entered; none if there is no budget.
+
+    wanted: whether to go on waiting for it.
+    """
+    folder, free = os.environ.get("WDAT_SLOTS"), None
+    with contextlib.ExitStack() as held:
+        while folder and free is None:
+            for path in sorted(Path(folder).iterdir()):
+                file = path.open("a")
+                with contextlib.suppress(BlockingIOError):
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    free = held.enter_context(file)
+                    break
+                file.close()
+            if free is None:
+                if not wanted():
+                    raise _Closed
+                time.sleep(0.03)
+        yield
 
 
 _workers: dict[int, _Workers] = {}  # by process, so that a forked one finds none
@@ -180,7 +219,7 @@ atexit.register(close)
 def _handed_out(runs: Sequence[Run], jobs: int) -> Iterator[Iterator[_Done]]:
     """Outcomes, as runs end. If this is left by an exception, no worker goes on."""
     if jobs == 1 and not _cluster():
-        yield (_computed(number, one) for number, one in enumerate(runs))
+        yield (_in_turn(number, one) for number, one in enumerate(runs))
         return
     if not _cluster():
         _workers.setdefault(os.getpid(), _Workers())
@@ -198,6 +237,12 @@ def _handed(number: int, one: Run) -> _Done:
     return own.compute(number, one) if own else _computed(number, one)
 
 
+def _in_turn(number: int, one: Run) -> _Done:
+    """A run in this process."""
+    with slot():
+        return _computed(number, one)
+
+
 def _cluster() -> "joblib.parallel.ParallelBackendBase | None":
     """What `joblib.parallel_config` has set around this call."""
     backend = joblib.parallel.get_active_backend(prefer="threads")[0]
@@ -206,14 +251,15 @@ def _cluster() -> "joblib.parallel.ParallelBackendBase | None":
 
 def _computed(number: int, one: Run) -> _Done:
     """The run, with one thread."""
-    before, begun, threads = clock.spent(), time.perf_counter(), torch.get_num_threads()
+    before, begun, threads = clock.spent(), (time.perf_counter(), time.process_time()), torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         value = one.function(**one.settings)
     finally:
         torch.set_num_threads(threads)
     here = {kind: seconds - before.get(kind, 0) for kind, seconds in clock.spent().items()}
-    return _Done(number, value, time.perf_counter() - begun, here, os.getpid())
+    seconds, processor = time.perf_counter() - begun[0], time.process_time() - begun[1]
+    return _Done(number, value, seconds, processor, spent=here, process=os.getpid())
 
 
 def _begin(parent: int) -> None:
