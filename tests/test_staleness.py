@@ -33,7 +33,7 @@ def test_every_rerun_says_why(repo, pretend, capsys, monkeypatch):
     again("requirements.lock.txt changed", ["01_first", "02_second"])
     pretend["01_first"]["figures/digits/a.json"] = "2"
     again("01_first … (forced)", ["01_first"], only=["01"], force=True)
-    again("02_second … (earlier results changed: figures/digits/a.json)", ["02_second"])
+    again("02_second … (inputs changed: figures/digits/a.json)", ["02_second"])
     reached = staleness.reached
 
     def other(code: str, apart: str = "") -> tuple[str, dict[str, str]]:
@@ -56,7 +56,7 @@ def test_what_only_the_provenance_of_a_record_says_changes_nothing_downstream(re
     pretend["01_first"]["figures/digits/a.json"] = json.dumps(record | {"results": 2})
     assert reproduce(only=["01"], force=True) == ["01_first"]
     assert reproduce() == ["02_second"]
-    assert "earlier results changed: figures/digits/a.json" in said(capsys)
+    assert "inputs changed: figures/digits/a.json" in said(capsys)
 
 
 def test_files_of_other_conditions_are_removed_and_those_of_a_resumed_run_kept(repo, pretend, capsys, monkeypatch):

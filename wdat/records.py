@@ -196,7 +196,8 @@ def provenance(device: "str | torch.device | None" = None) -> dict[str, Any]:
     `jobs` runs of so many `threads` were computed at once; what they `spent`, by kind of work, is added up.
 
     `git.dirty` says whether the sources (not the outputs) differ from the commit; both are None outside git.
-    `command` is what the runner was asked for, None in a notebook opened by hand.
+    `command` is what the runner was asked for, `made_of` digests of the code, parameters and inputs of the notebook
+    (see `wdat check`); both None in one opened by hand.
     """
     import torch
 
@@ -217,6 +218,7 @@ def provenance(device: "str | torch.device | None" = None) -> dict[str, Any]:
         "seconds": round(time.perf_counter() - _begun[0], 1),
         "spent": clock.spent(),
         "command": os.environ.get("WDAT_COMMAND"),
+        "made_of": json.loads(os.environ.get("WDAT_MADE_OF", "null")),
     }
 
 

@@ -9,10 +9,10 @@ import os
 import sys
 from collections.abc import Sequence
 
-from wdat.cli import certify, evaluate, finetune, paper, reproduce
+from wdat.cli import certify, check, evaluate, finetune, paper, reproduce
 
 EXTRAS = {"robustbench": ("robustbench",), "notebooks": ("papermill", "jupytext", "nbformat", "jupyter_client")}
-VERBS = (reproduce, paper, evaluate, finetune, certify)
+VERBS = (reproduce, paper, check, evaluate, finetune, certify)
 
 
 def parser() -> argparse.ArgumentParser:

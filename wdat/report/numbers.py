@@ -22,10 +22,13 @@ DRAWN = {  # for pages, not for a notebook
 }  # fmt: skip
 
 
-def publish(root: str | Path, profile: str) -> None:
-    """After a run: the numbers of the paper from the profile's records, and the tables of the README."""
-    root = Path(root)
-    folder = root / "figures" / profile
+def publish(root: str | Path, profile: str, folder: Path | None = None) -> None:
+    """After a run: the numbers of the paper from the profile's records, and the tables of the README.
+
+    folder: of records and what is drawn of them, by default figures/PROFILE; in another the README is left alone.
+    """
+    root, elsewhere = Path(root), folder is not None
+    folder = folder or root / "figures" / profile
     if any(folder.glob("[0-9][0-9]_*.json")):
         numbers(folder, cited(root / "paper").get(profile, ()))
     for name, draws in DRAWN.items():
@@ -33,7 +36,7 @@ def publish(root: str | Path, profile: str) -> None:
             draw(folder / name)
     if profile == "digits" and (folder / "06_how_robust.json").is_file():
         five_lines(folder / "06_how_robust.json", "trades", "2/16")
-    if (root / "README.md").is_file():
+    if (root / "README.md").is_file() and not elsewhere:
         fill(root / "README.md")
 
 
@@ -59,23 +62,27 @@ def cited(paper: str | Path) -> dict[str, list[str]]:
     return {profile: list(dict.fromkeys(keys)) for profile, keys in found.items()}
 
 
-def fill(page: str | Path) -> bool:
-    """Put generated tables into a Markdown page, between `<!-- wdat: FILE -->` and `<!-- wdat: end -->`.
+def filled(page: Path) -> str:
+    """The text of a Markdown page with generated tables between `<!-- wdat: FILE -->` and `<!-- wdat: end -->`.
 
-    FILE is relative to the page; blocks whose file is missing stay as they are. True if the page changed.
+    FILE is relative to the page; blocks whose file is missing stay as they are.
     """
-    page = Path(page)
-    text = page.read_text(encoding="utf-8")
 
     def block(match: re.Match) -> str:
         file = page.parent / match[1]
         content = file.read_text(encoding="utf-8").strip() if file.is_file() else match[2].strip()
         return f"<!-- wdat: {match[1]} -->\n{content}\n<!-- wdat: end -->"
 
-    filled = re.sub(r"<!-- wdat: (\S+) -->\n(.*?)<!-- wdat: end -->", block, text, flags=re.S)
-    if filled != text:
-        records.write_file(page, filled)
-    return filled != text
+    text = page.read_text(encoding="utf-8")
+    return re.sub(r"<!-- wdat: (\S+) -->\n(.*?)<!-- wdat: end -->", block, text, flags=re.S)
+
+
+def fill(page: str | Path) -> bool:
+    """Write a page as `filled`; True if it changed."""
+    page = Path(page)
+    if changed := (text := filled(page)) != page.read_text(encoding="utf-8"):
+        records.write_file(page, text)
+    return changed
 
 
 def five_lines(path: str | Path, network: str, delta: str) -> Path:

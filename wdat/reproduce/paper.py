@@ -30,9 +30,14 @@ def build(root: str | Path) -> Path:
     FileNotFoundError if the source or a tool is missing (and which packages have it); `PaperFailed` with file and
     line if LaTeX stops, or if a reference or citation stays undefined. The old PDF is untouched by a failure.
     """
+    return records.write_file(Path(root) / "paper" / "wdat.pdf", made(root))
+
+
+def made(root: str | Path) -> bytes:
+    """The PDF as `build` would write it."""
     paper = Path(root) / "paper"
     _latexmk(paper, Path(root))
-    return records.write_file(paper / "wdat.pdf", (paper / "build" / "main.pdf").read_bytes())
+    return (paper / "build" / "main.pdf").read_bytes()
 
 
 def arxiv(root: str | Path) -> Path:

@@ -170,6 +170,7 @@ class _Run:
         self.journal(name).parent.mkdir(exist_ok=True)
         told = {
             "WDAT_COMMAND": f"wdat reproduce --profile {self.profile} --only {name[:2]}",
+            "WDAT_MADE_OF": json.dumps(staleness.made_of(key)),
             "WDAT_SLOTS": self.slots, "WDAT_WRITTEN": str(self.journal(name)),
         }  # fmt: skip
         return partial(execution.execute, self.sources[name], self.executed[name], self.passed[name], self.scratch,

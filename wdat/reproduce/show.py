@@ -16,12 +16,13 @@ def show(
     root: str | Path | None = None,
     out: str | Path | None = None,
     parameters: dict[str, Any] | None = None,
+    copies: Path | None = None,
 ) -> list[str]:
     """Execute notebooks with `from_records`, which compute nothing; returns their names.
 
     What a run left to resume from is not touched, records stay as they are, and what is up to date stays so; figures,
-    tables and executed copies are written again. Arguments and errors as of `runner.reproduce`; a notebook of
-    which nothing is recorded is left out.
+    tables and executed copies are written again, the copies in the folder `copies` if one is named. Other arguments
+    and errors as of `runner.reproduce`; a notebook of which nothing is recorded is left out.
     """
     root = records.root() if root is None else Path(root).absolute()
     sources = profiles.notebooks(root)
@@ -39,9 +40,9 @@ def show(
                 continue
             print(f"{name} …", flush=True)
             told = {"WDAT_COMMAND": f"wdat reproduce --profile {profile} --from-records"}
-            copy = profiles.executed_copy(root, profile, name)
+            copy = copies / f"{name}.ipynb" if copies else profiles.executed_copy(root, profile, name)
             execution.execute(sources[name], copy, passed[name], scratch, told, root, Screen())
-            if name in state:  # what was drawn again is as good as what the run drew
+            if name in state and copies is None:  # what was drawn again is as good as what the run drew
                 drawn = [root / path for path in state[name]["outputs"] if Path(path).suffix in {*SHOWN, ".ipynb"}]
                 state[name]["outputs"] |= digests(root, drawn)
                 runner._save_state(scratch, state)

@@ -8,6 +8,7 @@ from typing import Any
 
 from wdat.digest import reached, text_digest
 from wdat.reproduce.execution import load, relative
+from wdat.reproduce.profiles import declared
 
 SHOWN = {".pdf", ".png", ".tex", ".md"}  # drawn from records: outputs, but no later notebook's input
 DRAWING = "wdat.report"  # reads records and changes no network
@@ -16,11 +17,17 @@ DRAWING = "wdat.report"  # reads records and changes no network
 def key(
     root: Path, source: Path, passed: dict[str, Any], state: dict[str, Any], needs: Sequence[str]
 ) -> dict[str, Any]:
-    """Digests and values of all that a notebook depends on; its inputs are what `state` gives notebooks it needs."""
+    """Digests and values of all that a notebook depends on.
+
+    Its inputs are what `state` gives notebooks it needs, and the model cards that its parameters name.
+    """
     cells = load(source).cells
     code = "\n...\n".join(cell.source for cell in cells if cell.cell_type == "code")  # cells do not flow together
     whole, definitions = reached(code)
     lock = root / "requirements.lock.txt"
+    cards = [
+        path for path in _strings(declared(source) | passed) if path.endswith(".yaml") and not path.startswith(".wdat/")
+    ]
     return {
         "code": whole,
         "computing": reached(code, apart=DRAWING)[0],
@@ -33,8 +40,30 @@ def key(
             for other in needs
             for path in state.get(other, {"outputs": ()})["outputs"]
             if Path(path).suffix not in {*SHOWN, ".ipynb"} and (root / path).is_file()
-        },
+        }
+        | {path: _content(root / path) for path in sorted({*cards}) if (root / path).is_file()},
     }
+
+
+def made_of(key: dict[str, Any]) -> dict[str, Any]:
+    """What a record says it was made of: digests of code and parameters, and of every input."""
+    said = text_digest(json.dumps({part: key[part] for part in ("parameters", "lock")}, sort_keys=True))
+    return {"code": key["computing"], "parameters": said, "inputs": key["inputs"]}
+
+
+def broken(root: Path, said: dict[str, Any] | None, key: dict[str, Any]) -> str | None:
+    """Why a record made of this is not what the sources would make now, in words; None where it is.
+
+    Inputs that are not there (networks that the run trained) are not judged.
+    """
+    if said is None:
+        return "does not say what it was made of (it is older than that)"
+    now = made_of(key)
+    for part, words in (("code", "the code that computes it"), ("parameters", "the profile or the lock file")):
+        if said[part] != now[part]:
+            return f"{words} has changed since"
+    differ = [path for path, sha in said["inputs"].items() if (root / path).is_file() and _content(root / path) != sha]
+    return f"its input {differ[0]} is another" if differ else None
 
 
 def reasons(root: Path, key: dict[str, Any], entry: dict[str, Any]) -> list[str]:
@@ -54,7 +83,7 @@ def reasons(root: Path, key: dict[str, Any], entry: dict[str, Any]) -> list[str]
     ]
     reasons += [f"parameters changed ({', '.join(shown)})"] * bool(shown)
     reasons += ["requirements.lock.txt changed"] * (old["lock"] != key["lock"])
-    reasons += [f"earlier results changed: {_few(paths)}" for paths in [changed("inputs")] if paths]
+    reasons += [f"inputs changed: {_few(paths)}" for paths in [changed("inputs")] if paths]
     if entry["done"]:
         outputs = {path: _file_sha(root / path) for path in entry["outputs"]}
         missing = [path for path, sha in outputs.items() if sha is None]
@@ -68,6 +97,14 @@ def reasons(root: Path, key: dict[str, Any], entry: dict[str, Any]) -> list[str]
 def same_conditions(old: dict[str, Any] | None, new: dict[str, Any]) -> bool:
     """Whether scratch files made under the old key are good under the new one: all agrees but prose and drawing."""
     return old is None or all(old.get(part) == new[part] for part in ("computing", "parameters", "lock", "inputs"))
+
+
+def _strings(value: Any) -> list[str]:
+    """All texts in nested lists and dictionaries."""
+    if isinstance(value, str):
+        return [value]
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return [text for part in parts for text in _strings(part)]
 
 
 def digests(root: Path, paths: Sequence[Path]) -> dict[str, str]:
