@@ -18,8 +18,9 @@ from wdat.threats.precision import TRAINING_PRECISIONS
 from wdat.threats.seeds import derive_seed
 from wdat.threats.sensitivity import upsilon
 from wdat.tickets.masks import random_mask
+from wdat.training.augmentation import shift_and_flip
 from wdat.training.checkpoints import identify_run
-from wdat.training.loop import Recipe, finetune, interpolate, make_recipe, shift_and_flip
+from wdat.training.loop import Recipe, finetune, interpolate, make_recipe
 from wdat.training.objectives import Objective, at, plain, trades, w_trades, water_level
 from wdat.training.recipes import initialise, last_layer
 from wdat.training.schedules import SCHEDULES
@@ -225,7 +226,7 @@ def test_a_checkpoint_belongs_to_the_code_that_trains():
     model = smooth()
     facts = identify_run(model, data(model), Recipe(plain(), **QUICK), None, None)
     assert facts["library"] == version(f"{finetune.__module__}.{finetune.__qualname__}")
-    assert "wdat.training.loop._finetune" in reached("from wdat.training.loop import finetune\nfinetune")[1]
+    assert "wdat.training.loop._Run" in reached("from wdat.training.loop import finetune\nfinetune")[1]
 
 
 def test_training_does_what_it_is_asked_to():

@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,12 +17,13 @@ from tqdm.auto import tqdm
 
 from wdat.records import write_tensors
 from wdat.threats import joint
-from wdat.threats.ball import Threat, as_threat, per_image
+from wdat.threats.ball import Threat, as_threat
 from wdat.threats.checks import device_of, frozen, tensors_of
 from wdat.threats.inputs import as_model, aside, copied, optional, plain_weights, taking, unwrapped
 from wdat.threats.losses import ce
 from wdat.threats.seeds import derive_seed
 from wdat.threats.sensitivity import input_gradient
+from wdat.training.augmentation import shift_and_flip
 from wdat.training.checkpoints import identify_run, load
 from wdat.training.distributed import Team, joint_batch_norm, team
 from wdat.training.history import refreshed, summary, training_norms, validate
@@ -51,24 +51,6 @@ class Finetuned:
 
     model: nn.Module
     history: list[dict]
-
-
-def shift_and_flip(x: Tensor, shift: int, flip: bool) -> Tensor:
-    """Random crop after zero padding by `shift` pixels, and mirroring, image by image: (N, C, H, W) -> the same."""
-    n, _, h, w = x.shape
-    if shift:
-        padded = nn.functional.pad(x, (shift,) * 4)
-        draw = partial(torch.randint, 0, 2 * shift + 1, device=x.device)
-        top, left = joint.drawn(lambda shape: draw((2, *shape)).movedim(0, 1), (n, 1)).unbind(1)
-        rows = (top + torch.arange(h, device=x.device))[:, None, :, None]
-        columns = (left + torch.arange(w, device=x.device))[:, None, None, :]
-        channels = torch.arange(x.shape[1], device=x.device)[None, :, None, None]
-        x = padded[torch.arange(n, device=x.device)[:, None, None, None], channels, rows, columns]
-    if flip:
-        x = torch.where(
-            per_image(joint.drawn(partial(torch.rand, device=x.device), (n,)) < 0.5, x).bool(), x.flip(3), x
-        )
-    return x
 
 
 @torch.no_grad()
@@ -128,179 +110,191 @@ def finetune(
     epoch's mean loss or a weight is no longer finite (looked at when an epoch ends, and when a step fails).
     """
     with team() as workers:
-        return _finetune(
-            workers,
-            model,
-            train,
-            recipe,
-            validation,
-            validation_threat,
-            checkpoint,
-            checkpoint_every,
-            progress,
-            on_step,
-        )
+        run = _Run(workers, model, train, recipe, validation, validation_threat, checkpoint)
+        return run.finetuned(checkpoint_every, progress, on_step)
 
 
-def _finetune(
-    workers: Team, model: nn.Module, train: Data, recipe: Recipe, validation: Data | None,
-    validation_threat: Threat | None, checkpoint: str | Path | None, checkpoint_every: int | None, progress: bool,
-    on_step: Callable | None,
-) -> Finetuned:  # fmt: skip
-    device, n = device_of(model), len(train)
-    classes = check_fit(model, train, [term.threat for term in recipe.objective.terms])
-    if validation is not None:
-        check_outputs(validation, classes)
-        check_same_classes(train, validation)
-    if not list(model.parameters()):
-        raise ValueError("the model has no weights to train (a function, a frozen script); pass its nn.Module")
-    check_single_images(model, recipe, train)
-    workers.check(recipe, n)
-    steps_per_epoch = -(-n // recipe.batch_size)
-    objective, schedule = recipe.objective, get_schedule(recipe.schedule)
-    path = Path(checkpoint) if checkpoint and workers.rank == 0 else None  # the first reads and writes it
-    identity = identify_run(model, train, recipe, validation, validation_threat) if path else {}
-    saved = workers.same(load(path, identity) if path and path.exists() else None)
-    if device.type == "cuda" and not saved:
-        found = training_cost(model, recipe, train.pixels.shape[1:], n)
-        check_memory(found, free_memory(device) + found["bytes"]["parameters"] // 2)  # the network itself is there
+class _Run:
+    """One run, new or from its checkpoint: what it is given, what changes from step to step, and the steps."""
 
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), ExitStack() as stack:
-        teacher = as_model(copied(model)).eval().requires_grad_(False) if objective.distil else None
-        network = as_model(copied(model))
-        for own in (network, teacher) if teacher else (network,):
+    def __init__(
+        self, workers: Team, model: nn.Module, train: Data, recipe: Recipe, validation: Data | None,
+        threat: Threat | None, checkpoint: str | Path | None,
+    ) -> None:  # fmt: skip
+        self.workers, self.model, self.train, self.recipe = workers, model, train, recipe
+        self.validation, self.threat, self.checkpoint = validation, threat, checkpoint
+        self.device, self.n = device_of(model), len(train)
+        self.per_epoch = -(-self.n // recipe.batch_size)
+        self.total = recipe.epochs * self.per_epoch
+        classes = check_fit(model, train, [term.threat for term in recipe.objective.terms])
+        if validation is not None:
+            check_outputs(validation, classes)
+            check_same_classes(train, validation)
+        if not list(model.parameters()):
+            raise ValueError("the model has no weights to train (a function, a frozen script); pass its nn.Module")
+        check_single_images(model, recipe, train)
+        workers.check(recipe, self.n)
+        self.path = Path(checkpoint) if checkpoint and workers.rank == 0 else None  # the first reads and writes it
+        self.identity = identify_run(model, train, recipe, validation, threat) if self.path else {}
+        there = self.path and self.path.exists()
+        self.saved = workers.same(load(self.path, self.identity) if there else None)
+        if self.device.type == "cuda" and not self.saved:
+            found = training_cost(model, recipe, train.pixels.shape[1:], self.n)
+            room = free_memory(self.device) + found["bytes"]["parameters"] // 2  # the network itself is there
+            check_memory(found, room)
+
+    def finetuned(self, every: int | None, progress: bool, on_step: Callable | None) -> Finetuned:
+        """All steps that are left; see `finetune`."""
+        cuda = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=cuda), ExitStack() as stack:
+            self._begin(stack)
+            stack.enter_context(self.workers.together(self._lost))
+            hidden = not progress or self.workers.rank > 0
+            bar = tqdm(
+                desc=self.recipe.objective.name, unit="step", total=self.total, initial=self.done, disable=hidden
+            )
+            with bar:
+                while self.done < self.total:
+                    self._step()
+                    bar.update()
+                    if self.done % self.per_epoch == 0:
+                        row = self._end_epoch()
+                        bar.set_postfix(loss=f"{row['loss']:.3f}", accuracy=f"{row['accuracy']:.3f}")
+                    elif every and self.done % every == 0:
+                        self._save()
+                    if on_step:
+                        on_step(self.done, self.network, self.trackers)
+        for own, found in zip(self.network.parameters(), self.model.parameters(), strict=True):
+            own.requires_grad_(found.requires_grad)
+            own.grad = None
+        return Finetuned(unwrapped(self.network.eval()), self.history)
+
+    def _begin(self, stack: ExitStack) -> None:
+        """The copy that is trained and what goes with it, as new or as the checkpoint has them."""
+        recipe, saved = self.recipe, self.saved
+        self.teacher = as_model(copied(self.model)).eval().requires_grad_(False) if recipe.objective.distil else None
+        self.network = as_model(copied(self.model))
+        for own in (self.network, self.teacher) if self.teacher else (self.network,):
             stack.enter_context(aside(own))
         torch.manual_seed(derive_seed(recipe.seed, -1))
-        initialise(network, recipe.init, recipe.init_scale)
-        recipe.select(network)
-        weights = [w for w in network.parameters() if w.requires_grad]
-        optimiser = recipe.optimiser.make(weights, recipe.lr, recipe.momentum, recipe.weight_decay)
-        trackers = recipe.trackers(n)
-        history, sums, done, kept, order = [], {}, 0, 0, None
+        initialise(self.network, recipe.init, recipe.init_scale)
+        recipe.select(self.network)
+        self.weights = [w for w in self.network.parameters() if w.requires_grad]
+        self.optimiser = recipe.optimiser.make(self.weights, recipe.lr, recipe.momentum, recipe.weight_decay)
+        self.trackers, self.schedule = recipe.trackers(self.n), get_schedule(recipe.schedule)
+        self.history, self.sums, self.done, self.kept, self.order = [], {}, 0, 0, None
         if saved:
-            network.load_state_dict(saved["model"])
-            optimiser.load_state_dict(saved["optimiser"])
-            for tracker, state in zip(trackers, saved["trackers"], strict=True):
+            self.network.load_state_dict(saved["model"])
+            self.optimiser.load_state_dict(saved["optimiser"])
+            for tracker, state in zip(self.trackers, saved["trackers"], strict=True):
                 if tracker:
                     tracker.load(state)
-            history, done = saved["history"], saved["step"]
-            sums = {key: value.to(device) for key, value in saved["sums"].items() if workers.rank == 0}
-
-        def save() -> None:
-            nonlocal kept, sums
-            kept, sums = done, workers.sums(sums)
-            if workers.rank > 0:  # the first goes on with all of them
-                sums = {key: torch.zeros_like(value) for key, value in sums.items()}
-            if path:
-                states = [t.state() if t else {} for t in trackers]
-                write_tensors(path, {
-                    "identity": identity, "step": done, "history": history, "sums": sums, "trackers": states,
-                    "model": network.state_dict(), "optimiser": optimiser.state_dict(),
-                })  # fmt: skip
-
-        mode = network.train if recipe.layers == "all" else network.eval
-
-        def loss_of(network: nn.Module, a: Tensor, b: Tensor, i: Tensor, *drawn: Tensor) -> tuple[Tensor, dict]:
-            fixed = (trackers, teacher, mode, recipe.precision)
-            return objective(network, a, b, i, *fixed, *drawn, sigma=recipe.noise)
-
-        step = workers.step(network, recipe, loss_of)
-        stack.enter_context(joint_batch_norm(network))
+            self.history, self.done = saved["history"], saved["step"]
+            self.sums = {k: v.to(self.device) for k, v in saved["sums"].items() if self.workers.rank == 0}
+        self.module = self.workers.step(self.network, recipe, self._loss)
+        stack.enter_context(joint_batch_norm(self.network))
         if not saved:
-            save()  # a path that can not be written to is known now, not after an epoch
+            self._save()  # a path that can not be written to is known now, not after an epoch
 
-        def diverged(what: str, now: str) -> Diverged:
-            remedy = f"lower lr={recipe.lr:g}" + ("" if recipe.clip else " or set clip=1")
-            remedy += f" and delete {path}" if path else ""
-            return Diverged(f"{what} of epoch {epoch + 1} is {now}: training diverged; {remedy}", epoch + 1, history)
+    def _loss(self, network: nn.Module, a: Tensor, b: Tensor, i: Tensor, *drawn: Tensor) -> tuple[Tensor, dict]:
+        mode = network.train if self.recipe.layers == "all" else network.eval
+        fixed = (self.trackers, self.teacher, mode, self.recipe.precision)
+        return self.recipe.objective(network, a, b, i, *fixed, *drawn, sigma=self.recipe.noise)
 
-        @contextmanager
-        def watched() -> Iterator[None]:
-            try:
-                yield
-            except ValueError as error:  # a search or an attack refuses what a diverged network answers
-                if _finite(network, x, y):
-                    raise
-                raise diverged(f"what the network answers around step {done}", "no longer finite") from error
+    def _step(self) -> None:
+        """One step, on the part of its batch that is here."""
+        recipe, workers, n = self.recipe, self.workers, self.n
+        self.epoch, position = divmod(self.done, self.per_epoch)
+        if self.order is None or position == 0:
+            drawn = torch.Generator().manual_seed(derive_seed(recipe.seed, -2 - self.epoch))
+            self.order = torch.randperm(n, generator=drawn)
+        index = self.order[position * recipe.batch_size : (position + 1) * recipe.batch_size]
+        rate = self.schedule(self.done / self.per_epoch, recipe.epochs, recipe.lr)
+        self.rate = recipe.optimiser.rate(rate, (self.done + 1) / self.per_epoch, recipe.batch_size)
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.rate
+        places = workers.places(len(index), recipe.micro_batch)
+        here = index[places]
+        self.x, self.y = (t.to(self.device, non_blocking=True) for t in self.train.batch(here))
+        workers.begin(self.done, self.device)
+        with self._watched():
+            for term, tracker in zip(recipe.objective.terms, self.trackers, strict=True):
+                if tracker and term.tracked == "upsilon" and recipe.upsilon.due(self.done, self.per_epoch):
+                    with refreshed(n, recipe) as some:
+                        tracker.refresh(training_norms(self.network, self.train, some, term, recipe))
+            torch.manual_seed(derive_seed(recipe.seed, self.done))
+            with joint.shared(len(index), places):
+                self.x = shift_and_flip(self.x, recipe.augment, recipe.flip)
+                noise = recipe.draw(self.x)
+            self.optimiser.zero_grad(set_to_none=True)
+            self._accumulate(index, (self.x, self.y, here, *noise))
+            if recipe.clip:
+                nn.utils.clip_grad_norm_(self.weights, recipe.clip)
+            self.optimiser.step()
+        self.done += 1
 
-        def lost() -> str:
-            how = f"goes on from step {kept} of {checkpoint}" if checkpoint else "starts anew, without a checkpoint"
-            return (
-                f"a worker of {workers.size} ended in step {done + 1} of {total}, and the run with it; the same "
-                f"command, with as many workers as there are, {how}"
-            )
+    def _accumulate(self, index: Tensor, batch: tuple[Tensor, ...]) -> None:
+        """Gradients of the batch, micro-batch by micro-batch, and the sums to log."""
+        sizes, at = [len(part) for part in index.split(self.recipe.micro_batch)], 0
+        for number, size in enumerate(sizes, 1):
+            part = joint.share(size)
+            own, at = slice(at, at + part.stop - part.start), at + part.stop - part.start
+            with joint.shared(size), self.workers.held_back(self.module, number == len(sizes)):
+                loss, log = self.module(*(t[own] for t in batch))
+                (loss * ((own.stop - own.start) * self.workers.size / len(index))).backward()
+            for key, value in log.items():
+                self.sums[key] = self.sums.get(key, 0) + value
 
-        total = recipe.epochs * steps_per_epoch
-        stack.enter_context(workers.together(lost))
-        shown = {"desc": objective.name, "unit": "step", "disable": not progress or workers.rank > 0}
-        with tqdm(total=total, initial=done, **shown) as bar:
-            while done < total:
-                epoch, position = divmod(done, steps_per_epoch)
-                if order is None or position == 0:
-                    drawn = torch.Generator().manual_seed(derive_seed(recipe.seed, -2 - epoch))
-                    order = torch.randperm(n, generator=drawn)
-                index = order[position * recipe.batch_size : (position + 1) * recipe.batch_size]
-                rate = schedule(done / steps_per_epoch, recipe.epochs, recipe.lr)
-                rate = recipe.optimiser.rate(rate, (done + 1) / steps_per_epoch, recipe.batch_size)
-                for group in optimiser.param_groups:
-                    group["lr"] = rate
-                places = workers.places(len(index), recipe.micro_batch)
-                here = index[places]
-                x, y = (t.to(device, non_blocking=True) for t in train.batch(here))
-                workers.begin(done, device)
-                with watched():
-                    for term, tracker in zip(objective.terms, trackers, strict=True):
-                        if tracker and term.tracked == "upsilon" and recipe.upsilon.due(done, steps_per_epoch):
-                            with refreshed(n, recipe) as some:
-                                tracker.refresh(training_norms(network, train, some, term, recipe))
-                    torch.manual_seed(derive_seed(recipe.seed, done))
-                    with joint.shared(len(index), places):
-                        x = shift_and_flip(x, recipe.augment, recipe.flip)
-                        noise = recipe.draw(x)
-                    optimiser.zero_grad(set_to_none=True)
-                    sizes, at = [len(part) for part in index.split(recipe.micro_batch)], 0
-                    for number, size in enumerate(sizes, 1):
-                        part = joint.share(size)
-                        own, at = slice(at, at + part.stop - part.start), at + part.stop - part.start
-                        batch = (t[own] for t in (x, y, here, *noise))
-                        with joint.shared(size), workers.held_back(step, number == len(sizes)):
-                            loss, log = step(*batch)
-                            (loss * ((own.stop - own.start) * workers.size / len(index))).backward()
-                        for key, value in log.items():
-                            sums[key] = sums.get(key, 0) + value
-                    if recipe.clip:
-                        nn.utils.clip_grad_norm_(weights, recipe.clip)
-                    optimiser.step()
-                done += 1
-                bar.update()
-                if done % steps_per_epoch == 0:
-                    row = summary(epoch, rate, workers.sums(sums), objective, trackers, n, history)
-                    if workers.traffic:
-                        row["sent_bytes"], workers.traffic.sent = workers.traffic.sent, 0.0
-                    if not math.isfinite(row["loss"]):
-                        raise diverged("the mean loss", f"{row['loss']}")
-                    if not all(torch.isfinite(t).all() for t in tensors_of(network).values()):
-                        raise diverged("a weight at the end", "no longer finite")
-                    if validation is not None:
-                        with watched():
-                            first = objective.terms[0].threat if objective.terms else None
-                            row |= validate(network, validation, validation_threat or first, recipe)
-                    history.append(row)
-                    bar.set_postfix(loss=f"{row['loss']:.3f}", accuracy=f"{row['accuracy']:.3f}")
-                    sums = {}
-                    save()
-                elif checkpoint_every and done % checkpoint_every == 0:
-                    save()
-                if on_step:
-                    on_step(done, network, trackers)
-    for own, found in zip(network.parameters(), model.parameters(), strict=True):
-        own.requires_grad_(found.requires_grad)
-        own.grad = None
-    return Finetuned(unwrapped(network.eval()), history)
+    def _end_epoch(self) -> dict:
+        """The epoch's row of the history. `Diverged` if its mean loss or a weight is not finite."""
+        objective, workers = self.recipe.objective, self.workers
+        row = summary(self.epoch, self.rate, workers.sums(self.sums), objective, self.trackers, self.n, self.history)
+        if workers.traffic:
+            row["sent_bytes"], workers.traffic.sent = workers.traffic.sent, 0.0
+        if not math.isfinite(row["loss"]):
+            raise self._diverged("the mean loss", f"{row['loss']}")
+        if not all(torch.isfinite(t).all() for t in tensors_of(self.network).values()):
+            raise self._diverged("a weight at the end", "no longer finite")
+        if self.validation is not None:
+            with self._watched():
+                first = objective.terms[0].threat if objective.terms else None
+                row |= validate(self.network, self.validation, self.threat or first, self.recipe)
+        self.history.append(row)
+        self.sums = {}
+        self._save()
+        return row
 
+    def _save(self) -> None:
+        self.kept, self.sums = self.done, self.workers.sums(self.sums)
+        if self.workers.rank > 0:  # the first goes on with all of them
+            self.sums = {key: torch.zeros_like(value) for key, value in self.sums.items()}
+        if self.path:
+            states = [t.state() if t else {} for t in self.trackers]
+            write_tensors(self.path, {
+                "identity": self.identity, "step": self.done, "history": self.history, "sums": self.sums,
+                "trackers": states, "model": self.network.state_dict(), "optimiser": self.optimiser.state_dict(),
+            })  # fmt: skip
 
-def _finite(network: nn.Module, x: Tensor, y: Tensor) -> bool:
-    """Whether logits and their gradients in the images are finite."""
-    with frozen(network):
-        gradient, _, logits = input_gradient(network, x, y, ce)
-    return bool(gradient.isfinite().all() & logits.isfinite().all())
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        try:
+            yield
+        except ValueError as error:  # a search or an attack refuses what a diverged network answers
+            with frozen(self.network):
+                gradient, _, logits = input_gradient(self.network, self.x, self.y, ce)
+            if gradient.isfinite().all() & logits.isfinite().all():
+                raise
+            raise self._diverged(f"what the network answers around step {self.done}", "no longer finite") from error
+
+    def _diverged(self, what: str, now: str) -> Diverged:
+        remedy = f"lower lr={self.recipe.lr:g}" + ("" if self.recipe.clip else " or set clip=1")
+        remedy += f" and delete {self.path}" if self.path else ""
+        said = f"{what} of epoch {self.epoch + 1} is {now}: training diverged; {remedy}"
+        return Diverged(said, self.epoch + 1, self.history)
+
+    def _lost(self) -> str:
+        how = f"goes on from step {self.kept} of {self.checkpoint}" if self.checkpoint else "starts anew, no checkpoint"
+        return (
+            f"a worker of {self.workers.size} ended in step {self.done + 1} of {self.total}, and the run with it; the "
+            f"same command, with as many workers as there are, {how}"
+        )
