@@ -189,6 +189,14 @@ def test_what_alters_no_number_alters_no_digest(library, what):
     assert (digests_of(ALL), digest.version.__wrapped__("wdat.main.run")) == before
 
 
+def test_a_name_that_leads_to_no_definition_has_no_version(library):
+    """It stood for the whole module, so that a misspelt name looked at too much, or at nothing of its own."""
+    known = [digest.version.__wrapped__(name) for name in ("wdat.room.low", "wdat.room.low.Ball.cost", "wdat.main.run")]
+    assert len(set(known)) == 3
+    with pytest.raises(ValueError, match=r"wdat\.room\.low\.bal leads to no definition of wdat\.room\.low; name"):
+        digest.version.__wrapped__("wdat.room.low.bal")
+
+
 @pytest.mark.parametrize("what", OTHER)
 def test_what_may_alter_a_number_alters_the_digest_of_all_that_reach_it(library, what):
     file, old, new, reaching, others = OTHER[what]

@@ -45,9 +45,12 @@ def installed(package: str) -> str | None:
 def version(name: str) -> str:
     """Of all code that a module or definition of `wdat`, by its dotted name, can reach, and of the packages it calls.
 
-    What is not of `wdat` is told by its name; where there are no sources, the package's version must do.
+    What is not of `wdat` is told by its name; where there are no sources, the package's version must do. ValueError for
+    a name that leads to no definition of its module: the whole module would stand for it.
     """
-    node, _ = (package := _package()).find(name)
+    node, rest = (package := _package()).find(name)
+    if node and node[1] == "*" and rest:
+        raise ValueError(f"{name} leads to no definition of {node[0]}; name one that stands there, or the module alone")
     own = [package.digest(one, {}) for one in package.value(node)] if node else [name, installed("wdat")]
     return text_digest(f"{own} {[installed(name) for name in COMPUTING]}")
 
