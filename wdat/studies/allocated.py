@@ -20,7 +20,7 @@ from wdat.records import write_tensors
 from wdat.studies.certificates import Bracket
 from wdat.studies.points import NearestPoints
 from wdat.threats.ball import Threat, plain_number
-from wdat.threats.checks import device_of, frozen
+from wdat.threats.images import logits_of
 from wdat.threats.losses import margin
 from wdat.zoo.data import Data
 
@@ -111,9 +111,7 @@ def handed_out(
         named = {"points": points, "index": index, "mass": mass, "y": data.y[index], "threat": threat.describe()}
         named = torch.load(write_tensors(path, named | {"data": data.sha256}), weights_only=True)
         points, index, mass = (named[key] for key in ("points", "index", "mass"))
-    with frozen(model), torch.no_grad():
-        logits = torch.cat([model(b.to(device_of(model))).cpu() for b in points.split(batch_size)])
-    correct = margin(logits, data.y[index]) > 0
+    correct = margin(logits_of(model, points, batch_size).cpu(), data.y[index]) > 0
     return {
         "threat": threat.describe(),
         "claimed": exact.accuracy,

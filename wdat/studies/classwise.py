@@ -19,7 +19,7 @@ from wdat.studies.jobs import Run, resident, run_all
 from wdat.studies.measures import attacked, clean_pass, per_class
 from wdat.studies.points import NearestPoints
 from wdat.threats.ball import Threat
-from wdat.threats.checks import device_of, frozen
+from wdat.threats.images import logits_of
 from wdat.threats.losses import at_temperature, margin
 from wdat.zoo.data import Data, check_fit, draw
 
@@ -88,7 +88,7 @@ def _of_network(
                     "accuracy": float(found["correct"].double().mean()),
                     "per_class": per_class(found["correct"], part.y, data.classes),
                 })  # fmt: skip
-        near = torch.cat([_logits(model, x) for x in points.x.split(batch_size)])
+        near = logits_of(model, points.x, batch_size).float().cpu()
     correct = margin(clean["logits"], data.y) > 0
     taken = torch.where(correct, data.y, _rival(clean["logits"], data.y)), _rival(near, data.y)  # flipped, so another
     return {
@@ -144,8 +144,3 @@ def _row(mass: Tensor, clean: Tensor, near: Tensor, data: Data) -> dict:
 def _rival(logits: Tensor, y: Tensor) -> Tensor:
     """The class that leads beside the true one (N,)."""
     return logits.scatter(1, y[:, None], -torch.inf).argmax(1)
-
-
-def _logits(model: nn.Module, x: Tensor) -> Tensor:
-    with frozen(model), torch.no_grad():
-        return model(x.to(device_of(model))).float().cpu()

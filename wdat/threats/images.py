@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from wdat.threats.checks import check_images, check_labels, check_layout
+from wdat.threats.checks import check_images, check_labels, check_layout, device_of, frozen
 
 
 @dataclass(frozen=True)
@@ -78,3 +78,10 @@ class Joined:
         if self.done != self.n:
             raise ValueError(f"rows of {self.done} images of {self.n}")
         return self.tensors
+
+
+@torch.no_grad()
+def logits_of(model: nn.Module, x: Images, batch_size: int) -> Tensor:
+    """Logits (N, m) of images (N, C, H, W), batch by batch in eval mode, where the network is."""
+    with frozen(model):
+        return torch.cat([model(part.to(device_of(model))) for part in x.split(batch_size)])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from wdat.attacks.pgd import w_pgd
 from wdat.threats import joint
 from wdat.threats.ball import Threat
-from wdat.threats.checks import device_of, frozen
+from wdat.threats.images import logits_of
 from wdat.threats.losses import margin
 from wdat.threats.seeds import derive_seed
 from wdat.threats.sensitivity import dual_norms
@@ -72,8 +72,7 @@ def validate(network: nn.Module, data: Data, threat: Threat | None, recipe: Reci
     alike = recipe.noise or part.stop == part.start  # one draw of the whole set; fewer images than workers
     x, y = data.batch(slice(None) if alike else part)
     with joint.shared(len(data)):
-        with frozen(network), torch.no_grad():
-            logits = torch.cat([shown(batch.to(device_of(network))) for batch in x.split(size)])
+        logits = logits_of(shown, x, size)
         row = {"validation_accuracy": float(joint.mean((margin(logits, y.to(logits.device)) > 0).double()))}
         if threat and not recipe.noise:
             loss = "redlr" if logits.shape[1] > 2 else "negative-margin"

@@ -10,13 +10,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from wdat.threats.checks import check_logits, device_of, frozen
-from wdat.threats.images import Images
+from wdat.threats.checks import check_logits
+from wdat.threats.images import Images, logits_of
 from wdat.threats.inputs import as_model
 from wdat.zoo.data import Data, from_tensors
 
 
-@torch.no_grad()
 def pseudo_labelled(model: nn.Module, x: Images | Tensor | Data, batch_size: int = 256) -> Data:
     """Images (N, C, H, W), or those of a set whose labels are not read, labelled by what the network predicts.
 
@@ -24,9 +23,7 @@ def pseudo_labelled(model: nn.Module, x: Images | Tensor | Data, batch_size: int
     """
     model = as_model(model)
     images = x if isinstance(x, Data) else from_tensors(x, torch.arange(len(x)) % 2, "unlabelled")
-    with frozen(model):
-        logits = [model(images.batch(i)[0].to(device_of(model))) for i in torch.arange(len(images)).split(batch_size)]
-    logits = torch.cat(logits)
+    logits = logits_of(model, images.stored()[0], batch_size)
     check_logits(logits, len(images))
     y = logits.argmax(1).cpu()
     if len(y.unique()) < 2:
