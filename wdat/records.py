@@ -145,10 +145,9 @@ def write(
     device: "str | torch.device | None" = None,
     **extra: Any,
 ) -> Path:
-    """Write a record; returns its path.
+    """Write a record of this kind, which `read` checks; returns its path.
 
     Args:
-        kind: what the record holds, checked again by `read`.
         results: numbers measured, accuracies as fractions; NaN and infinities are refused with their key.
         config: settings of the run; here and in `extra` an infinity is written as the string "inf".
         device: what the run used (default: what `pick_device` picks).
@@ -194,7 +193,6 @@ def provenance(device: "str | torch.device | None" = None) -> dict[str, Any]:
     """What made a record: versions, git commit, device, UTC date and the run's seconds (see `started`).
 
     `jobs` runs of so many `threads` were computed at once; what they `spent`, by kind of work, is added up.
-
     `git.dirty` says whether the sources (not the outputs) differ from the commit; both are None outside git.
     `command` is what the runner was asked for, `made_of` digests of the code, parameters and inputs of the notebook
     (see `wdat check`); both None in one opened by hand.
@@ -226,7 +224,6 @@ def pick_device(name: "str | torch.device" = "auto") -> "torch.device":
     """The device of that name; "auto" is the first GPU if CUDA works here, otherwise the CPU.
 
     Of processes that torchrun has started each takes the GPU of its own number.
-
     ValueError for an unknown name, or for a GPU that cannot be had, with the reason.
     """
     import torch
@@ -294,12 +291,10 @@ def _git() -> dict[str, Any]:
     def ask(*words: str) -> str:
         return subprocess.check_output(["git", "-C", here, *words], stderr=subprocess.DEVNULL, text=True).strip()
 
-    try:
-        if Path(ask("rev-parse", "--show-toplevel")).resolve() != here:  # unpacked inside somebody else's repository
-            return {"commit": None, "dirty": None}
-        return {"commit": ask("rev-parse", "HEAD"), "dirty": bool(ask("status", "--porcelain", "--", *SOURCES))}
-    except (OSError, subprocess.CalledProcessError):
-        return {"commit": None, "dirty": None}
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        if Path(ask("rev-parse", "--show-toplevel")).resolve() == here:  # not inside somebody else's repository
+            return {"commit": ask("rev-parse", "HEAD"), "dirty": bool(ask("status", "--porcelain", "--", *SOURCES))}
+    return {"commit": None, "dirty": None}
 
 
 def _nameless(path: Path) -> str:

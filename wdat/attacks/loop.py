@@ -44,11 +44,9 @@ def projected_gradient(
 
 @dataclass
 class State:
-    """What is held of the set from step to step: the images' tensors where these are, numbers where the model is.
+    """What is held of the set from step to step: the images' tensors where these are, numbers where the model is."""
 
-    One tensor of the whole set each: small ones, kept batch by batch, would fragment the memory.
-    """
-
+    # one tensor of the whole set each: small ones, kept batch by batch, would fragment the memory
     current: Tensor  # the iterate (N, C, H, W)
     origin: Tensor  # where its next step starts: `current`, or `best`, in whose place that step is made
     best: Tensor  # the iterate to return; the same memory as `current` until it has to be another

@@ -31,9 +31,10 @@ from wdat.threats.checks import (
     check_logits,
     check_radius,
     checking,
+    device_of,
     frozen,
 )  # fmt: skip
-from wdat.threats.images import Images, Joined, Pixels, check_set, logits_of
+from wdat.threats.images import Images, Joined, Pixels, check_set
 from wdat.threats.inputs import as_model, as_tensor, taking
 from wdat.threats.losses import Loss, get_loss, kl, redlr
 from wdat.threats.precision import PRECISIONS
@@ -123,7 +124,7 @@ def attack(
     if radii is not None and (radii.shape != y.shape or not bool((radii >= 0).all())):
         raise ValueError(f"radii of shape {tuple(radii.shape)} must be {len(y)} numbers >= 0")
     check_function(model, x[:ALONE])
-    function = get_loss(loss)
+    function, device = get_loss(loss), device_of(model)
     if function is kl and not isinstance(start, Tensor) and start == "clean":
         raise ValueError('the gradient of "kl" is zero at clean images; use start="random" or another loss')
     if radii is None and threat.pointwise and not reference:
@@ -138,7 +139,7 @@ def attack(
     with frozen(model), torch.no_grad(), tqdm(
         total=len(x) * (steps + 1), desc=str(threat), unit="img", disable=not progress
     ) as bar:  # fmt: skip
-        targets = logits_of(model, x, batch_size) if function is kl else y
+        targets = torch.cat([model(b.to(device)) for b in x.split(batch_size)]) if function is kl else y
         batches = _Batches(x, targets, batch_size)
         run = partial(projected_gradient, model, threat=threat, loss=checking(function, y), steps=steps,
                       step_ratio=step_ratio, keep=keep, reference=reference, precision=precision, bar=bar,

@@ -49,6 +49,37 @@ def source(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--batch-size", type=kind(int), default=128)
 
 
+def measuring(verb: argparse.ArgumentParser, radii: tuple[str, ...], norm: str) -> None:
+    """Arguments of the balls in which something is measured and of where its record goes."""
+    verb.add_argument("--delta", nargs="+", default=radii, help=f"radii of the ball (default: {' '.join(radii)})")
+    verb.add_argument("--p", default="2", help="Wasserstein order in (1, inf] (default: 2)")
+    verb.add_argument("--norm", default=norm, help=f"pixel norm, 2 or inf (default: {norm})")
+    verb.add_argument("--out", default="results", help="folder of the record and figures (default: results)")
+
+
+def threats_of(args: argparse.Namespace) -> list[Any]:
+    """The threats; ValueError for what is none, OSError where the record can not be written."""
+    from wdat import records
+    from wdat.threats.ball import Threat
+
+    records.check_writable(args.out)
+    return [Threat(delta, args.p, args.norm) for delta in args.delta]
+
+
+def record(args: argparse.Namespace, kind: str, found: dict, model: Any, data: Any, name: str, suffix: str = "") -> Any:
+    """The path of the record of one network, NAME + suffix, written."""
+    from pathlib import Path
+
+    from wdat import records
+
+    return records.write(
+        Path(args.out) / f"{name}{suffix}.json", kind, {"n": len(data), "networks": [{"network": name, **found}]},
+        {key: value for key, value in vars(args).items() if key != "run"},
+        args.device, model={"name": name, **getattr(model, "card", {})},
+        data={"name": data.name, "split": data.split, "source": data.source, "sha256": data.sha256},
+    )  # fmt: skip
+
+
 def load(args: argparse.Namespace, split: str) -> tuple[Any, Any, str]:
     """Model, data and the model's name."""
     if args.batch_size < 1:

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from wdat.cli.arguments import kind, load, source
+from wdat.cli.arguments import kind, load, measuring, record, source, threats_of
 
 
 def add(sub: Any) -> None:
@@ -13,9 +13,7 @@ def add(sub: Any) -> None:
     verb.add_argument("--sigma", type=kind(float), help="standard deviation of the noise (default: the card's)")
     verb.add_argument("--draws", type=kind(int), default=1000, help="of each image, in the mean (default: 1000)")
     verb.add_argument("--spread", action="store_true", help="more draws where they move the curve, fewer elsewhere")
-    verb.add_argument("--delta", nargs="+", default=["1/8", "1/4"], help="radii of the ball (default: 1/8 1/4)")
-    verb.add_argument("--p", default="2", help="Wasserstein order in (1, inf] (default: 2)")
-    verb.add_argument("--norm", default="2", help="pixel norm, 2 or inf (default: 2)")
+    measuring(verb, ("1/8", "1/4"), "2")
     verb.add_argument("--confidence", type=kind(float), default=0.999, help="of all that is said (default: 0.999)")
     verb.add_argument("--attacked", type=kind(int), default=0, metavar="N", help="also attack N images: a bracket")
     verb.add_argument(
@@ -27,7 +25,6 @@ def add(sub: Any) -> None:
         help="the most that relaxations take, where they prove more than noise (default: 10)",
     )  # fmt: skip
     verb.add_argument("--seed", type=kind(int), default=0)
-    verb.add_argument("--out", default="results", help="folder of the record and figures (default: results)")
     verb.set_defaults(run=run)
 
 
@@ -35,28 +32,19 @@ def run(args: argparse.Namespace) -> None:
     """Certify, write and show."""
     from pathlib import Path
 
-    from wdat import records
     from wdat.report import randomised
     from wdat.studies.proving import proved
-    from wdat.threats.ball import Threat
 
-    out = Path(args.out)
-    records.check_writable(out)
-    threats = [Threat(d, args.p, args.norm) for d in args.delta]
+    out, threats = Path(args.out), threats_of(args)
     model, data, name = load(args, "test")
     found = proved(
         model, data, threats, args.sigma, draws=args.draws, spread=args.spread, confidence=args.confidence, curve=61,
         orders=sorted({1.0, threats[0].p, float("inf")}), attacked=args.attacked, batch_size=args.batch_size,
         seed=args.seed, state=out / f"{name}.draws", autoattack=args.autoattack, minutes=args.certified_minutes,
     )  # fmt: skip
-    record = records.write(
-        out / f"{name}-certified.json", "randomised", {"n": len(data), "networks": [{"network": name, **found}]},
-        {key: value for key, value in vars(args).items() if key != "run"},
-        args.device, model={"name": name, **getattr(model, "card", {})},
-        data={"name": data.name, "sha256": data.sha256},
-    )  # fmt: skip
-    print(randomised.certified(record).markdown())
-    randomised.certified_curves(record, threats[0].r)
+    path = record(args, "randomised", found, model, data, name, "-certified")
+    print(randomised.certified(path).markdown())
+    randomised.certified_curves(path, threats[0].r)
     print(randomised.choice_in_words(found))
     print(f"of two draws of an image one is right and one is wrong with probability {found['disagree']:.3f}")
-    print(f"record, table and figure: {record.with_suffix('')}*; draws are kept in {out / name}.draws")
+    print(f"record, table and figure: {path.with_suffix('')}*; draws are kept in {out / name}.draws")

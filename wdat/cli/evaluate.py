@@ -3,16 +3,14 @@
 import argparse
 from typing import Any
 
-from wdat.cli.arguments import kind, load, source
+from wdat.cli.arguments import kind, load, measuring, record, source, threats_of
 
 
 def add(sub: Any) -> None:
     """The verb and its arguments."""
     verb = sub.add_parser("evaluate", help="how robust a network is: W-PGD, optimal allocation; record and figure")
     source(verb)
-    verb.add_argument("--delta", nargs="+", default=["8/255"], help="radii of the ball, such as 2/255 8/255")
-    verb.add_argument("--p", default="2", help="Wasserstein order in (1, inf] (default: 2)")
-    verb.add_argument("--norm", default="inf", help="pixel norm, 2 or inf (default: inf)")
+    measuring(verb, ("8/255",), "inf")
     verb.add_argument("--steps", type=kind(int), default=50, help="of W-PGD (default: 50)")
     verb.add_argument("--tight", action="store_true", help="longer search for minimal distances, with AutoAttack's FAB")
     verb.add_argument("--certified", type=kind(int), default=0, metavar="N", help="certify N images too: a lower bound")
@@ -26,7 +24,6 @@ def add(sub: Any) -> None:
     verb.add_argument("--dual", action="store_true", help="also the dual attack on the cross-entropy")
     verb.add_argument("--per-class", action="store_true", help="who pays: every class under --p and p = inf; figures")
     verb.add_argument("--save-set", metavar="FILE", help="write the adversary's images at the first --delta")
-    verb.add_argument("--out", default="results", help="folder of the record and figures (default: results)")
     verb.set_defaults(run=run)
 
 
@@ -40,11 +37,9 @@ def run(args: argparse.Namespace) -> None:
     from wdat.studies.evaluation import evaluate
     from wdat.threats.ball import Threat
 
-    out = Path(args.out)
-    records.check_writable(out)
+    out, threats = Path(args.out), threats_of(args)
     if args.save_set:
         records.check_writable(Path(args.save_set).parent)
-    threats = [Threat(d, args.p, args.norm) for d in args.delta]
     p, r = threats[0].p, threats[0].r
     if args.per_class and threats[0].pointwise:
         raise ValueError("--per-class compares W_p with p=inf at the same radii; leave --p inf out, or name p < inf")
@@ -68,16 +63,10 @@ def run(args: argparse.Namespace) -> None:
             f"{args.save_set}: claims {100 * made['claimed']:.2f} % correct; its images, read back and measured: "
             f"{100 * made['measured']:.2f} %, {ball}, {'inside' if made['in_box'] else 'outside'} [0, 1]"
         )
-    record = records.write(
-        out / f"{name}.json", "evaluation", {"n": len(data), "networks": [{"network": name, **results}]},
-        {key: value for key, value in vars(args).items() if key != "run"},
-        args.device, model={"name": name, **getattr(model, "card", {})},
-        data={"name": data.name, "split": data.split, "source": data.source, "sha256": data.sha256},
-    )  # fmt: skip
-    table = tables.evaluation(record)
-    print(table.markdown())
-    figures.bracket(record, r, p)
-    figures.curves(record, r)
+    path = record(args, "evaluation", results, model, data, name)
+    print(tables.evaluation(path).markdown())
+    figures.bracket(path, r, p)
+    figures.curves(path, r)
     print(f"record and figures: {out}/{name}.json, .pdf, .png")
     if args.per_class:
         _per_class(out, name, model, data, threats, {"search": search, "batch_size": args.batch_size})

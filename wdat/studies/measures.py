@@ -18,7 +18,7 @@ from wdat.studies.cache import Part, costs
 from wdat.studies.points import nearer_points
 from wdat.threats.ball import Threat
 from wdat.threats.checks import check_logits, device_of, frozen
-from wdat.threats.images import Joined, logits_of
+from wdat.threats.images import Joined
 from wdat.threats.losses import get_loss, margin
 from wdat.zoo.data import Data, check_outputs
 
@@ -155,7 +155,9 @@ def autoattack_accuracy(
     With `nearer_points` than the distances known.
     """
     x = autoattack(model, data.x, data.y, threat.delta, threat.r, version=version, batch_size=batch_size)
-    logits = logits_of(model, x, batch_size).cpu()
+    device = device_of(model)
+    with frozen(model), torch.no_grad():
+        logits = torch.cat([model(b.to(device)).cpu() for b in x.split(batch_size)])
     correct = margin(logits, data.y) > 0
     used, attacks = suite(version, None, logits.shape[1])
     return {

@@ -11,7 +11,6 @@ one rule for who is flipped: the true class does not win strictly, by the very f
 from dataclasses import dataclass
 
 import torch
-from scipy.stats import binomtest
 from torch import Tensor
 
 from wdat.attacks.nearest import Nearest
@@ -74,6 +73,8 @@ def findings(result: dict, correct: int, classes: int) -> list[str]:
     After the advice of AutoAttack's authors: no zero gradients, accuracy that reaches 0 at large radii, more steps that
     do not weaken an attack, and no search without gradients that wins.
     """
+    from scipy.stats import binomtest
+
     said, zero, n = [], result["clean"]["zero_gradients"], result["n"]
     if (chance := binomtest(correct, n, 1 / classes, "less").pvalue) < CHANCE:
         said.append(

@@ -2,7 +2,6 @@
 
 A run is a pure function of (network, data, recipe, seed): every step reseeds from (seed, step), so a run killed at
 any moment and resumed ends with the same weights, bit for bit on a CPU, as an undisturbed one.
-Source: arXiv 2502.09352; defaults of TRADES (arXiv 1901.08573).
 """
 
 import math
