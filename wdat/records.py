@@ -38,8 +38,7 @@ _begun = [time.perf_counter()]
 def root(start: str | Path | None = None) -> Path:
     """The repository: the nearest folder from `start` (default: the working folder) upward whose pyproject names wdat.
 
-    So a notebook finds its paths whether it is run from the repository or opened in notebooks/. FileNotFoundError
-    if there is none.
+    So a notebook finds its paths wherever it is opened. FileNotFoundError if there is none.
     """
     here = Path(start or Path.cwd()).absolute()
     for folder in (here, *here.parents):
@@ -78,8 +77,7 @@ def write_file(path: str | Path, content: bytes | str) -> Path:
 def started() -> None:
     """A run begins now: `provenance` counts its seconds from here, not from the import of `wdat`.
 
-    `device_line` says so too, which the command and every notebook print first; a script that writes several records
-    calls this before each run. Without either, seconds count from the import.
+    `device_line` calls it, which the command and every notebook print first; a script of several runs, before each.
     """
     _begun[0] = time.perf_counter()
 
