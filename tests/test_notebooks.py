@@ -46,7 +46,7 @@ def test_every_notebook_leaves_a_record_with_its_origin(smoke):
         "06_how_robust-ranks-linf", "07_slow_start-cost", "07_slow_start-epochs", "08_classwise-bars",
         "08_classwise-spread", "08_classwise-budget", "08_classwise-confusion", "11_randomised-l2",
         "11_randomised-linf", "12_noise_training",
-        "10_tickets", "10_tickets-kernel",
+        "09_distributed", "10_tickets", "10_tickets-kernel",
     ],
 )  # fmt: skip
 def test_every_figure_is_drawn_in_both_forms(smoke, figure):
@@ -69,6 +69,9 @@ def test_every_figure_is_drawn_in_both_forms(smoke, figure):
         "08_classwise",
         "08_classwise-temperatures",
         "08_worst_class",
+        "09_distributed",
+        "09_distributed-steps",
+        "09_distributed-projected",
         "11_randomised",
         "12_noise_training",
     ],

@@ -1,4 +1,4 @@
-"""`wdat evaluate`: how robust a network is; record, table and figures."""
+"""`wdat evaluate`: how robust a network is; record, table and figures. By several processes under torchrun."""
 
 import argparse
 from typing import Any
@@ -36,6 +36,7 @@ def run(args: argparse.Namespace) -> None:
     from wdat.studies.cache import prune
     from wdat.studies.evaluation import evaluate
     from wdat.threats.ball import Threat
+    from wdat.training.distributed import first
 
     out, threats = Path(args.out), threats_of(args)
     if args.save_set:
@@ -55,6 +56,8 @@ def run(args: argparse.Namespace) -> None:
         certified_minutes=args.certified_minutes, branching_minutes=args.branching_minutes,
         sets=[(threats[0], args.save_set)] if args.save_set else (), **shared,
     )  # fmt: skip
+    if not first():  # started together by torchrun, one of them writes
+        return
     if args.save_set:
         (made,) = results.pop("sets")
         results["set"] = made

@@ -17,6 +17,7 @@ from wdat.report.rows import (
     three,
     where,
 )
+from wdat.report.scaling import scaling_numbers
 from wdat.report.tickets import ticket_numbers
 
 
@@ -292,4 +293,5 @@ QUOTABLE: dict[str, Callable[[dict], dict[str, str]]] = {
     "verification": _verification_numbers,
     "frontier": _frontier_numbers,
     "tickets": ticket_numbers,
+    "scaling": scaling_numbers,
 }

@@ -114,6 +114,8 @@ def kernel(found: dict) -> Drawing:
 def ticket_numbers(found: dict) -> dict[str, str]:
     """What the paper quotes: METHOD.PLACE.COLUMN in percent and "below", points below dense; and who is first where.
 
+    METHOD.within: at how many densities the pointwise mean is at most one point below dense; METHOD.above: at how many
+    it is above that of the random and of the magnitude mask.
     PLACE: "sparse" and "large", the lowest and highest density; COLUMN: clean, pointwise, optimal (middle radii), and
     start, the kernel's distance at initialisation.
     """
@@ -129,6 +131,12 @@ def ticket_numbers(found: dict) -> dict[str, str]:
     made |= {f"{method}.rate": f"{choice['rate']:g}" for method, choice in found.get("chosen", {}).items()}
     groups = {name: mean_std(rows, value, *BY) for name, value in columns.items()}
     dense = {name: own["dense", 1.0][0] for name, own in groups.items()}
+    for method in methods:
+        left = {name: [groups["pointwise"][name, d][0] for d in densities] for name in (method, "random", "magnitude")}
+        near = [value >= dense["pointwise"] - 0.01 for value in left[method]]
+        above = [own > max(others) for own, *others in zip(*left.values(), strict=True)]
+        counts = {"within": near, "above": above}
+        made |= {f"{method}.{name}": f"{sum(held)} of {len(held)}" for name, held in counts.items()}
     made |= {f"dense.{name}": percent(value) for name, value in dense.items()}
     starts = mean_std(rows, lambda row: row["kernel"][0]["to_dense"], *BY)
     for place, d in (("sparse", densities[0]), ("large", densities[-1])):

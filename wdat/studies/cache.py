@@ -17,7 +17,7 @@ import inspect
 import itertools
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from wdat.records import write_tensors
 from wdat.settings import arguments, check_names
 from wdat.threats.images import Joined
 from wdat.threats.inputs import as_model, taking
+from wdat.training.distributed import Team
 from wdat.zoo.adapt import as_data
 from wdat.zoo.data import Data
 from wdat.zoo.identity import answers, identify, same, value_digest
@@ -57,13 +58,28 @@ class Cache:
     is looked at only if they agree, see `wdat.zoo.identity`. To keep a result of a few numbers takes 2 kB and some
     milliseconds, most of them to have it on the disk for good; to find it again, one and a pass of the image. So
     single images can be kept of what costs a hundred passes and more.
+
+    Several workers with one folder share out what is to be computed, see `ahead`; all of them must make the same calls.
     """
 
-    def __init__(self, folder: str | Path | None, model: nn.Module, bar: tqdm | None = None) -> None:
-        self.folder, self.model, self.bar = Path(folder) if folder else None, model, bar
+    def __init__(
+        self, folder: str | Path | None, model: nn.Module, bar: tqdm | None = None, workers: Team | None = None
+    ) -> None:
+        self.folder, self.model, self.bar, self.workers = Path(folder) if folder else None, model, bar, workers
         self.made_of, self.answers = "", {}
         if self.folder is not None and self.folder.is_file():
             raise ValueError(f"state {self.folder} is a file; it must be a folder: delete the file or name another")
+        if self.folder is None and workers and workers.size > 1:
+            raise ValueError(
+                f"{workers.size} workers find each other's results in files: name a folder that all of them see, state="
+            )
+
+    def ahead(self, calls: Iterable[tuple[Callable[..., Part], Data, dict]]) -> None:
+        """Several workers each compute their share of these calls of `get`; all find all of them afterwards."""
+        if self.workers and self.workers.size > 1:
+            for function, data, settings in itertools.islice(calls, self.workers.rank, None, self.workers.size):
+                self.get(function, data, **settings)
+            self.workers.wait()
 
     def get(self, function: Callable[..., Part], data: Data, /, **settings: Any) -> Part:
         """function(model, data, **settings), computed and kept if it is not there.
@@ -106,10 +122,14 @@ class Cache:
         A tensor among the settings has a number for every image. drop: a name that is kept in files only. "nearer",
         rows of a part and points, comes as rows of the whole.
         """
-        joined, sums, nearer = Joined(len(data)), {}, []
-        for index in torch.arange(len(data)).split(size):
-            own = {name: given[index] if isinstance(given, Tensor) else given for name, given in settings.items()}
-            part = self.get(function, data.at(index), **own)
+        joined, sums, nearer, indices = Joined(len(data)), {}, [], torch.arange(len(data)).split(size)
+
+        def own(index: Tensor) -> dict:
+            return {name: given[index] if isinstance(given, Tensor) else given for name, given in settings.items()}
+
+        self.ahead((function, data.at(index), own(index)) for index in indices)
+        for index in indices:
+            part = self.get(function, data.at(index), **own(index))
             joined.add(**{k: v for k, v in part.items() if isinstance(v, Tensor) and k != drop})
             for k, v in part.items():
                 if k == "nearer":

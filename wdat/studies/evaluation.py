@@ -9,7 +9,10 @@ the sensitivity of all images sets each one's move.
 
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -37,8 +40,11 @@ from wdat.studies.points import STEPPED, NearestPoints, findings
 from wdat.threats.ball import Threat, as_threat, as_threats, plain_number
 from wdat.threats.inputs import as_model, taking
 from wdat.threats.losses import get_loss
+from wdat.training.distributed import team
 from wdat.zoo.adapt import DataLike, as_data
 from wdat.zoo.data import Data, check_fit, draw
+
+PATIENCE = timedelta(days=30)  # that workers wait for the others: one attack may take hours
 
 
 @taking(model=as_model, data=as_data, threats=as_threats)
@@ -95,6 +101,9 @@ def evaluate(
             see `adversary`.
         state: folder that keeps finished parts (`wdat.studies.cache`); a killed evaluation continues from it and ends
             the same. Parts of another model, other data, settings or another version of the library are not used.
+            Processes that torchrun has started share the work in it and all return the same, that of one process: parts
+            are shared out, and so are whole attacks; certificates and sets are the first worker's. Any number of
+            workers goes on from it. `WorkerLost` (of `wdat.training.distributed`) if one of them ends.
         progress: a bar that counts passes through the network (a backward pass is one more), so that its estimate of
             the time left means something.
 
@@ -147,11 +156,17 @@ def evaluate(
         (autoattack_accuracy, len(pointwise), len(some.get("a", ())), {}),
     ]
     total = sum(times * n * function.passes(**settings) for function, times, n, settings in planned)
-    with tqdm(total=total, desc="evaluate", unit="pass", unit_scale=True, disable=not progress) as bar:
-        kept = Cache(state, model, bar)
-        for r in norms if certified and progress else ():
+    with ExitStack() as stack:
+        workers = stack.enter_context(team(PATIENCE))
+        shown = {"unit": "pass", "unit_scale": True, "disable": not progress or workers.rank > 0}
+        bar = stack.enter_context(tqdm(total=total, desc="evaluate", **shown))
+        kept = Cache(state, model, bar, workers)
+        stack.enter_context(workers.together(partial(_lost, workers.size, state)))
+        for r in norms if certified and progress and workers.rank == 0 else ():
             announce(kept, data.take(len(some["c"]), seed=0), r, certified_minutes)
-        clean = kept.get(clean_pass, data, losses=tuple(losses), batch_size=batch_size)
+        first = {"losses": tuple(losses), "batch_size": batch_size}
+        kept.ahead([(clean_pass, data, first)])
+        clean = kept.get(clean_pass, data, **first)
         result = {
             "n": len(data),
             "clean": clean_numbers(clean, data, losses),
@@ -163,6 +178,18 @@ def evaluate(
             "attacks": [],
         }
         near = _nearest(kept, data, clean["correct"], norms if optimal else (), search, batch_size, wanted)
+        calls, fixed = {}, {"steps": steps, "batch_size": batch_size}
+        for threat in joint:
+            points, given = near.get(threat.r), {"threat": threat, **fixed}
+            calls |= {(threat, name): _call(attacked, data, points, **given, loss=name, radii=None) for name in losses}
+            calls |= {(threat, "dual"): _call(dual_attacked, data, points, **given)} if dual else {}
+        for r in norms if steps > 1 else ():
+            ball = replace(max((t for t in threats if t.r == r), key=lambda t: t.delta), p=float("inf"))
+            calls[r] = _call(single_step, data, near.get(r), some["s"], threat=ball, loss=losses[0], **fixed)
+        for threat in pointwise:
+            calls[threat] = _call(autoattack_accuracy, data, near.get(threat.r), some["a"], threat=threat,
+                                  version=autoattack_version, batch_size=batch_size)  # fmt: skip
+        kept.ahead(calls.values())
         for threat in threats:
             points = near.get(threat.r)
             for name in losses:
@@ -173,17 +200,13 @@ def evaluate(
                 budgets = threat.budgets(norms_of(clean, losses[0], threat))
                 result["attacks"].append(_attack(kept, data, threat, losses[0], steps, batch_size, points, budgets))
             if dual and not threat.pointwise:
-                found = kept.get(dual_attacked, data, threat=threat, steps=steps, batch_size=batch_size,
-                                 known=points.searched if points else None)  # fmt: skip
-                result.setdefault("dual", []).append({"threat": threat.describe(), **_joined(found, points)})
+                row = {"threat": threat.describe(), **_found(kept, calls[threat, "dual"], points)}
+                result.setdefault("dual", []).append(row)
         for r in norms if steps > 1 else ():
-            ball = replace(max((t for t in threats if t.r == r), key=lambda t: t.delta), p=float("inf"))
-            row = _of_some(kept, single_step, data, some["s"], near.get(r), threat=ball, loss=losses[0], steps=steps,
-                           batch_size=batch_size)  # fmt: skip
+            row = {"n": len(some["s"]), **_found(kept, calls[r], near.get(r), some["s"])}
             result.setdefault("single_step", []).append(row)
         for threat in pointwise:
-            row = _of_some(kept, autoattack_accuracy, data, some["a"], near.get(threat.r), threat=threat,
-                           version=autoattack_version, batch_size=batch_size)  # fmt: skip
+            row = {"n": len(some["a"]), **_found(kept, calls[threat], near.get(threat.r), some["a"])}
             result.setdefault("autoattack", []).append(row)
         for row, threat in zip(result.get("autoattack", []), pointwise, strict=True):
             if optimal:  # once everything is joined, the other radii too
@@ -193,7 +216,7 @@ def evaluate(
             if points:
                 row = allocated(points.distance, data, own, orders, curve)
                 result.setdefault("optimal", []).append(row | points.describe())
-            if certified:
+            if certified and workers.rank == 0:  # parts that follow from each other, in measured time
                 part = data.take(len(some["c"]), seed=0)
                 searched, known = (d[some["c"]] for d in (points.searched, points.distance)) if points else (None, None)
                 proved = bracketed(kept, part, r, searched, own, minutes=certified_minutes,
@@ -201,10 +224,12 @@ def evaluate(
                 result.setdefault("certified", []).append(
                     allocated_certificates(proved, part, own, orders, curve, known)
                 )
-        made = [handed_out(model, data, near[t.r], t, path, batch_size) for t, path in sets]
+        asked = sets if workers.rank == 0 else ()
+        made = [handed_out(model, data, near[t.r], t, path, batch_size) for t, path in asked]
         result |= {"sets": made} if made else {}
+        result = workers.same(result)
     result["findings"] = findings(result, int(clean["correct"].sum()), classes)
-    if result["findings"]:
+    if result["findings"] and workers.rank == 0:
         warnings.warn("; ".join(result["findings"]), stacklevel=2)
     return result
 
@@ -238,8 +263,27 @@ def _bounds(clean: dict, row: dict, upsilon: float, delta: float) -> dict | None
     return {"r_u": found.r_u, "r_tilde_l": found.r_tilde_l, "r_bar_l": found.r_bar_l, "r_l": found.r_l}
 
 
-def _joined(found: dict, points: NearestPoints | None, index: Tensor | None = None) -> dict:
-    """The numbers that an attack found, once its points (of all images, or those at `index`) are joined to the rest."""
+def _lost(size: int, state: str | Path | None) -> str:
+    return (
+        f"a worker of {size} ended, and the evaluation with it; the same command, with as many workers as there are, "
+        f"goes on from what is kept in {state}"
+    )
+
+
+def _call(
+    function: Callable[..., Part], data: Data, points: NearestPoints | None, index: Tensor | None = None, **settings
+) -> tuple[Callable[..., Part], Data, dict]:
+    """A call of the cache: of an attack on all images, or on those at `index`, that knows what the search found."""
+    known = points.searched if points else None
+    if index is not None:
+        data, known = data.at(index), known[index] if points else None
+    return function, data, settings | {"known": known}
+
+
+def _found(kept: Cache, call: tuple, points: NearestPoints | None, index: Tensor | None = None) -> dict:
+    """The numbers that a call found, once its points (of all images, or those at `index`) are joined to the rest."""
+    function, data, settings = call
+    found = kept.get(function, data, **settings)
     if points:
         points.join(found, index)
     return {key: value for key, value in found.items() if key not in ("norms", "correct", "nearer")}
@@ -268,14 +312,6 @@ def _attack(
         "passes": found["passes"],
     }
     return row | ({"highest_loss": found["highest"]} if name == "w-pgd" else {})
-
-
-def _of_some(
-    kept: Cache, function: Callable[..., Part], data: Data, index: Tensor, points: NearestPoints | None, **settings
-) -> dict:
-    """What a measure finds of the images at `index`, its points joined to the rest."""
-    part, known = data.at(index), points.searched[index] if points else None
-    return {"n": len(part), **_joined(kept.get(function, part, **settings, known=known), points, index)}
 
 
 @taking(model=as_model, data=as_data, threat=as_threat)

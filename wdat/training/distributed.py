@@ -1,9 +1,10 @@
-"""Fine-tuning by several processes that torchrun has started: PyTorch's DistributedDataParallel around a training step.
+"""Several processes that torchrun has started: who they are, and PyTorch's DistributedDataParallel around a step.
 
 A joined batch is that of one process: its images are shared out, random numbers are those the whole batch would draw,
 and what is known of the whole set (upsilon, distances, batch-norm statistics, metrics, the validation attack) is of all
 workers, see `wdat.threats.joint`. So what comes out does not depend on how many there are, but for rounding (of which
-signs of gradients, as l_inf attacks take them, can make more over many steps).
+signs of gradients, as l_inf attacks take them, can make more over many steps). Workers talk by gloo on CPUs and by NCCL
+on GPUs, of which only gloo could be tested.
 """
 
 import contextlib
@@ -13,6 +14,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from types import MethodType
 from typing import Any
 
@@ -61,6 +63,11 @@ class Team:
         held = [value]
         dist.broadcast_object_list(held)
         return held[0]
+
+    def wait(self) -> None:
+        """Until all workers have come here."""
+        if self.size > 1:
+            dist.barrier()
 
     def places(self, n: int, micro: int) -> Tensor:
         """Which of a batch of n images are here: a share of every micro-batch."""
@@ -134,8 +141,11 @@ class Team:
 
 
 @contextmanager
-def team() -> Iterator[Team]:
+def team(patience: timedelta | None = None) -> Iterator[Team]:
     """The workers this process is one of: a group that stands, or one made for the run where torchrun has started it.
+
+    patience: how long one may wait for the others (None: PyTorch's own limit, of half an hour by gloo); the end of one
+    is known at once.
 
     A group made here is ended here, after all that holds it is gone: one that is still there when the interpreter ends
     can abort it.
@@ -147,7 +157,8 @@ def team() -> Iterator[Team]:
     store, rank, size = next(dist.rendezvous("env://"))
     store = dist.PrefixStore(f"wdat {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)} {_groups[0]}", store)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=rank, world_size=size)
+    group = {"store": dist.PrefixStore("group", store), "rank": rank, "world_size": size, "timeout": patience}
+    dist.init_process_group(backend, **group)
     try:
         dist.barrier()  # all are connected before any finds something to refuse
         yield Team(store)
