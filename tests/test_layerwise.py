@@ -2,6 +2,8 @@
 
 import copy
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from nets import generator, images, relu, smooth
 from tuning import QUICK, THREAT, data, run, weights
 
 from wdat.training.compression import Compression, quantise, restored
-from wdat.training.layerwise import CAP, EPSILON, MOMENTS, Lamb, Lars, Optimiser
+from wdat.training.layerwise import CAP, EPSILON, MOMENTS, Lamb, Lars, Optimiser, Sgd
 from wdat.training.objectives import plain, w_trades
 from wdat.training.recipes import Recipe
 from wdat.training.schedules import SCHEDULES
@@ -27,6 +29,37 @@ def test_a_first_step_is_as_long_as_the_rate_says_whatever_the_gradient(kind, sc
         weight.grad = scale * torch.randn(50, generator=generator(1))
         optimiser.step()
         assert float((weight.detach() - before).norm()) == pytest.approx(0.01 * min(size, CAP), rel=1e-5)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_sgd_is_that_of_torch_bit_for_bit_also_when_taken_up_again(momentum):
+    start, gradients = torch.randn(2, 7, 5, generator=generator(0)), torch.randn(6, 2, 7, 5, generator=generator(1))
+    own, theirs = ([torch.nn.Parameter(t.clone()) for t in start] for _ in range(2))
+    torchs = torch.optim.SGD(theirs, lr=0.1, momentum=momentum, weight_decay=0.01)
+    ours = Sgd(own, 0.1, momentum, 0.01)
+    for number, pair in enumerate(gradients):
+        for weights_, optimiser in ((own, ours), (theirs, torchs)):
+            for weight, gradient in zip(weights_, pair, strict=True):
+                weight.grad = gradient.clone()
+            weights_[1].grad = None if number == 0 else weights_[1].grad  # one that has no gradient is left alone
+            optimiser.step()
+            optimiser.zero_grad()
+        ours.lr = torchs.param_groups[0]["lr"] = 0.1 / (number + 1)
+        saved = copy.deepcopy(ours.state_dict())
+        ours = Sgd(own, ours.lr, momentum, 0.01)
+        ours.load_state_dict(saved)
+    assert all(torch.equal(a, b) and a.grad is None for a, b in zip(own, theirs, strict=True))
+
+
+def test_training_does_not_import_a_compiler():
+    code = """import sys, torch
+from wdat import from_tensors, finetune, Recipe
+from wdat.training.objectives import at
+x, net = torch.rand(8, 1, 4, 4), torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 2))
+finetune(net, from_tensors(x, torch.arange(8) % 2), Recipe(at(0.1), epochs=1), progress=False)
+print("torch._dynamo" in sys.modules)"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ran.stdout == "False\n", ran.stderr
 
 
 def test_lamb_and_lars_are_their_formulas_over_several_steps():

@@ -18,6 +18,7 @@ from torch import nn
 from tuning import QUICK, THREAT, changed, data, run, weights
 
 from wdat.threats.ball import Threat
+from wdat.training.layerwise import Sgd
 from wdat.training.loop import Diverged, Recipe
 from wdat.training.objectives import at, combined, plain, trades, w_trades, water_level
 from wdat.training.trackers import Rule
@@ -150,14 +151,14 @@ def test_a_kill_inside_a_step_loses_nothing(tmp_path, monkeypatch):
     model, recipe, path = batch_norm(), RECIPES["ema"], tmp_path / "run.pt"
     train = data(model)
     undisturbed = run(model, train, recipe)
-    real, calls = torch.optim.SGD.step, itertools.count(1)
+    real, calls = Sgd.step, itertools.count(1)
 
     def killed(self, *rest):
         if next(calls) % 5 == 0:
             raise KeyboardInterrupt
         return real(self, *rest)
 
-    monkeypatch.setattr(torch.optim.SGD, "step", killed)
+    monkeypatch.setattr(Sgd, "step", killed)
     for kills in range(50):  # noqa: B007
         try:
             found = run(model, train, recipe, checkpoint=path, checkpoint_every=2)

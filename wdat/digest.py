@@ -198,11 +198,24 @@ class _Text:
         return {name: number for number, name in enumerate(self.package.parameters(function))}
 
 
+class _Modules(dict[str, _Module]):
+    """Files by name, each parsed when it is first asked for: most of what is reached is a part of the package."""
+
+    def __init__(self, files: tuple[tuple[str, str, str], ...]) -> None:
+        super().__init__((name, None) for name, *_ in files)
+        self.files = {name: (name, code, package) for name, code, package in files}
+
+    def __getitem__(self, name: str) -> _Module:
+        if super().__getitem__(name) is None:
+            self[name] = _Module(*self.files[name])
+        return super().__getitem__(name)
+
+
 class _Package:
     """All definitions of the package, as its files have them."""
 
     def __init__(self, files: tuple[tuple[str, str, str], ...]) -> None:
-        self.modules = {name: _Module(name, code, package) for name, code, package in files}
+        self.modules = _Modules(files)
         self.shown: dict[Node, tuple[str, list[Node]]] = {}
 
     def find(self, dotted: str) -> tuple[Node | None, str]:

@@ -6,11 +6,12 @@ decay * w, and steps gather momentum. The factor is 1 where a norm is 0. The cap
 distributed adversarial training, Zhang et al., arXiv 2206.06257.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.optim.sgd import sgd
 
 from wdat.settings import typed
 
@@ -23,46 +24,75 @@ def trust(weight: Tensor, step: Tensor) -> Tensor:
     return torch.where((length > 0) & (size > 0), length / size, 1.0)
 
 
-class _Layerwise(torch.optim.Optimizer):
-    """Steps tensor by tensor; a subclass says which way."""
+class Steps:
+    """Moves weights tensor by tensor; a subclass says which way.
+
+    What training needs of torch.optim.Optimizer, whose making imports torch's compiler: a second in every worker.
+    """
 
     def __init__(self, weights: Iterable[nn.Parameter], lr: float, momentum: float, weight_decay: float) -> None:
-        super().__init__(weights, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.weights, self.lr, self.momentum, self.weight_decay = list(weights), lr, momentum, weight_decay
+        self.state: list[dict[str, Tensor]] = [{} for _ in self.weights]
 
-    def _step(self, weight: Tensor, gradient: Tensor, state: dict, group: dict) -> Tensor:
+    def _step(self, weight: Tensor, gradient: Tensor, state: dict) -> None:
         raise NotImplementedError
 
     @torch.no_grad()
-    def step(self, closure: Callable | None = None) -> None:
+    def step(self) -> None:
         """Move every weight that has a gradient."""
-        for group in self.param_groups:
-            for weight in (w for w in group["params"] if w.grad is not None):
-                weight.sub_(self._step(weight, weight.grad, self.state[weight], group))
+        for weight, state in zip(self.weights, self.state, strict=True):
+            if weight.grad is not None:
+                self._step(weight, weight.grad, state)
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        for weight in self.weights:
+            weight.grad = None
+
+    def state_dict(self) -> dict:
+        """What a checkpoint must hold."""
+        return {"state": self.state}
+
+    def load_state_dict(self, saved: dict) -> None:
+        """Restore what `state_dict` gave."""
+        pairs = zip(self.weights, saved["state"], strict=True)
+        self.state = [{name: value.to(weight.device) for name, value in state.items()} for weight, state in pairs]
 
 
-class Lamb(_Layerwise):
+class Sgd(Steps):
+    """Stochastic gradient descent with momentum, torch's own steps."""
+
+    def _step(self, weight: Tensor, gradient: Tensor, state: dict) -> None:
+        gathered = [state.get("momentum")]
+        sgd([weight], [gradient], gathered, weight_decay=self.weight_decay, momentum=self.momentum, lr=self.lr,
+            dampening=0, nesterov=False, maximize=False)  # fmt: skip
+        if gathered[0] is not None:
+            state["momentum"] = gathered[0]
+
+
+class Lamb(Steps):
     """The form of Adam; `momentum` is not used."""
 
-    def _step(self, weight: Tensor, gradient: Tensor, state: dict, group: dict) -> Tensor:
+    def _step(self, weight: Tensor, gradient: Tensor, state: dict) -> None:
         if not state:
             state["first"], state["second"] = torch.zeros_like(weight), torch.zeros_like(weight)
         state["first"].lerp_(gradient, 1 - MOMENTS[0])
         state["second"].lerp_(gradient.square(), 1 - MOMENTS[1])
-        way = state["first"] / (state["second"].sqrt() + EPSILON) + group["weight_decay"] * weight
-        return group["lr"] * trust(weight, way) * way
+        way = state["first"] / (state["second"].sqrt() + EPSILON) + self.weight_decay * weight
+        weight.sub_(self.lr * trust(weight, way) * way)
 
 
-class Lars(_Layerwise):
+class Lars(Steps):
     """The form of SGD with momentum."""
 
-    def _step(self, weight: Tensor, gradient: Tensor, state: dict, group: dict) -> Tensor:
-        way = gradient + group["weight_decay"] * weight
-        way = group["lr"] * trust(weight, way) * way
-        state["momentum"] = way if "momentum" not in state else group["momentum"] * state["momentum"] + way
-        return state["momentum"]
+    def _step(self, weight: Tensor, gradient: Tensor, state: dict) -> None:
+        way = gradient + self.weight_decay * weight
+        way = self.lr * trust(weight, way) * way
+        state["momentum"] = way if "momentum" not in state else self.momentum * state["momentum"] + way
+        weight.sub_(state["momentum"])
 
 
-KINDS = {"sgd": torch.optim.SGD, "lamb": Lamb, "lars": Lars}
+KINDS = {"sgd": Sgd, "lamb": Lamb, "lars": Lars}
 
 
 @dataclass(frozen=True)
@@ -84,9 +114,7 @@ class Optimiser:
             raise ValueError(f"kind={self.kind!r} must be one of {', '.join(KINDS)}, warmup={self.warmup:g} and "
                              f"reference={self.reference} >= 0")  # fmt: skip
 
-    def make(
-        self, weights: list[nn.Parameter], lr: float, momentum: float, weight_decay: float
-    ) -> torch.optim.Optimizer:
+    def make(self, weights: list[nn.Parameter], lr: float, momentum: float, weight_decay: float) -> Steps:
         """The optimiser of these weights."""
         return KINDS[self.kind](weights, lr=lr, momentum=momentum, weight_decay=weight_decay)
 

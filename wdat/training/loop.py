@@ -20,7 +20,7 @@ from wdat.threats.ball import Threat, as_threat
 from wdat.threats.checks import device_of, frozen, tensors_of
 from wdat.threats.inputs import as_model, aside, copied, optional, plain_weights, taking, unwrapped
 from wdat.threats.losses import ce
-from wdat.threats.seeds import derive_seed
+from wdat.threats.seeds import derive_seed, reseed
 from wdat.threats.sensitivity import input_gradient
 from wdat.training.augmentation import shift_and_flip
 from wdat.training.checkpoints import identify_run, load
@@ -175,7 +175,7 @@ class _Run:
         self.network = as_model(copied(self.model))
         for own in (self.network, self.teacher) if self.teacher else (self.network,):
             stack.enter_context(aside(own))
-        torch.manual_seed(derive_seed(recipe.seed, -1))
+        reseed(derive_seed(recipe.seed, -1), self.device)
         initialise(self.network, recipe.init, recipe.init_scale)
         recipe.select(self.network)
         self.weights = [w for w in self.network.parameters() if w.requires_grad]
@@ -210,8 +210,7 @@ class _Run:
         index = self.order[position * recipe.batch_size : (position + 1) * recipe.batch_size]
         rate = self.schedule(self.done / self.per_epoch, recipe.epochs, recipe.lr)
         self.rate = recipe.optimiser.rate(rate, (self.done + 1) / self.per_epoch, recipe.batch_size)
-        for group in self.optimiser.param_groups:
-            group["lr"] = self.rate
+        self.optimiser.lr = self.rate
         places = workers.places(len(index), recipe.micro_batch)
         here = index[places]
         self.x, self.y = (t.to(self.device, non_blocking=True) for t in self.train.batch(here))
@@ -221,11 +220,11 @@ class _Run:
                 if tracker and term.tracked == "upsilon" and recipe.upsilon.due(self.done, self.per_epoch):
                     with refreshed(n, recipe) as some:
                         tracker.refresh(training_norms(self.network, self.train, some, term, recipe))
-            torch.manual_seed(derive_seed(recipe.seed, self.done))
+            reseed(derive_seed(recipe.seed, self.done), self.device)
             with joint.shared(len(index), places):
                 self.x = shift_and_flip(self.x, recipe.augment, recipe.flip)
                 noise = recipe.draw(self.x)
-            self.optimiser.zero_grad(set_to_none=True)
+            self.optimiser.zero_grad()
             self._accumulate(index, (self.x, self.y, here, *noise))
             if recipe.clip:
                 nn.utils.clip_grad_norm_(self.weights, recipe.clip)
