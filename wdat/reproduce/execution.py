@@ -129,6 +129,7 @@ def kernel(scratch: Path, folder: Path, told: dict[str, str]) -> Iterator[type]:
         own = tempfile.mkdtemp(prefix="wdat-", dir="/tmp")
     environment = {
         **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1"),
+        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "8192",  # what oneDNN compiles for batches of many sizes
         "IPYTHONDIR": f"{own}/ipython",
         "JUPYTER_RUNTIME_DIR": own,
         "JUPYTER_DATA_DIR": own,

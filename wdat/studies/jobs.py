@@ -32,7 +32,10 @@ from tqdm.auto import tqdm
 
 from wdat import clock
 
-THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+WORKING = {  # environment of a worker: one thread; room for what oneDNN compiles for batches of many sizes
+    "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "8192",
+}  # fmt: skip
 IDLE = 60  # seconds that a worker waits for its next run: starting one takes some
 CGROUPS = (  # bytes allowed and used in a container, versions 2 and 1
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
@@ -165,8 +168,7 @@ class _Workers:
         try:
             worker = self.idle.get_nowait()
         except queue.Empty:
-            environment = dict.fromkeys(THREADS, "1")
-            worker = ProcessPoolExecutor(1, timeout=IDLE, initializer=_begin, initargs=(os.getpid(),), env=environment)
+            worker = ProcessPoolExecutor(1, timeout=IDLE, initializer=_begin, initargs=(os.getpid(),), env=WORKING)
             self.made.append(worker)
         try:
             done = worker.submit(_computed, number, one).result()
