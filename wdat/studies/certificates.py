@@ -135,7 +135,8 @@ def bracketed(
         return Bracket(crown, crown, 0.0)
     averaged = [t for t in threats if not t.pointwise] or threats
     raised = crown.clone()
-    with tqdm(total=round(seconds), desc=f"branch and bound l{r:g}", unit="s", disable=not progress) as bar:
+    said = {"desc": f"branch and bound l{r:g}", "unit": "s", "unit_scale": True}
+    with tqdm(total=round(seconds), disable=not progress, **said) as bar:
 
         def attempt(i: int, radius: float, limit: float) -> tuple[bool, float]:
             found = kept.get(proof, data.at(done[i : i + 1]), r=r, radius=radius, seconds=limit)
