@@ -14,7 +14,9 @@ from wdat.accuracy.allocation import threshold_distance
 
 KNOWN = 0.99  # of an attack's distance: a ball so large leaves nothing to find out
 STEP = 1.03  # least factor by which a proof shall raise a radius
-HARDER = 4  # power of the factor with which the chance of a proof within the limit falls, about
+SMALL = 1.12  # a factor that comes off on most networks
+HARDER = 4.0  # power of the factor with which the chance of a proof within the limit falls, to begin with
+LEARNT = {True: 0.95, False: 1.1}  # what a proof that comes off, or does not, changes in it
 
 
 def raise_radii(
@@ -28,21 +30,23 @@ def raise_radii(
 
     The next ball is the one that promises most: what it adds to the lower bounds at all balls' water levels (those of
     `radii` as they stand, where the curve moves now, and those of `distances`, where it shall), times the chance that
-    the proof comes off. Aims are the levels, the attack's distance, and half-way to what failed. What fails within
-    `first` seconds comes again with four times as many, once everything else was tried. The result holds whenever the
-    time ends. Images with radius 0 are left.
+    the proof comes off, which is learnt on the way: on deep networks small steps alone do. Aims are the levels, the
+    attack's distance, half-way to what failed, and a small step. What fails within `first` seconds comes again with
+    four times as many, once everything else was tried. The result holds whenever the time ends. Images with radius 0
+    are left.
     """
     best, far = radii.double().clone(), KNOWN * distances.double()
-    spent, limit, failed = 0.0, first, torch.full_like(far, math.inf)
+    spent, limit, harder, failed = 0.0, first, HARDER, torch.full_like(far, math.inf)
     while spent < seconds:
         level, power = _levels([best, distances], balls)
         if not len(level):
             break
         ceiling = torch.minimum(torch.minimum(far, failed), level.max())
-        aims = torch.cat([level.unique().expand(len(best), -1), ceiling[:, None], (best * ceiling).sqrt()[:, None]], 1)
+        own = torch.stack([ceiling, (best * ceiling).sqrt(), SMALL * best], 1)
+        aims = torch.cat([level.unique().expand(len(best), -1), own], 1)
         now = best[:, None].expand_as(aims)
         fits = (aims > STEP * now) & (aims <= ceiling[:, None]) & (now > 0)
-        promise = (_worth(aims, level, power) - _worth(now, level, power)) * (now / aims) ** HARDER
+        promise = (_worth(aims, level, power) - _worth(now, level, power)) * (now / aims) ** harder
         promise = torch.where(fits, promise, 0)
         i, k = divmod(int(promise.argmax()), aims.shape[1])
         if promise[i, k] <= 0:
@@ -52,7 +56,7 @@ def raise_radii(
             continue
         aim = float(aims[i, k])
         proved, took = attempt(i, aim, min(limit, seconds - spent))
-        spent += took
+        spent, harder = spent + took, min(max(harder * LEARNT[proved], 2.0), 24.0)
         if proved:
             best[i] = aim
         else:
