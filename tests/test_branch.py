@@ -168,11 +168,12 @@ def test_bounds_of_counterexamples_hold_at_every_counterexample_and_say_more():
         assert side == 0
 
 
-def test_splits_and_multipliers_only_raise_bounds():
+@pytest.mark.parametrize("r", NORMS)
+def test_splits_and_multipliers_only_raise_bounds(r):
     model, x = MODELS["convolutional"]().eval(), images(1, SHAPE).double()
     y, steps = labels(model, x.float(), wrong=0), network_steps(model, x.float())
     with torch.no_grad():
-        ball = Ball(steps, x, y, 0.08, math.inf)
+        ball = Ball(steps, x, y, 0.08 if math.isinf(r) else 0.6, r)
         root = ball.root()
         start = ball.lower(root)
         better, score = ball.ascend(root, 10, math.inf)

@@ -91,7 +91,7 @@ class Ball:
     def least(self, rows: Rows, constant: Tensor) -> Tensor:
         """Minima over the ball, or its part in the half-space."""
         if self.space is None:
-            return infimum(rows, constant, self.x, self.radius, self.r)
+            return infimum(rows, constant, self.x, self.radius.expand(len(rows.a)), self.r)  # one image, many parts
         return self.space.least(rows, constant)
 
     def linear(self, parts: Parts, intercept: Tensor | None = None) -> tuple[Rows, Tensor]:

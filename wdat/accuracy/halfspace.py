@@ -42,7 +42,8 @@ class HalfSpace:
                 rising = slope(middle.exp()) > 0
                 low, high = torch.where(rising, middle, low), torch.where(rising, high, middle)
             best = low.exp()
-        plain, bound = infimum(rows, constant, self.x, self.radius, self.r), value(best)
+        plain = infimum(rows, constant, self.x, self.radius.expand(len(rows.a)), self.r)  # one image, many parts
+        bound = value(best)
         return torch.maximum(plain, bound), torch.where(bound > plain, best, 0)
 
     def least(self, rows: Rows, constant: Tensor) -> Tensor:
