@@ -243,6 +243,17 @@ def test_saved_and_loaded_with_a_card(tmp_path):
         wdat.export_robustbench(loaded, tmp_path / "x.pt")
 
 
+def test_where_a_randomised_network_does_not_go_the_way_is_told():
+    noisy = Randomised(relu().eval(), 0.2)
+    data, threat = data_of(noisy.network, 12), wdat.Threat(0.1, 2, 2)
+    for verb in (
+        lambda: wdat.evaluate(noisy, data, [threat]), lambda: wdat.finetune(noisy, data, Recipe(wdat.at("1/8"))),
+        lambda: wdat.find_ticket(noisy, data, threat, density=0.5),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=r"sigma=0\.2.*wdat\.certify.*\.network"):
+            verb()
+
+
 # Counting
 
 

@@ -19,6 +19,7 @@ from wdat.threats.ball import Threat
 from wdat.threats.checks import check_images, check_labels, check_model, check_radius
 from wdat.threats.images import Images, Pixels
 from wdat.zoo.folders import decode, listing
+from wdat.zoo.noise import Randomised
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,9 +141,14 @@ def check_same_classes(train: Data, other: Data) -> None:
 def check_fit(model: nn.Module, data: Data, threats: Iterable[Threat] = ()) -> int:
     """What must hold before a model, data and threats are used together; returns the number of classes.
 
-    ValueError for images, logits and labels that do not fit (`check_model`, `check_outputs`), and for a radius beyond
-    any distance between images (`check_radius`).
+    ValueError for images, logits and labels that do not fit (`check_model`, `check_outputs`), for a radius beyond any
+    distance between images (`check_radius`), and for a network behind noise, whose answers differ.
     """
+    if isinstance(model, Randomised):
+        raise ValueError(
+            f"the network is randomised, sigma={model.sigma:g}: wdat.certify measures it; attack and fine-tune what is "
+            f"behind the noise, model.network (noise={model.sigma:g} in the recipe), and randomise that again"
+        )
     outputs = check_model(model, *data.batch(torch.arange(min(len(data), 8))))
     check_outputs(data, outputs)
     for threat in threats:
