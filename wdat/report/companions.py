@@ -112,8 +112,7 @@ def _randomised_numbers(results: dict) -> dict[str, str]:
     if not rows:
         return found
     found |= {"networks": str(len(rows)), "tunings": " and ".join(first["tunings"]),
-              "validation": str(first.get("validation", {}).get("n", 0)),
-              "fewest": str(min(row["n"] for row in rows.values()))}  # fmt: skip
+              "validation": str(first.get("validation", {}).get("n", 0))}  # fmt: skip
     found |= _spread("clean.change", {name: row["change"] for name, row in rows.items()}, signed)
     found |= _verdict("clean.", results["aims"]["clean"], kept := [row["kept"] for row in rows.values()])
     every, threats = kept, [row["threat"] for row in first["threats"]]

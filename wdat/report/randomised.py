@@ -59,7 +59,7 @@ def certified_overview(found: dict) -> tuple[list[dict], str]:
     for network in found["networks"]:
         before = network["before"]
         cells = {
-            "network": network["network"] + _fewer(found, network), "σ": f"{network['sigma']:g}",
+            "network": network["network"], "σ": f"{network['sigma']:g}",
             "clean": f"{percent(before['clean'])} → {percent(network['accuracy'])}",
         }  # fmt: skip
         for number, (row, old) in enumerate(zip(network["threats"], before["threats"], strict=True)):
@@ -67,7 +67,7 @@ def certified_overview(found: dict) -> tuple[list[dict], str]:
             cells[_at(row["threat"])] = f"{percent(old['upper'])} / {percent(row['lower'])}{mark}"
         rows.append(cells)
     caption = (
-        f"Percent correct on {found['n']} images under W₂ (n: on fewer): left of the network as it was by optimal "
+        f"Percent correct on {found['n']} images under W₂: left of the network as it was by optimal "
         f"allocation, an upper bound / certified for one draw of the network behind noise, a lower bound. {CHOSEN}"
     )
     return rows, caption
@@ -154,10 +154,6 @@ def _sigma(found: dict, network: dict, number: int) -> str:
     return f"{network['sigma']:g}" + "*" * _is_chosen(found, network, number)
 
 
-def _fewer(found: dict, network: dict) -> str:
-    return f" (n = {network['n']})" if network["n"] != found["n"] else ""
-
-
 def _at(threat: dict) -> str:
     return f"{norm_symbol(threat['r'])} {threat['written']}"
 
@@ -209,8 +205,7 @@ def proved(axis: Axes, name: str, found: dict, r: float | str = 2, p: float = 2)
     marked = [over_radius(where(network["threats"], **ball), "lower") for network in own]
     best = np.max([y for _, y in marked], axis=0)
     axis.plot(marked[0][0], best, "^", ms=5, color=GREEN, label="proved behind noise: tighter statement")
-    title = short(name) + _fewer(found, own[0])
-    axis.set(title=title, xlabel=rf"radius $\delta$ ($W_2$, {norm(r)})", ylabel="accuracy (%)", ylim=(0, 100))
+    axis.set(title=short(name), xlabel=rf"radius $\delta$ ($W_2$, {norm(r)})", ylabel="accuracy (%)", ylim=(0, 100))
 
 
 def choice_in_words(found: dict) -> str:

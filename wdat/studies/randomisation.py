@@ -1,6 +1,6 @@
 """Published networks and fine-tuned ones against the same networks behind noise: left by attack, and proved."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -9,7 +9,7 @@ from torch import nn
 from wdat.accuracy.allocation import accuracy_curve
 from wdat.clock import spending
 from wdat.randomised.certify import certify
-from wdat.settings import check_names, read
+from wdat.settings import read
 from wdat.studies.cache import Cache, distances
 from wdat.studies.frontier import trained
 from wdat.studies.jobs import Run, resident, run_all
@@ -26,8 +26,8 @@ METHOD = "noise alone"
 def randomised(
     models: dict[str, nn.Module], train: Data, test: Data, threats: Sequence[Threat], work: Path, *,
     sigmas: Sequence[float], draws: Sequence[int], recipe: dict, tunings: dict[str, dict], search: dict,
-    own: dict[str, dict] | None = None, aims: dict[str, float] | None = None, validation: float = 0.2,
-    batch_size: int = 128, seed: int = 0, jobs: int = 1, **settings,
+    aims: dict[str, float] | None = None, validation: float = 0.2, batch_size: int = 128, seed: int = 0, jobs: int = 1,
+    **settings,
 ) -> dict:  # fmt: skip
     """Each network fine-tuned with noise of each sigma and certified behind it; resumable by what lies in `work`.
 
@@ -36,8 +36,6 @@ def randomised(
         recipe: as for `make_recipe`, its noise set to sigma.
         tunings: recipes of fine-tunings without noise by name, which attack is tried on as on the networks; search: of
             minimal distances, for both.
-        own: of some networks, by name, what differs for them of all the above and of `settings`; and "n_train",
-            "n_test": fewer images, drawn with seed 0.
         aims: points, by threat as text ("W_2 l2 1/4"), that should be proved more than the best attack leaves of the
             network and its fine-tunings; by "clean", that one draw should gain (or, below 0, may lose) without attack.
         validation: share of the training images on which sigma is chosen, where there are several: each network is
@@ -49,27 +47,26 @@ def randomised(
     "tunings": the same of each; "validation": "n" images, "accuracy" of one draw and, at the threats, "plug_in"
     (`wdat.randomised.certify.plug_in`). "chosen": of each network and threat the sigma of the largest plug-in, or the
     only one. "aims": "clean" and those of the "threats" in their order, None where there is none.
-    ValueError for aims and `own` that fit no threat, network or setting, and for other than one number of draws for a
-    sigma.
+    ValueError for aims that are of no threat, and for other than one number of draws for a sigma.
     """
+    if len(sigmas) != len(draws):
+        raise ValueError(f"{len(sigmas)} sigmas and {len(draws)} numbers of draws; give one for each")
     aimed = _aimed(aims or {}, threats)
-    usual = {"sigmas": sigmas, "draws": draws, "recipe": recipe, "tunings": tunings, "search": search, **settings}
-    plans = _plans(usual, own or {}, models, train, test)
     shared = {"threats": threats, "work": work, "batch_size": batch_size, "seed": seed}
+    several = len(sigmas) > 1
+    rest, held = train.split_off(validation, seed=0) if several else (train, None)
     without, tried, behind = {}, {}, {}
-    for name, (plan, ours, theirs) in plans.items():
-        given = {**shared, "name": name, "model": models[name], "train": ours}
-        bare = {**given, "test": theirs, "search": plan["search"]}
+    for name, model in models.items():
+        given = {**shared, "name": name, "model": model, "train": train}
+        bare = {**given, "test": test, "search": search}
         without[name] = Run(name, _left, bare)
-        for tuning, its in plan["tunings"].items():
+        for tuning, its in tunings.items():
             again = {**bare, "name": f"{name}-{tuning}", "recipe": its}
             without[name, tuning] = Run(f"{name}, {tuning}", _left, again)
-        several = len(plan["sigmas"]) > 1
-        rest, held = ours.split_off(validation, seed=0) if several else (ours, None)
-        for sigma, number in zip(plan["sigmas"], plan["draws"], strict=True):
-            title, noisy = f"{name}, sigma={sigma:g}", {**given, "sigma": sigma, "recipe": plan["recipe"]}
-            certified = {key: plan[key] for key in settings} | {"draws": number}
-            behind[name, sigma] = Run(title, _behind_noise, {**noisy, "test": theirs, "settings": certified})
+        for sigma, number in zip(sigmas, draws, strict=True):
+            title, noisy = f"{name}, sigma={sigma:g}", {**given, "sigma": sigma, "recipe": recipe}
+            certified = {**noisy, "test": test, "settings": {**settings, "draws": number}}
+            behind[name, sigma] = Run(title, _behind_noise, certified)
             if several:
                 tried[name, sigma] = Run(title, _tried, {**noisy, "train": rest, "validation": held})
     left, seen, found = (
@@ -78,9 +75,9 @@ def randomised(
     )
     rows = []
     for (name, sigma), row in found.items():
-        row = {"network": name, **row, "before": left[name]}
-        row["tunings"] = {tuning: left[name, tuning] for tuning in plans[name][0]["tunings"]}
-        rows.append(row | ({"validation": seen[name, sigma]} if (name, sigma) in seen else {}))
+        bare = {"before": left[name], "tunings": {tuning: left[name, tuning] for tuning in tunings}}
+        looked = {"validation": seen[name, sigma]} if several else {}
+        rows.append({"network": name, **row, **bare, **looked})
     return {"n": len(test), "networks": rows, "chosen": _chosen(rows, threats), "aims": aimed}
 
 
@@ -90,25 +87,6 @@ def _aimed(aims: dict[str, float], threats: Sequence[Threat]) -> dict:
     if strange := [str(threat) for threat in at if threat not in threats]:
         raise ValueError(f"aims name {strange[0]}, which is not among the threats: {', '.join(map(str, threats))}")
     return {"clean": clean, "threats": [at.get(threat) for threat in threats]}
-
-
-def _plans(
-    usual: dict, own: dict[str, dict], models: Mapping[str, nn.Module], train: Data, test: Data
-) -> dict[str, tuple[dict, Data, Data]]:  # fmt: skip
-    """By network: its settings, its training images and its test images."""
-    check_names(own, models, "own")
-    plans, sets = {}, {"n_train": train, "n_test": test}
-    for name in models:
-        given = read(dict, own.get(name, {}), f"own: {name}")
-        check_names(given, (*usual, *sets), f"own: {name}")
-        plan = usual | given
-        if len(plan["sigmas"]) != len(plan["draws"]):
-            raise ValueError(
-                f"{name}: {len(plan['sigmas'])} sigmas and {len(plan['draws'])} numbers of draws; give one for each"
-            )
-        taken = [data.take(plan.pop(key), seed=0) if plan.get(key) else data for key, data in sets.items()]
-        plans[name] = (plan, *taken)
-    return plans
 
 
 def _left(
