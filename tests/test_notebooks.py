@@ -73,6 +73,7 @@ def test_every_figure_is_drawn_in_both_forms(smoke, figure):
         "09_distributed-steps",
         "09_distributed-projected",
         "11_randomised",
+        "11_randomised-aims",
         "12_noise_training",
     ],
 )
