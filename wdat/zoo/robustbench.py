@@ -31,7 +31,7 @@ def _quiet() -> Iterator[None]:
     """Silence what importing robustbench is known to warn of (its and timm's use of old module paths), no more."""
     with warnings.catch_warnings():
         for message, category in (
-            (r"`torch\.jit\.\w+` is deprecated", DeprecationWarning),  # timm, and torch's own import of it
+            (r"`torch\.jit\.\w+` is deprecated", Warning),  # timm, and torch's own import of it
             (r"Importing from timm\.models\.", DeprecationWarning),  # robustbench's architectures
             (r"pkg_resources is deprecated", UserWarning),  # robustbench.loaders
             (r"Deprecated call to `pkg_resources", DeprecationWarning),
