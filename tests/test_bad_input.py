@@ -192,7 +192,8 @@ def test_limits_of_an_evaluation(tiny_model, data):
 def test_all_images_wrong(tiny_model, tiny_data):
     x = tiny_data[0]
     y = (tiny_model(x).argmax(1) + 1) % 5
-    found = wdat.evaluate(tiny_model, wdat.from_tensors(x, y), BALL, certified=8, curve=3, **QUICK)
+    with pytest.warns(UserWarning, match="0 of 48 images are classified correctly.*below chance"):
+        found = wdat.evaluate(tiny_model, wdat.from_tensors(x, y), BALL, certified=8, curve=3, **QUICK)
     assert found["clean"]["accuracy"] == 0 and all(a["accuracy"] == 0 and not a["bounds"] for a in found["attacks"])
     for kind in ("optimal", "certified"):
         assert found[kind][0]["threats"][0]["accuracy"] == 0 and found[kind][0]["mean_distance"] == 0
