@@ -1,5 +1,6 @@
 """Notebooks at the same time: each after those it needs, one budget for all runs, every file with its own notebook."""
 
+import contextlib
 import json
 import os
 import signal
@@ -149,6 +150,15 @@ def test_a_slot_is_waited_for_and_let_go(tmp_path, monkeypatch):
     code = "import os, signal\nfrom wdat.studies import jobs\nwith jobs.slot(), jobs.slot(): os.kill(os.getpid(), 9)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
     with jobs.slot(lambda: False), jobs.slot(lambda: False):
+        pass
+    for count, left in ((1, 1), (2, 0), (4, 0)):  # four processes of a budget of two take all of it
+        with jobs.slots(count), contextlib.ExitStack() as others:
+            for _ in range(left):
+                others.enter_context(jobs.slot(lambda: False))
+            with pytest.raises(jobs._Closed), jobs.slot(lambda: False):
+                pass
+    monkeypatch.delenv("WDAT_SLOTS")
+    with jobs.slots(2):
         pass
 
 

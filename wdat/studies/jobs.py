@@ -204,6 +204,16 @@ def slot(wanted: Callable[[], bool] = lambda: True) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def slots(count: int) -> Iterator[None]:
+    """So many places of the budget, or all of it if that is fewer: for what starts processes of its own."""
+    folder = os.environ.get("WDAT_SLOTS")
+    with contextlib.ExitStack() as held:
+        for _ in range(min(count, len(list(Path(folder).iterdir()))) if folder else 0):
+            held.enter_context(slot())
+        yield
+
+
 _workers: dict[int, _Workers] = {}  # by process, so that a forked one finds none
 
 

@@ -24,6 +24,7 @@ from wdat.attacks.nearest import minimal_distances
 from wdat.clock import spending
 from wdat.studies.cache import Cache, Part, search_settings
 from wdat.studies.cost_model import Load, fit, project, ring_bytes
+from wdat.studies.jobs import slots
 from wdat.studies.study import summarise
 from wdat.threats.ball import Threat
 from wdat.threats.inputs import copied
@@ -96,13 +97,13 @@ def scaling(
     kept, found = Cache(work, model), {}
     for count in workers:
         own = timings + (runs if count == workers[1] else [])
-        with spending("training"):
+        with slots(count), spending("training"):
             found[count] = kept.get(measured, train, workers=count, runs=own, transfers=list(transfers))
     threats, rows = [Threat(d, 2, r) for d in deltas], []
     for run, done in zip(runs, found[workers[1]]["runs"][len(timings) :], strict=True):
         network = copied(model).eval()
         network.load_state_dict(done["weights"])
-        with spending("evaluation"):
+        with slots(1), spending("evaluation"):
             near = minimal_distances(network, *test.stored(), threats[0].r, **distances).distance
         rows.append({key: run[key] for key in ("batch", "compression", "seed")}
                     | {"batch_size": make_recipe(run["recipe"], 0).batch_size, "sent": done["sent"]}
