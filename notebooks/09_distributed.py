@@ -37,7 +37,7 @@ timed = [64, 256]  # batch sizes whose steps are timed by every number of worker
 timed_epochs = 2
 transfers = [4000, 400000, 4000000]  # bytes of all-reduces that are timed
 seeds = [0, 1, 2]
-pointwise = "1/16"  # radius of p = inf
+pointwise = "1/16"  # radius, image by image
 deltas = ["1/16"]  # W_2 radii
 r = "inf"
 distances = {"steps": 8, "rivals": 3}  # settings of wdat.attacks.nearest.minimal_distances
