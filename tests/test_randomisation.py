@@ -91,15 +91,15 @@ def test_a_missed_aim_is_said(found, tmp_path):
     high = copy.deepcopy(found)
     high["aims"]["threats"] = [1000, None, -100]
     table = report.certified_aims(records.write(tmp_path / "11.json", "randomised", high)).frame
-    assert table.columns.tolist() == ["network", "n", "σ", "clean", "l2 1/8", "l∞ 1/32"]
-    assert table["l2 1/8"].str.contains("missed").all() and not table["l∞ 1/32"].str.contains("missed").any()
+    assert table.columns.tolist() == ["network", "σ", "clean", "l2 1/8", "l∞ 1/32"]
+    assert table["l2 1/8"].str.contains("†").all() and not table["l∞ 1/32"].str.contains("†").any()
     said = COMPANIONS["randomised"](high)
     assert said["l2.1/8.met"] == "0 of 2" and said["linf.1/32.met"] == "2 of 2" and said["l2.1/8.aim"] == "+1000"
     kept = sum(row["kept"] for row in report.margins(high))
     assert said["clean.met"] == f"{kept} of 2" and said["aims.met"] == f"{2 + kept} of 6"
     high["aims"] = {"clean": None, "threats": [None, None, None]}
     table = report.certified_aims(records.write(tmp_path / "none.json", "randomised", high))
-    assert len(table.frame.columns) == 4 + len(THREATS) and "missed" not in table.markdown()
+    assert len(table.frame.columns) == 3 + len(THREATS) and "†" not in table.markdown()
     assert "l2.1/8.met" not in COMPANIONS["randomised"](high)
 
 

@@ -77,7 +77,7 @@ def certified_overview(found: dict) -> tuple[list[dict], str]:
 def certified_aims(found: dict) -> tuple[list[dict], str]:
     """One row a network: clean accuracy, and what is proved against the most that attack leaves, at the chosen sigmas.
 
-    At the threats that have an aim, or at all where none has; an aim that is missed is said to be. Without rows for
+    At the threats that have an aim, or at all where none has; † marks an aim that is missed. Without rows for
     records that say no choice.
     """
     gained, rows = margins(found), []
@@ -87,8 +87,7 @@ def certified_aims(found: dict) -> tuple[list[dict], str]:
     for network in gained:
         shown = [network["threats"][k] for k in numbers] or network["threats"]
         sigmas = [f"{row['sigma']:g}" for row in shown]
-        cells = {"network": network["network"], "n": f"{network['n']}",
-                 "σ": " / ".join(sigmas if len(set(sigmas)) > 1 else sigmas[:1]),
+        cells = {"network": network["network"], "σ": "/".join(dict.fromkeys(sigmas)),
                  "clean": f"{percent(network['clean'])} {_points(network['change'], network['kept'])}"}  # fmt: skip
         for row in shown:
             points = _points(row["gain"], row["met"])
@@ -98,11 +97,12 @@ def certified_aims(found: dict) -> tuple[list[dict], str]:
     caption = (
         f"Percent correct under W₂: the most that optimal allocation leaves of the network {curves}, an upper bound / "
         "certified for one draw behind noise, a lower bound, and the difference in points. σ was chosen on validation "
-        "images; where it differs it is given for each radius. Clean: without noise, and what one draw changes."
+        "images for each radius. Clean: without noise, and what one draw changes. "
+        f"{' and '.join(dict.fromkeys(str(network['n']) for network in gained))} images."
     )
     aims = [f"{_at(gained[0]['threats'][k]['threat'])} {found['aims']['threats'][k]:+g}" for k in numbers]
     aims += [f"clean {found['aims']['clean']:+g}"] if found["aims"]["clean"] is not None else []
-    return rows, caption + (f" Aims, in points: {', '.join(aims)}." if aims else "")
+    return rows, caption + (f" Aims, in points: {', '.join(aims)}; † missed." if aims else "")
 
 
 def margins(found: dict) -> list[dict]:
@@ -136,7 +136,7 @@ def _met(value: float, aim: float | None) -> bool | None:
 
 
 def _points(value: float, met: bool | None) -> str:
-    return f"({signed(value)}{', missed' if met is False else ''})".replace("-", "−")
+    return f"({signed(value)}{'†' if met is False else ''})".replace("-", "−")
 
 
 def _left(network: dict) -> dict[str, dict]:
