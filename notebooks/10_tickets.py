@@ -31,7 +31,7 @@ recipe = {  # of all networks
     "batch_size": 64,
     "clip": 1.0,
 }
-pointwise = ["1/16", "2/16"]  # radii of p = inf
+pointwise = ["1/16", "2/16"]  # radii, image by image
 deltas = ["1/32", "1/16", "2/16"]  # W_2 radii
 watched = 8  # images whose kernel is followed
 epochs = [1, 5, 15]  # when

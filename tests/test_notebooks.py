@@ -24,7 +24,7 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(ROOT / name, root)
     shutil.copytree(ROOT / "notebooks", root / "notebooks", ignore=shutil.ignore_patterns("*.ipynb", ".ipynb*"))
     ran = reproduce("smoke", root=root)
-    assert ran == sorted(path.stem for path in (ROOT / "notebooks").glob("[0-9]*.py"))
+    assert sorted(ran) == sorted(path.stem for path in (ROOT / "notebooks").glob("[0-9]*.py"))
     return root
 
 
