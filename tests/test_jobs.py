@@ -13,6 +13,7 @@ import joblib
 import psutil
 import pytest
 import torch
+from repository import assert_they_end
 
 from wdat.studies import jobs
 from wdat.studies.jobs import Run
@@ -152,10 +153,7 @@ def test_no_worker_outlives_its_parent(tmp_path, sent):
     workers = [psutil.Process(int(mark.read_text())) for mark in marks]
     assert set(workers) <= set(below)
     os.kill(parent.pid, sent)
-    start = time.monotonic()
-    while any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers):
-        assert time.monotonic() - start < 2, "seconds that a worker may stay"
-        time.sleep(0.02)
+    assert_they_end(workers)
     parent.wait(20)
     assert not psutil.wait_procs(below, timeout=20)[1]
     assert not list(Path("/dev/shm").glob(f"*loky*{parent.pid}*"))

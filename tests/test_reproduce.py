@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from repository import notebook, said
+from repository import assert_they_end, notebook, said
 
 from wdat import cli
 from wdat.reproduce import execution, paper, profiles, runner
@@ -65,10 +65,7 @@ run_all([Run(str(k), sleep_and_mark, {{"seconds": 300, "mark": work / str(k)}}) 
     workers = [psutil.Process(int(mark.read_text())) for mark in marks]
     assert set(workers) <= set(below)
     os.kill(process.pid, signal.SIGINT)
-    start = time.monotonic()
-    while any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers):
-        assert time.monotonic() - start < 2, "seconds that a worker may stay"
-        time.sleep(0.02)
+    assert_they_end(workers)
     _, error = process.communicate(timeout=20)
     assert process.returncode == 130 and error == "wdat: interrupted; run the same command again to resume\n"
     assert not psutil.wait_procs(below, timeout=20)[1]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from repository import HEAD, notebook, said
+from repository import HEAD, assert_they_end, notebook, said
 
 from wdat.reproduce import execution, profiles
 from wdat.reproduce.runner import reproduce
@@ -214,10 +214,7 @@ run_all([Run(str(k), sleep_and_mark, {{"seconds": 300, "mark": work / (__NAME__ 
     workers = [psutil.Process(int(mark.read_text())) for mark in made.glob("*.pid")]
     assert len(kernels) == 2 and len(workers) == 2  # the budget
     os.kill(process.pid, signal.SIGINT)
-    start = time.monotonic()
-    while any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in workers + kernels):
-        assert time.monotonic() - start < 2, "seconds that a worker may stay"
-        time.sleep(0.02)
+    assert_they_end(workers + kernels)
     _, error = process.communicate(timeout=20)
     assert process.returncode == 130 and error == "wdat: interrupted; run the same command again to resume\n"
     assert not psutil.wait_procs(below, timeout=20)[1]
