@@ -55,8 +55,6 @@ def tickets(found: dict) -> tuple[list[dict], str]:
 
 def _rates(found: dict) -> str:
     """Which learning rate every search took, in a sentence."""
-    if "chosen" not in found:  # a record of before they were chosen
-        return ""
     own = ", ".join(f"{name} {choice['rate']:g}" for name, choice in found["chosen"].items())
     at = found["chosen_at"]
     return (
@@ -127,8 +125,8 @@ def ticket_numbers(found: dict) -> dict[str, str]:
             "seeds": str(len(names(rows, "seed"))), "parameters": f"{found['parameters']:,}",
             "densities": ", ".join(f"{d:g}" for d in densities)}  # fmt: skip
     made |= {f"{key}.delta": radius for key, radius in middle.items()}
-    made |= {"n-validation": str(found["n_validation"])} if "n_validation" in found else {}
-    made |= {f"{method}.rate": f"{choice['rate']:g}" for method, choice in found.get("chosen", {}).items()}
+    made["n-validation"] = str(found["n_validation"])
+    made |= {f"{method}.rate": f"{choice['rate']:g}" for method, choice in found["chosen"].items()}
     groups = {name: mean_std(rows, value, *BY) for name, value in columns.items()}
     dense = {name: own["dense", 1.0][0] for name, own in groups.items()}
     for method in methods:
