@@ -17,7 +17,7 @@ def case(make=relu, n: int = N, seed: int = 0):
 
 
 def trackers(objective: Objective, rule: Rule | None = None, n: int = N) -> list[Tracker | None]:
-    rules = {None: None, "upsilon": rule or Rule("batch"), "distance": Rule("memory")}
+    rules = {None: None, "upsilon": rule or Rule("batch"), "distance": Rule("memory"), "softness": Rule("batch")}
     return [None if t.tracked is None else Tracker(rules[t.tracked], t.threat, n) for t in objective.terms]
 
 

@@ -9,7 +9,7 @@ byte each). Source: arXiv 2306.09844, section 5.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from wdat.attacks.adversarial import Adversarial
+from wdat.attacks.state import ALL, State, hold, overwrite, put
 from wdat.threats import joint
 from wdat.threats.ball import Threat, inner_ball, per_image, pixel_norm, project
 from wdat.threats.checks import device_of
@@ -24,7 +25,6 @@ from wdat.threats.losses import Loss, margin
 from wdat.threats.precision import autocast
 from wdat.threats.sensitivity import input_gradient
 
-ALL = slice(None)  # rows of a batch
 POLISH = 0.2  # share of the steps, at the end, that are made in float32
 
 
@@ -43,26 +43,6 @@ def projected_gradient(
 
 
 @dataclass
-class State:
-    """What is held of the set from step to step: the images' tensors where these are, numbers where the model is."""
-
-    # one tensor of the whole set each: small ones, kept batch by batch, would fragment the memory
-    current: Tensor  # the iterate (N, C, H, W)
-    origin: Tensor  # where its next step starts: `current`, or `best`, in whose place that step is made
-    best: Tensor  # the iterate to return; the same memory as `current` until it has to be another
-    directions: Tensor  # of one step: signs (r = inf) as int8
-    broken: Tensor  # whether the first gradients are NaN or infinite, which would move no image
-    rows: list[Tensor | slice]  # those to look at again in each batch
-    values: Tensor | None = None  # losses (N,)
-    logits: Tensor | None = None  # (N, m)
-    norms: Tensor | None = None  # dual norms (N,), where they are used
-    best_logits: Tensor | None = None
-    best_key: Tensor | None = None  # (2, N) or, of the whole set, (2, 1); see `Run.score`
-    history: list[Tensor] = field(default_factory=list)
-    passes: int = 0
-
-
-@dataclass
 class Run:
     """One run of the loop.
 
@@ -71,6 +51,9 @@ class Run:
             for anew each time they are needed, so that they may be made on the way.
         steps, step_ratio: n steps of step_ratio * radius / n.
         radii: fixed radius per image (N,), or None for the joint constraint, whose radii follow the gradients.
+        pull: share, a scalar, of the way back to the ball that a projection goes: below 1 it is soft. None: all.
+        penalty: gamma > 0 climbs loss - gamma ||x' - x||_r^p in place of the joint constraint: a step goes a share of
+            the way from the displacement to h(g) (||g||_s / (p gamma))^(q-1), which stops it at a stationary point.
         start: images to start at, in [0, 1] and in the ball; None starts at the clean ones.
         keep: which iterate is returned. "accuracy": lowest accuracy, ties by loss; "loss": highest mean loss;
             "last": the last one; "unjudged": the last one, without the forward pass that would judge it.
@@ -94,6 +77,8 @@ class Run:
     steps: int
     step_ratio: float
     radii: Tensor | None = None
+    pull: Tensor | None = None
+    penalty: float = 0.0
     start: Tensor | None = None
     keep: str = "accuracy"
     labels: Tensor | None = None
@@ -155,11 +140,11 @@ class Run:
             values, norms = self.loss(logits, targets), None
         else:
             direction, values, logits, norms = self._climb(x.to(self.device), targets, step)
-            _put(state.directions[part], rows, direction)
-        hold = partial(_hold, len(self.labels), part, rows)
-        state.values, state.logits = hold(state.values, values), hold(state.logits, logits)
+            put(state.directions[part], rows, direction)
+        kept = partial(hold, len(self.labels), part, rows)
+        state.values, state.logits = kept(state.values, values), kept(state.logits, logits)
         if norms is not None:
-            state.norms = hold(state.norms, norms)
+            state.norms = kept(state.norms, norms)
 
     def _climb(self, x: Tensor, targets: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Directions, in memory kept for them, values, logits and dual norms."""
@@ -210,7 +195,7 @@ class Run:
             return
         chosen = better.expand(len(self.labels)).to(self.home)
         for old, new, rows in zip(*map(self._parts, (state.best, state.current, chosen)), strict=True):
-            _overwrite(old, new, rows)
+            overwrite(old, new, rows)
 
     def move(self, step: int) -> None:
         """Every image along its direction, then back into the ball and the box."""
@@ -218,13 +203,14 @@ class Run:
         # The first steps from the clean images add up to less than delta (triangle inequality of L^p; clamping to the
         # box shortens): there is nothing to project. Under fixed radii all is, bit for bit the textbook's PGD.
         from_clean = self.joint and self.start is None and not self.reference
-        inside = from_clean and (step + 1) * ratio < self.steps
-        lengths = self.threat.budgets(state.norms) if self.joint else self.radii
+        inside = bool(self.penalty) or (from_clean and (step + 1) * ratio < self.steps)
+        price = self.penalty * self.threat.p * self.threat.delta ** (self.threat.p - 1) if self.penalty else None
+        lengths = self.threat.budgets(state.norms, price) if self.joint else self.radii
         lengths, norms = (lengths * (ratio / self.steps)).to(self.home), []
         held = zip(*map(self._parts, (state.current, state.origin, state.directions, lengths)), strict=True)
         for (part, origin, direction, length), (x0, _) in zip(held, self.batches, strict=True):
             scaled = self.work[: len(part)].copy_(direction).mul_(per_image(length, part))
-            torch.add(origin, scaled, out=part)
+            torch.add(torch.lerp(origin, x0, ratio / self.steps) if self.penalty else origin, scaled, out=part)
             if inside:
                 part.clamp_(0, 1)
                 continue
@@ -252,7 +238,11 @@ class Run:
         if self.joint and self.reference and threat.pointwise and threat.r == 2:
             moves.mul_(per_image(threat.delta / norms.clamp_min(1e-12), moves))
         for move, bound, (x0, _) in zip(self._parts(moves), self._parts(bounds), self.batches, strict=True):
-            project(move, bound, threat.r, out=move).add_(x0).clamp_(0, 1)
+            if self.pull is None:
+                project(move, bound, threat.r, out=move)
+            else:
+                move.lerp_(project(move, bound, threat.r), self.pull.to(move))
+            move.add_(x0).clamp_(0, 1)
 
     def result(self) -> Adversarial:
         """The best iterate. ValueError if the first gradients were NaN or infinite."""
@@ -271,29 +261,3 @@ class Run:
         wrong, mean_loss = torch.stack(self.state.history).unbind(1)
         history = torch.stack([1 - wrong, mean_loss], 1)
         return Adversarial(best, logits, values, correct, norms, distance, history, passes)
-
-
-def _put(kept: Tensor, rows: Tensor | slice, fresh: Tensor) -> None:
-    """Write rows of `kept`, wherever the fresh ones are."""
-    if rows is not ALL:
-        rows, fresh = rows.to(kept.device), fresh.to(kept.device, kept.dtype)
-    kept[rows] = fresh
-
-
-def _hold(n: int, part: slice, rows: Tensor | slice, kept: Tensor | None, fresh: Tensor) -> Tensor:
-    """The tensor of all n images, made with its first rows, with fresh ones written into a part of it."""
-    kept = fresh.new_empty(n, *fresh.shape[1:]) if kept is None else kept
-    _put(kept[part], rows, fresh)
-    return kept
-
-
-def _overwrite(kept: Tensor, images: Tensor, chosen: Tensor) -> None:
-    """kept[i] = images[i] where chosen[i]. On a CPU, where reading a flag stops nothing, only those are touched."""
-    if kept.device.type != "cpu":
-        torch.where(per_image(chosen, images).bool(), images, kept, out=kept)
-        return
-    rows = chosen.nonzero()[:, 0]
-    if len(rows) == len(kept):
-        kept.copy_(images)
-    else:
-        kept[rows] = images[rows]

@@ -178,16 +178,18 @@ def _comparison_numbers(results: dict) -> dict[str, str]:
     """Proposed minus the best baseline at equal clean accuracy: METHOD.equal.OFFSET.RADIUS.{mean,low,high,above,clear}.
 
     OFFSET is the clean accuracy given up, in points; "above" counts networks with a positive difference, "clear" those
-    whose interval is positive too, "below" those whose interval is negative.
+    whose interval is positive too, "below" those whose interval is negative. METHOD.above.BASELINE.RADIUS.{...}: minus
+    a baseline, or "best baseline", where settings of both sides are chosen on validation images.
     """
+    told = [(f"{row['proposed']}.equal.{abs(100 * row['offset']):g}", row, row["differences"]["best baseline"])
+            for row in results["comparison"]]  # fmt: skip
+    told += [(f"{row['method']}.above.{baseline}", row, own)
+             for row in results.get("validated", ()) for baseline, own in row["differences"].items()]  # fmt: skip
     found: dict[str, str] = {}
-    rows = [row for row in results["comparison"] if row["differences"]["best baseline"]["value"] is not None]
     for place, written in _places(threat["written"] for threat in results["threats"]):
-        at = where(rows, delta=written)
-        for proposed, offset in dict.fromkeys((row["proposed"], row["offset"]) for row in at):
-            own = where(at, proposed=proposed, offset=offset)
-            best = {row["network"]: row["differences"]["best baseline"] for row in own}
-            key = f"{proposed}.equal.{abs(100 * offset):g}.{place}"
+        at = [each for each in told if each[1]["delta"] == written and each[2]["value"] is not None]
+        for name in dict.fromkeys(name for name, *_ in at):
+            best, key = {row["network"]: b for n, row, b in at if n == name}, f"{name}.{place}"
             found |= _spread(key, {network: b["value"] for network, b in best.items()}, signed)
             found[f"{key}.above"] = _counted(b["value"] > 0 for b in best.values())
             found[f"{key}.clear"] = _counted(b["low"] > 0 for b in best.values())

@@ -5,6 +5,8 @@ from its end back to the network it started from (`training.loop.interpolate`). 
 c is the highest A_delta of its points, and of the straight lines between neighbours on a path, with at least that
 clean accuracy: its frontier f(c), non-increasing in c. Methods are compared by f - f' at the same c, with a paired
 bootstrap: a replicate draws test images once for all runs, then recomputes every point, frontier and difference.
+
+`validated` leaves no choice to the test images: each side's setting is chosen on validation images, once.
 """
 
 import itertools
@@ -127,6 +129,52 @@ def equal_clean(
                 "differences": {n: _interval(values - v, level) for n, v in against.items()},
             }
             for name, values in own.items()
+        ]  # fmt: skip
+    return rows
+
+
+def validated(
+    options: Sequence[dict], before: float, proposed: Sequence[str], baselines: Sequence[str],
+    threats: Sequence[Threat], loss: float = 0.01, draws: int = 1000, seed: int = 0, level: float = 0.95,
+) -> list[dict]:  # fmt: skip
+    """Each method against each baseline, and best against best, at settings chosen on validation images.
+
+    Chosen at each threat is what is most accurate under it among settings, of the method or of all of its side, that
+    lose at most `loss` of the clean accuracy `before`; where none does, what loses least. All on validation images.
+
+    Args:
+        options: {"method", "variant", "clean", "optimal" by radius as written, "distance"} of every setting: accuracies
+            on validation images in the mean over seeds, minimal distances (N,) of every seed on the same test images.
+
+    Returns a row for each threat and method, and for `BEST_PROPOSED`: "delta", "method", its "accuracy", "clean"
+    accuracy and "setting", those of the baselines at "others", and "differences" as of `equal_clean`.
+    """
+    counts, rows = bootstrap_counts(len(options[0]["distance"][0]), draws, seed), []
+    of = {o["method"]: [other for other in options if other["method"] == o["method"]] for o in options}
+    sides = {BEST_PROPOSED: proposed, "best baseline": baselines}
+    of |= {name: [o for o in options if o["method"] in methods] for name, methods in sides.items()}
+
+    def measured(option: dict, delta: float | str, p: float) -> Tensor:
+        return torch.stack([resampled_accuracy(d, counts, delta, p) for d in option["distance"]]).mean(0)
+
+    for threat in threats:
+
+        def fitness(option: dict, written: str = threat.written) -> tuple[float, float]:
+            return min(0.0, option["clean"] - before + loss), option["optimal"][written]
+
+        chosen = {name: max(own, key=fitness) for name, own in of.items() if own}
+        accuracy = {name: measured(option, threat.delta, threat.p) for name, option in chosen.items()}
+        told = {
+            name: {"accuracy": float(accuracy[name][0]), "clean": float(measured(option, 0, 1)[0]),
+                   "setting": option["variant"]} for name, option in chosen.items()
+        }  # fmt: skip
+        others = [name for name in (*baselines, "best baseline") if name in chosen]
+        rows += [
+            {
+                "delta": threat.written, "method": name, **told[name], "others": {n: told[n] for n in others},
+                "differences": {n: _interval(accuracy[name] - accuracy[n], level) for n in others if n != name},
+            }
+            for name in (*proposed, *baselines, BEST_PROPOSED) if name in chosen
         ]  # fmt: skip
     return rows
 

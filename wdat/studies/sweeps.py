@@ -7,10 +7,11 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
+from statistics import fmean
 
 from torch import Tensor, nn
 
-from wdat.studies.comparison import equal_clean
+from wdat.studies.comparison import equal_clean, validated
 from wdat.studies.jobs import Run, resident, run_all
 from wdat.studies.study import Measured, Study, Sweep, between
 from wdat.training.loop import Diverged
@@ -126,27 +127,40 @@ def finetuning(
                 wanted += [(options[end][0], sweep.autoattacked[:1], False) for end in ends if end != name]
             attacks += [(study, *each) for each in wanted]
         if curves.keys() & set(sweep.proposed) and curves.keys() & set(sweep.baselines):
-            comparisons.append((study.network, {
-                "runs": curves, "before": before.distance, "proposed": sweep.proposed, "baselines": sweep.baselines,
-                "threats": sweep.threats, "draws": sweep.draws,
-            }))  # fmt: skip
+            shared = {"proposed": sweep.proposed, "baselines": sweep.baselines, "threats": sweep.threats,
+                      "draws": sweep.draws}  # fmt: skip
+            told = {"options": _options(found), "before": before.row["validation"]["clean"], **shared}
+            comparisons.append((study.network, {"runs": curves, "before": before.distance, **shared}, told))
     calls = [
         Run(f"{study.network}, attacks on {one.row['variant']}, seed {one.row['seed']}", study.attack,
             {"measured": one, "radii": radii, "published": published})
         for study, one, radii, published in attacks
     ]  # fmt: skip
-    calls += [Run(f"{network}, comparison", equal_clean, own) for network, own in comparisons]
+    for network, own, told in comparisons:
+        calls += [Run(f"{network}, comparison", equal_clean, own), Run(f"{network}, validated", validated, told)]
     ended = iter(run_all(calls, desc="attacks", **settings))
     for (_, one, *_), after in zip(attacks, itertools.islice(ended, len(attacks)), strict=True):
         one.row["after"] |= after
-    compared = [
-        {"network": network, **row} for (network, _), own in zip(comparisons, ended, strict=True) for row in own
-    ]
+    compared, chosen_alike = [], []
+    for (network, *_), rows_of in itertools.product(comparisons, (compared, chosen_alike)):
+        rows_of += [{"network": network, **row} for row in next(ended)]
     return {"n_train": len(rest), "n_validation": len(held), "n_test": len(test), "runs": rows, "diverged": diverged,
-            "chosen": chosen, "comparison": compared,
+            "chosen": chosen, "comparison": compared, "validated": chosen_alike,
             "proposed": list(sweep.proposed), "baselines": list(sweep.baselines),
             "threats": [t.describe() for t in sweep.threats], "steps": sweep.steps,
             "shares": list(sweep.shares)}  # fmt: skip
+
+
+def _options(found: dict[str, list[Measured]]) -> list[dict]:
+    """Every setting as `comparison.validated` takes it."""
+    return [
+        {
+            "method": own[0].row["method"], "variant": name, "distance": [one.distance for one in own],
+            "clean": fmean(one.row["validation"]["clean"] for one in own),
+            "optimal": {d: fmean(one.row["validation"]["optimal"][d] for one in own)
+                        for d in own[0].row["validation"]["optimal"]},
+        } for name, own in found.items()
+    ]  # fmt: skip
 
 
 def _method_paths(

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wdat.settings import parse_number
+from wdat.threats import joint
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -84,6 +85,27 @@ def boosted_ce(logits: Tensor, labels: Tensor) -> Tensor:
     rival = log_p.scatter(1, labels[:, None], -torch.inf).argmax(1, keepdim=True)
     rest = log_p.scatter(1, rival, -torch.inf).logsumexp(1)  # finite where 1 - max p_k would round to 0
     return F.nll_loss(log_p, labels, reduction="none") - rest
+
+
+def worst_weights(losses: Tensor, divergence: float) -> Tensor:
+    """The weights (B,), 1 in the mean, of largest mean weighted loss with mean log(1 / w) <= divergence: (B,) -> (B,).
+
+    KL of the uniform distribution from the weighted one. By Lagrange w is inverse to a - loss, and `a`, above the
+    largest loss, is found by bisection. Equal losses, and divergence 0, give weights 1. Source: Liu et al., arXiv
+    2503.04315, after Bennouna and Van Parys, arXiv 2303.02251.
+    """
+    below = joint.largest(losses.max()).double() - losses.detach().double()
+    spread = joint.largest(below.max())
+    if not divergence or not spread > 0:
+        return torch.ones_like(losses)
+    below = below / spread
+    low, high = below.new_tensor(-40.0), below.new_tensor(40.0)  # of log(a - the largest loss), in units of the spread
+    for _ in range(60):
+        gap = below + ((low + high) / 2).exp()
+        beyond = joint.mean(1 / gap).log() + joint.mean(gap.log()) > divergence
+        low, high = torch.where(beyond, (low + high) / 2, low), torch.where(beyond, high, (low + high) / 2)
+    weights = 1 / (below + high.exp())
+    return (weights / joint.mean(weights)).to(losses.dtype)
 
 
 LOSSES: dict[str, Loss] = {"ce": ce, "dlr": dlr, "redlr": redlr, "negative-margin": negative_margin, "kl": kl}

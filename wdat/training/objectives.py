@@ -15,6 +15,10 @@
 | `consistency`            | 1     | smoothing: an image's noisy draws agree                          |
 | `macer`                  | 0     | smoothing: CE of their mean, hinge on the vote's radius          |
 | `certificate`            | 1     | smoothing: what is proved of one draw, `weight` times            |
+| `udr-pgd`, -trades, -mart | those | in soft balls whose multiplier follows the average cost          |
+| `sr-wdro`                | 0     | `udr-pgd` by the worst weights in a KL ball                      |
+| `wrm`                    | 0     | CE at the maximum of CE - gamma ||x' - x||^2                     |
+| `mma`                    | 1     | CE at the nearest flipping point of images nearer than d_max     |
 
 The terms, with their sources, are in `wdat.training.terms`, the last three in `wdat.training.smoothing`. With noise in
 the recipe (`Recipe.noise`) all means are over `draws` noisy copies of every image, x + xi and x' + xi with the same xi,
@@ -29,10 +33,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wdat.settings import Norm, Written, reads, typed
+from wdat.settings import Norm, Order, Written, reads, typed
 from wdat.threats.ball import Threat, pixel_norm
 from wdat.threats.checks import frozen
-from wdat.threats.losses import kl
+from wdat.threats.losses import kl, worst_weights
 from wdat.threats.precision import autocast
 from wdat.training.smoothing import Certificate, Consistency, Macer, Smoothing
 from wdat.training.terms import BOTH, OUTER, Term, WaterLevel
@@ -128,6 +132,8 @@ class Objective:
             loss = loss + self.smoothing(clean_logits.unflatten(0, (len(x), draws)), y, sigma, x[0].numel()).mean()
         for number, (term, f, logits) in enumerate(zip(self.terms, found, outputs, strict=True)):
             values = OUTER[term.outer](logits, rows, clean_logits, term.weight)
+            if isinstance(term, Term) and term.divergence:
+                values = values * worst_weights(values, term.divergence)
             values = values if f.weights is None else values * f.weights.repeat_interleave(draws)
             loss = loss + term.weight * values.mean()
             log |= {f"{number}.{key}": v.detach().double() for key, v in f.log.items()}
@@ -147,10 +153,13 @@ def plain(distil: float = 0.0) -> Objective:
 
 
 @reads("objective at", Term, "threat")
-def at(delta: Written, r: Norm = float("inf"), distil: float = 0.0, **settings) -> Objective:
-    """PGD adversarial training: CE on PGD examples, uniform random start. Settings: those of `Term`."""
+def at(delta: Written, r: Norm = float("inf"), distil: float = 0.0, p: Order = float("inf"), **settings) -> Objective:
+    """PGD adversarial training: CE on PGD examples, uniform random start. Settings: those of `Term`.
+
+    p < inf: in balls of Wasserstein budgets.
+    """
     settings = {"weight": 1.0, "outer": "ce", "inner": "ce", "start": "random", **settings}
-    return Objective("at", (Term(Threat(delta, float("inf"), r), **settings),), clean=0.0, distil=distil)
+    return Objective("at", (Term(Threat(delta, p, r), **settings),), clean=0.0, distil=distil)
 
 
 @reads("objective trades", Term, "threat", "weight")
@@ -192,6 +201,46 @@ def water_level(threat: Threat, beta: float = 4.0, distil: float = 0.0, **settin
     return Objective("water-level", (WaterLevel(threat, beta, **settings),), distil=distil)
 
 
+@reads("objective udr-pgd", Term, "threat")
+def udr_pgd(delta: Written, r: Norm = float("inf"), soft: float = 0.02, **settings) -> Objective:
+    """UDR-PGD: `at` in soft balls, whose multiplier follows the average cost. Settings: those of `Term`."""
+    return replace(at(delta, r, soft=soft, **settings), name="udr-pgd")
+
+
+@reads("objective udr-trades", Term, "threat", "weight")
+def udr_trades(delta: Written, r: Norm = float("inf"), beta: float = 6.0, soft: float = 0.02, **settings) -> Objective:
+    """UDR-TRADES: the same of `trades`."""
+    return replace(trades(delta, r, beta, soft=soft, **settings), name="udr-trades")
+
+
+@reads("objective udr-mart", Term, "threat", "weight", "outer")
+def udr_mart(delta: Written, r: Norm = float("inf"), beta: float = 5.0, soft: float = 0.02, **settings) -> Objective:
+    """UDR-MART: the same of `mart`."""
+    return replace(mart(delta, r, beta, soft=soft, **settings), name="udr-mart")
+
+
+@reads("objective sr-wdro", Term, "threat")
+def sr_wdro(delta: Written, r: Norm = float("inf"), divergence: float = 0.1, **settings) -> Objective:
+    """Statistically robust WDRO: `udr_pgd` by the worst weights of a batch in a KL ball, of the authors' radius."""
+    return replace(udr_pgd(delta, r, divergence=divergence, **settings), name="sr-wdro")
+
+
+@reads("objective wrm", Term, "threat", "penalty")
+def wrm(gamma: float, r: Norm = float("inf"), **settings) -> Objective:
+    """Sinha et al.'s Lagrangian: CE at the maximum of CE - gamma ||x' - x||_r^2, found from x. Settings: of `Term`."""
+    return replace(at(1.0, r, p=2.0, penalty=gamma, start=0.0, **settings), name="wrm")
+
+
+@reads("objective mma", WaterLevel, "threat", "weight", "level")
+def mma(delta: Written, r: Norm = float("inf"), beta: float = 2.0, **settings) -> Objective:
+    """MMA: CE at the nearest flipping point of images nearer than d_max = delta, and at misclassified images.
+
+    beta is its weight against the clean CE of all images, 2 to 1 as published. Settings: those of `WaterLevel`.
+    """
+    threat = Threat(delta, float("inf"), r)
+    return Objective("mma", (WaterLevel(threat, beta, level=threat.delta, **settings),))
+
+
 @reads("objective consistency", Consistency, "weight")
 def consistency(weight: float = 10.0, draws: int = 2, **settings) -> Objective:
     """Consistency regularisation of noisy draws. Settings: those of `Consistency`."""
@@ -215,12 +264,14 @@ def make_objective(settings: dict) -> Objective:
     """An objective from plain values, as notebooks and the command line give them.
 
     {"kind": "plain" | "at" | "trades" | "mart" | "w-trades" | "combined" | "water-level" | "unlabelled" | "consistency"
-    | "macer" | "certificate", "delta": "8/255", "p": 2, "r": "inf", "draws": noisy copies of every image, and any
-    further setting of that objective}. ValueError names what is unknown or missing.
+    | "macer" | "certificate" | "udr-pgd" | "udr-trades" | "udr-mart" | "sr-wdro" | "wrm" | "mma", "delta": "8/255",
+    "p": 2, "r": "inf", "draws": noisy copies of every image, and any further setting of that objective}. ValueError
+    names what is unknown or missing.
     """
     makers = {"plain": plain, "at": at, "trades": trades, "mart": mart, "w-trades": w_trades, "combined": combined,
               "water-level": water_level, "consistency": consistency, "macer": macer,
-              "certificate": certificate, "unlabelled": unlabelled}  # fmt: skip
+              "certificate": certificate, "unlabelled": unlabelled, "udr-pgd": udr_pgd,
+              "udr-trades": udr_trades, "udr-mart": udr_mart, "sr-wdro": sr_wdro, "wrm": wrm, "mma": mma}  # fmt: skip
     if not isinstance(settings, Mapping):
         raise ValueError(f"objective is {settings!r}; expected a mapping, such as {{kind: w-trades, delta: 8/255}}")
     rest = dict(settings)

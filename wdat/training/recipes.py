@@ -149,7 +149,7 @@ class Recipe:
 
     def trackers(self, n: int) -> list[Tracker | None]:
         """The tracked scalar of every term that needs one, for n training images."""
-        rules = {"upsilon": self.upsilon, "distance": Rule("memory")}
+        rules = {"upsilon": self.upsilon, "distance": Rule("memory"), "softness": Rule("batch")}
         return [Tracker(rules[t.tracked], t.threat, n) if t.tracked else None for t in self.objective.terms]
 
 

@@ -2,16 +2,18 @@
 
     weight * E[w * outer(f(x'), .)]
 
-`Term` perturbs inside balls, of one radius (p = inf) or of the budgets that Υ gives (p < inf); `WaterLevel` goes to the
-nearest flipping points of the images that the optimal allocation pays for.
+`Term` perturbs inside balls, of one radius (p = inf; soft, if asked) or of the budgets that Υ gives (p < inf), or at a
+price; `WaterLevel` goes to the nearest flipping points of the images that the optimal allocation pays for.
 
 Sources: Madry et al. 1706.06083; TRADES, Zhang et al. 1901.08573; MART, Wang et al., ICLR 2020; W-TRADES, 2502.09352;
-margin maximisation, Ding et al. 1812.02637, of which the water level is the distributional version.
+UDR, Bui et al. 2202.13437; WRM, Sinha et al. 1710.10571; statistically robust WDRO, Liu et al. 2503.04315; margin
+maximisation, Ding et al. 1812.02637, of which the water level is the distributional version.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +75,13 @@ class Term:
             of radii change the mean the W_p constraint is about (as CFA's do: Wei et al., arXiv 2303.14460).
         precision: "bfloat16" runs the inner attack's network in it, see `threats.precision.autocast`; gradients
             for budgets, losses, projections and every sum stay in float32.
+        soft: UDR's rate, or 0. A projection goes lambda of the way back to the ball; from lambda = 1, PGD, every step
+            takes lambda -> max(0, lambda - soft (1 - cost / delta)), cost being the mean displacement of a pixel (r =
+            inf) or of an image (r = 2): at rest it is delta. The authors' rate is 0.02 delta every ten steps.
+        penalty: WRM's gamma, or 0: the inner attack climbs inner - gamma ||x' - x||_r^p from x, without budgets. To
+            first order that is a ball whose upsilon is held at p gamma delta^(p-1): delta itself does not matter.
+        divergence: statistically robust WDRO's radius, or 0: outer losses count by the worst weights in a batch of
+            that KL distance, see `losses.worst_weights`.
     """
 
     threat: Threat
@@ -87,9 +96,21 @@ class Term:
     class_weights: tuple[float, ...] | None = None
     class_radii: tuple[float, ...] | None = None
     precision: str = "float32"
+    soft: float = 0.0
+    penalty: float = 0.0
+    divergence: float = 0.0
 
     def __post_init__(self) -> None:
         typed(self, "objective")
+        if min(self.soft, self.penalty, self.divergence) < 0:
+            raise ValueError(f"soft={self.soft}, penalty={self.penalty} and divergence={self.divergence} must be >= 0")
+        if self.soft and not self.threat.pointwise:
+            raise ValueError(f"soft={self.soft:g} softens balls of one radius; set p=inf, or soft=0")
+        if self.penalty and (self.threat.pointwise or self.inner == "kl" or self.step_ratio > self.steps):
+            raise ValueError(
+                f"penalty={self.penalty:g} needs p < inf, an inner loss that climbs from x, such as ce, and step_ratio="
+                f"{self.step_ratio:g} <= steps={self.steps}"
+            )
         if min(self.class_weights or (0,)) < 0 or min(self.class_radii or (0,)) < 0:
             raise ValueError(f"class_weights={self.class_weights} and class_radii={self.class_radii} must be >= 0")
         if self.outer not in FIRST_ORDER:
@@ -108,17 +129,22 @@ class Term:
     @property
     def tracked(self) -> str | None:
         """Name of the tracked scalar this term needs, or None."""
-        return None if self.threat.pointwise else "upsilon"
+        if self.threat.pointwise:
+            return "softness" if self.soft else None
+        return None if self.penalty else "upsilon"
 
     @property
     def cost(self) -> dict[str, int]:
         """Passes per image and step of the inner attack: input gradients, and forwards alone."""
         alone = self.threat.pointwise and self.inner == "kl"
-        return {"gradients": self.steps + (not self.threat.pointwise), "forwards": int(alone)}
+        return {"gradients": self.steps + (self.tracked == "upsilon"), "forwards": int(alone)}
 
     def perturb(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor, tracker: Tracker | None) -> Perturbed:
         """Adversarial images for a batch; call inside `frozen(model)`."""
-        logits = None
+        logits, order = None, 1.0 if self.threat.pointwise else self.threat.p
+        if self.penalty:
+            found = self._climb(model, x, y, y, start=None, penalty=self.penalty)
+            return Perturbed(found, None, {})
         if self.threat.pointwise:
             radii = torch.full((len(x),), self.threat.delta, device=x.device)
             log = {}
@@ -144,13 +170,28 @@ class Term:
         elif self.start:
             noise = joint.drawn(partial(torch.randn, device=x.device), x.shape)
             start = project(self.start * noise, radii, self.threat.r).add_(x).clamp_(0, 1)
-        found = projected_gradient(
-            model, [(x, targets)], self.threat, get_loss(self.inner), steps=self.steps, step_ratio=self.step_ratio,
-            radii=radii, start=start, keep="unjudged", labels=y, precision=self.precision,
-        )  # fmt: skip
-        order = self.threat.p if not self.threat.pointwise else 1.0
+        softness = tracker.value.to(x.device) if self.soft else None
+        found = self._climb(
+            model, x, y, targets, start=start, radii=radii, pull=None if softness is None else 1 - softness
+        )
+        if self.soft:
+            moved = (found - x).abs().flatten(1).mean(1) if self.threat.s == 1 else self.threat.norm(found - x)
+            rest = partial(_spent, softness=softness, rate=self.soft, delta=self.threat.delta)
+            tracker.observe(index, moved, rest)
         log["epsilon^p"] = radii.double().pow(order).sum()
-        return Perturbed(found.x, weights, log)
+        return Perturbed(found, weights, log)
+
+    def _climb(self, model: nn.Module, x: Tensor, y: Tensor, targets: Tensor, **settings: Any) -> Tensor:
+        """What the inner attack finds."""
+        return projected_gradient(
+            model, [(x, targets)], self.threat, get_loss(self.inner), steps=self.steps, step_ratio=self.step_ratio,
+            keep="unjudged", labels=y, precision=self.precision, **settings,
+        ).x  # fmt: skip
+
+
+def _spent(moved: Tensor, softness: Tensor, rate: float, delta: float) -> Tensor:
+    """1 - lambda after a step: up where the ball's budget is not spent, down where it is exceeded."""
+    return (softness + rate * (1 - joint.mean(moved.double()) / delta)).clamp_max(1)
 
 
 def _of_classes(factors: Sequence[float], y: Tensor, like: Tensor) -> Tensor:
@@ -176,8 +217,8 @@ class WaterLevel:
 
     The threat is that of training; its p need not be the evaluation's. The exact weights of p = 2 hardly see images
     near the boundary; near p = 1 (say 1.05) all images below t count alike, which trains better where there is time to
-    save them. A misclassified image has d = 0: its weight is 0, and the clean term looks after it. p = inf is refused:
-    its dual has no slope below t.
+    save them. A misclassified image has d = 0: its weight is 0, and the clean term looks after it. p = inf, whose dual
+    has no slope below t, needs a `level`: all images below count alike, misclassified ones where they are. That is MMA.
     """
 
     threat: Threat
@@ -190,8 +231,8 @@ class WaterLevel:
 
     def __post_init__(self) -> None:
         typed(self, "objective")
-        if self.threat.pointwise:
-            raise ValueError("water-level training needs p < inf; use trades or at for the pointwise threat")
+        if self.threat.pointwise and self.level is None:
+            raise ValueError("water-level training with p = inf needs a level, MMA's d_max; set it, or p < inf")
         if self.outer not in NEAREST:
             raise ValueError(f"outer loss {self.outer!r} must be one of {', '.join(NEAREST)}")
         if self.steps < 1 or self.rivals < 1 or self.weight < 0 or (self.level is not None and self.level <= 0):
@@ -227,12 +268,13 @@ class WaterLevel:
             level = torch.tensor(self.level, dtype=torch.float64, device=x.device)
         below = distance < level
         ratio = (distance.double() / level.clamp_min(1e-12)).clamp_max(1)
-        weights = (ratio.pow(threat.p - 1) * below).to(x.dtype)
+        order = 1.0 if threat.pointwise else threat.p
+        weights = (ratio.pow(order - 1) * below).to(x.dtype)
         reached = torch.where(below, distance, 0).double()
         points = torch.where(per_image(below, x).bool(), found.x.to(x.device), x)
         if self.outer == "margin":
             gradient, _, _ = input_gradient(model, points, y, margin)
             norms = threat.dual_norm(gradient).double()
             norms = norms.clamp_min(0.1 * joint.mean(norms)).clamp_min(1e-12)
-            weights = (threat.p * weights / (level.clamp_min(1e-12) * norms)).to(x.dtype)
-        return Perturbed(points, weights, {"epsilon^p": reached.pow(threat.p).sum(), "idle": (weights == 0).sum()})
+            weights = (order * weights / (level.clamp_min(1e-12) * norms)).to(x.dtype)
+        return Perturbed(points, weights, {"epsilon^p": reached.pow(order).sum(), "idle": (weights == 0).sum()})
