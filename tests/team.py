@@ -10,7 +10,7 @@ from wdat.threats import joint
 from wdat.threats.ball import Threat
 from wdat.training.distributed import team
 from wdat.training.loop import finetune
-from wdat.training.objectives import at, plain, trades, w_trades, water_level
+from wdat.training.objectives import at, plain, sr_wdro, trades, w_trades, water_level
 from wdat.training.recipes import Recipe
 from wdat.zoo.data import Data, from_tensors
 
@@ -26,6 +26,7 @@ CASES = {  # network, recipe
     "w-trades, batch": (smooth, {"objective": w_trades(Threat(0.2, 2, 2), steps=2), "upsilon": {"kind": "batch"}}),
     "w-trades, memory": (smooth, {"objective": w_trades(THREAT, steps=2), "upsilon": {"kind": "memory"}}),
     "water level": (smooth, {"objective": water_level(THREAT, outer="margin")}),
+    "sr-wdro": (smooth, {"objective": sr_wdro("1/16", soft=0.3, steps=2)}),
     "lamb": (smooth, {"objective": plain(), "optimiser": {"kind": "lamb", "warmup": 1, "reference": 8}, "lr": 0.02}),
     "certificate": (smooth, {"objective": {"kind": "certificate", "delta": "1/4", "r": 2, "draws": 3}, "noise": 0.25}),
 }

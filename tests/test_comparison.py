@@ -14,6 +14,7 @@ from wdat.studies.comparison import (
     equal_clean,
     frontier,
     resampled_accuracy,
+    validated,
 )
 from wdat.threats.ball import Threat
 
@@ -99,3 +100,37 @@ def test_a_path_back_to_the_network_before_reaches_its_clean_accuracy_by_straigh
     offset = (ends[1][0] - ends[0][0]) / 4
     (row,) = equal_clean(runs, d, ["proposed"], ["control"], [Threat(0.1)], offsets=(offset,), draws=20)
     assert row["accuracy"]["proposed"] == pytest.approx(0.75 * ends[0][1] + 0.25 * ends[1][1])
+
+
+def option(method: str, variant: str, clean: float, optimal: float, distance: torch.Tensor) -> dict:
+    return {"method": method, "variant": variant, "clean": clean, "optimal": {"0.1": optimal}, "distance": [distance]}
+
+
+def test_settings_of_both_sides_are_chosen_on_validation_images_whatever_the_test_images_say():
+    """The most accurate under attack among those that keep clean accuracy; where none does, what loses least of it."""
+    d = some_distances(300)
+    options = [
+        option("ours", "unlucky", 0.90, 0.50, d), option("ours", "lucky", 0.90, 0.40, 1.5 * d),
+        option("ours", "dear", 0.70, 0.90, 2 * d), option("also ours", "a", 0.895, 0.45, 1.2 * d),
+        option("theirs", "b", 0.90, 0.30, 1.1 * d), option("lost", "c", 0.80, 0.80, d),
+        option("lost", "d", 0.85, 0.10, d),
+    ]  # fmt: skip
+    rows = {row["method"]: row for row in validated(
+        options, 0.90, ["ours", "also ours"], ["theirs", "lost"], [Threat("0.1")], draws=100)}  # fmt: skip
+    assert list(rows) == ["ours", "also ours", "theirs", "lost", BEST_PROPOSED]
+    settings_of = {name: row["setting"] for name, row in rows.items()}
+    assert settings_of == {"ours": "unlucky", "also ours": "a", "theirs": "b", "lost": "d", BEST_PROPOSED: "unlucky"}
+    assert rows["ours"]["others"]["best baseline"] == rows["ours"]["others"]["theirs"]
+    assert rows["ours"]["accuracy"] == pytest.approx(float(accuracy_curve(d, 0.1, 2.0)))
+    assert rows["ours"]["clean"] == float((d > 0).double().mean())
+    assert rows[BEST_PROPOSED]["differences"] == rows["ours"]["differences"]
+    assert "theirs" not in rows["theirs"]["differences"]
+    for name, row in rows.items():
+        for other, told in row["others"].items():
+            if other != name:
+                found = row["differences"][other]
+                assert found["value"] == pytest.approx(row["accuracy"] - told["accuracy"])
+                assert found["low"] <= found["value"] <= found["high"]
+    nothing = rows["theirs"]["differences"]["best baseline"]
+    assert nothing == {"value": 0.0, "low": 0.0, "high": 0.0}  # it is the best baseline
+    assert rows["ours"]["differences"]["theirs"]["high"] < 0 < rows["also ours"]["differences"]["theirs"]["low"]

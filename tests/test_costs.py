@@ -26,7 +26,19 @@ from wdat.threats.losses import ce, margin
 from wdat.threats.precision import autocast
 from wdat.threats.sensitivity import MovingAverage, dual_norms, input_gradient, upsilon
 from wdat.training.loop import finetune
-from wdat.training.objectives import at, combined, mart, plain, trades, w_trades, water_level
+from wdat.training.objectives import (
+    at,
+    combined,
+    mart,
+    mma,
+    plain,
+    sr_wdro,
+    trades,
+    udr_trades,
+    w_trades,
+    water_level,
+    wrm,
+)
 from wdat.training.recipes import Recipe
 from wdat.training.trackers import Rule, Tracker
 from wdat.zoo.data import from_tensors
@@ -92,7 +104,8 @@ def test_minimal_distances_report_the_passes_they_made(rivals, restarts):
     "objective",
     [plain(), at(0.1, steps=3), mart(0.1, steps=3), trades(0.1, steps=3), w_trades(Threat(0.1), steps=3),
      combined(Threat(0.1), 0.1, steps=3), w_trades(Threat(0.1), steps=3, inner="ce", outer="ce"),
-     water_level(Threat(0.1), steps=4)],
+     water_level(Threat(0.1), steps=4), udr_trades(0.1, steps=3), sr_wdro(0.1, steps=3), wrm(10.0, steps=3),
+     mma(0.1, steps=4)],
     ids=lambda o: o.name,
 )  # fmt: skip
 def test_a_training_step_costs_what_its_objective_says(objective, make):

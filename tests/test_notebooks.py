@@ -45,7 +45,7 @@ def test_every_notebook_leaves_a_record_with_its_origin(smoke):
         "06_how_robust-bracket-linf", "06_how_robust-bracket-l2", "06_how_robust-curves-linf",
         "06_how_robust-ranks-linf", "07_slow_start-cost", "07_slow_start-epochs", "08_classwise-bars",
         "08_classwise-spread", "08_classwise-budget", "08_classwise-confusion", "11_randomised-l2",
-        "11_randomised-linf", "12_noise_training",
+        "11_randomised-linf", "12_noise_training", "13_baselines-equal-clean",
         "09_distributed", "10_tickets", "10_tickets-kernel",
     ],
 )  # fmt: skip
@@ -75,6 +75,8 @@ def test_every_figure_is_drawn_in_both_forms(smoke, figure):
         "11_randomised",
         "11_randomised-aims",
         "12_noise_training",
+        "13_baselines-validated",
+        "13_baselines-causes",
     ],
 )
 def test_markdown_and_latex_hold_the_same_numbers(smoke, table):

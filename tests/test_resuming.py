@@ -20,7 +20,7 @@ from tuning import QUICK, THREAT, changed, data, run, weights
 from wdat.threats.ball import Threat
 from wdat.training.layerwise import Sgd
 from wdat.training.loop import Diverged, Recipe
-from wdat.training.objectives import at, combined, plain, trades, w_trades, water_level
+from wdat.training.objectives import at, combined, plain, sr_wdro, trades, w_trades, water_level, wrm
 from wdat.training.trackers import Rule
 
 
@@ -49,6 +49,8 @@ RECIPES = {
     "memory": Recipe(w_trades(THREAT, steps=2), upsilon=Rule("memory"), **QUICK),
     "combined": Recipe(combined(THREAT, 0.02, steps=2), upsilon=Rule("ema"), **QUICK),
     "water-level": Recipe(water_level(THREAT, distil=1.0, steps=2), **QUICK),
+    "soft": Recipe(sr_wdro(0.05, soft=0.3, steps=2), **QUICK),
+    "price": Recipe(wrm(20.0, steps=2), **QUICK),
     "level": Recipe(water_level(THREAT, level=0.08, steps=2), momentum=0.0, **QUICK),
     "accumulated": Recipe(w_trades(THREAT, steps=2, distil=1.0), upsilon=Rule("ema"), accumulate=3, **QUICK),
     "bfloat16": Recipe(

@@ -90,6 +90,13 @@ def test_the_study_measures_chooses_compares_and_resumes(digits, tmp_path):
         if "w_pgd" in row["after"]:
             assert row["after"]["optimal"]["2/16"] <= row["after"]["w_pgd"]["2/16"] + 1e-9
     assert {(c["proposed"], c["delta"]) for c in found["comparison"]} == {("proposed", "1/16"), ("proposed", "2/16")}
+    assert [(c["method"], c["delta"]) for c in found["validated"]] == [
+        (name, d) for d in ("1/16", "2/16") for name in ("proposed", "plain", "best proposed")
+    ]
+    after = {(r["variant"], r["seed"]): r["after"] for r in found["runs"]}
+    for row in found["validated"]:
+        seeds = [after[row["setting"], seed] for seed in (0, 1)]
+        assert row["clean"] == pytest.approx(sum(own["clean"] for own in seeds) / 2)
     assert sweeps.finetuning(models, train, test, sweep, tmp_path, progress=False) == found
     apart = sweeps.finetuning(models, train, test, sweep, tmp_path / "apart", jobs=3, progress=False)
     assert json.dumps(apart) == json.dumps(found)
