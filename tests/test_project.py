@@ -24,7 +24,8 @@ ROOT = Path(__file__).parents[1]
 ROOMS = {
     "clock": set(),
     "digest": set(),
-    "records": {"clock", "digest"},
+    "files": set(),
+    "records": {"clock", "digest", "files"},
     "settings": set(),
     "threats": {"settings"},
     "attacks": {"threats", "settings"},
@@ -41,7 +42,7 @@ ROOMS = {
     "reproduce": {"records", "settings", "digest"},
 }  # fmt: skip
 ROOMS["cli"] = set(ROOMS)
-TORCH_FREE = ("clock", "digest", "records", "settings", "report", "reproduce", "cli")
+TORCH_FREE = ("clock", "digest", "files", "records", "settings", "report", "reproduce", "cli")
 MODULES = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in sorted((ROOT / "wdat").rglob("*.py"))}
 MODULES = {name.removesuffix(".__init__"): path for name, path in MODULES.items()}
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.py"))
