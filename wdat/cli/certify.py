@@ -30,17 +30,26 @@ def add(sub: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Certify, write and show."""
+    threats = threats_of(args)
+    prove(
+        args, threats, *load(args, "test"), args.sigma, draws=args.draws, spread=args.spread, attacked=args.attacked,
+        confidence=args.confidence, seed=args.seed, minutes=args.certified_minutes,
+    )  # fmt: skip
+
+
+def prove(
+    args: argparse.Namespace, threats: list, model: Any, data: Any, name: str, sigma: float | None = None, **settings
+) -> None:  # fmt: skip
+    """What is proved of a loaded network: record, table, figure. settings: of `wdat.studies.proving.proved`."""
     from pathlib import Path
 
     from wdat.report import randomised
     from wdat.studies.proving import proved
 
-    out, threats = Path(args.out), threats_of(args)
-    model, data, name = load(args, "test")
+    out = Path(args.out)
     found = proved(
-        model, data, threats, args.sigma, draws=args.draws, spread=args.spread, confidence=args.confidence, curve=61,
-        orders=sorted({1.0, threats[0].p, float("inf")}), attacked=args.attacked, batch_size=args.batch_size,
-        seed=args.seed, state=out / f"{name}.draws", autoattack=args.autoattack, minutes=args.certified_minutes,
+        model, data, threats, sigma, curve=61, orders=sorted({1.0, threats[0].p, float("inf")}),
+        batch_size=args.batch_size, state=out / f"{name}.draws", autoattack=args.autoattack, **settings,
     )  # fmt: skip
     path = record(args, "randomised", found, model, data, name, "-certified")
     print(randomised.certified(path).markdown())

@@ -4,6 +4,7 @@ import argparse
 from typing import Any
 
 from wdat.cli.arguments import kind, load, measuring, record, source, threats_of
+from wdat.cli.certify import prove
 
 
 def add(sub: Any) -> None:
@@ -37,6 +38,7 @@ def run(args: argparse.Namespace) -> None:
     from wdat.studies.evaluation import evaluate
     from wdat.threats.ball import Threat
     from wdat.training.distributed import first
+    from wdat.zoo.noise import Randomised
 
     out, threats = Path(args.out), threats_of(args)
     if args.save_set:
@@ -45,8 +47,9 @@ def run(args: argparse.Namespace) -> None:
     if args.per_class and threats[0].pointwise:
         raise ValueError("--per-class compares W_p with p=inf at the same radii; leave --p inf out, or name p < inf")
     model, data, name = load(args, "test")
-    if "sigma" in getattr(model, "card", {}):
-        raise ValueError(f"{args.model} is randomised, sigma={model.card['sigma']:g}; use: wdat certify {args.model}")
+    if isinstance(model, Randomised):
+        print(f"{name} is behind noise, sigma={model.sigma:g}: bracketed as by wdat certify, all images attacked")
+        return prove(args, threats, model, data, name, attacked=len(data))
     balls = [Threat(d, "inf", r) for d in args.delta] if args.autoattack and not threats[0].pointwise else []
     search, shared = {"tight": True} if args.tight else {}, {"batch_size": args.batch_size}
     shared["state"] = out / f"{name}.parts"

@@ -31,7 +31,6 @@ def run(args: argparse.Namespace) -> None:
     from wdat.training.distributed import first
     from wdat.training.loop import finetune, make_recipe
     from wdat.zoo.models import save_model
-    from wdat.zoo.noise import Randomised
     from wdat.zoo.sparse import masked
 
     out = Path(args.out)
@@ -45,8 +44,6 @@ def run(args: argparse.Namespace) -> None:
     records.check_writable(out.parent)  # fails now rather than after hours
     model, data, name = load(args, "train")
     card = getattr(model, "card", {})
-    if isinstance(model, Randomised):  # what is trained is the network behind the noise; the card keeps its sigma
-        model = model.network
     if card.get("density") is not None:  # a sparse network stays so
         model = masked(model)
     rest, held = data.split_off(args.validation, seed=0)
