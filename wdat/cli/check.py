@@ -53,8 +53,8 @@ def _records(root: Path, profile: str) -> Iterator[str]:
     from wdat.reproduce import profiles, staleness
 
     sources = profiles.notebooks(root)
-    places = {"out": f"figures/{profile}", "work": f".wdat/{profile}/made"}
-    passed = profiles.parameters(sources, list(sources), profiles.read_profile(root, profile, sources), places, {})
+    settings, places = profiles.read_profile(root, profile, sources), profiles.places(profile)
+    passed = profiles.parameters(sources, list(sources), settings, places, {})
     keys: dict[str, dict] = {}
     for path in sorted((root / "figures" / profile).glob("[0-9][0-9]_*.json")):
         origin = records.read(path).get("provenance", {})
