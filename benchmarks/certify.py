@@ -31,6 +31,7 @@ from wdat.threats.ball import Threat
 from wdat.training.loop import finetune
 from wdat.training.recipes import make_recipe
 from wdat.zoo.data import Data, load_data
+from wdat.zoo.models import load_model
 from wdat.zoo.networks import build
 
 HERE = Path(__file__).parent
@@ -120,7 +121,7 @@ def speeds(found: dict) -> tuple[list[dict], str]:
         }
         for size in found["sizes"] for row in size["speeds"]
     ]  # fmt: skip
-    return rows, f"Digits, batches of {found['batch']}, one thread."
+    return rows, f"{found['network']}, batches of {found['batch']}, one thread."
 
 
 @tabled("certify-benchmark", "curves")
@@ -138,6 +139,11 @@ def proved(found: dict) -> tuple[list[dict], str]:
     return rows, f"Certified accuracy in l2, percent, σ = {found['sigma']:g}."
 
 
+def _trained(epochs: int, sigma: float) -> nn.Module:
+    recipe = make_recipe({"objective": {"kind": "plain"}, "epochs": epochs, "lr": 0.05, "noise": sigma}, 0)
+    return finetune(build("digits_cnn"), load_data("digits", "train"), recipe, progress=False).model
+
+
 def main(arguments: list[str] | None = None) -> None:
     """The command; see --help."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.certify", description=__doc__.splitlines()[0])
@@ -150,22 +156,23 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=20, help="that the network is trained, with noise")
     parser.add_argument("--deltas", nargs="+", default=["1/8", "1/4", "1/2"])
+    parser.add_argument("--card", help="a network of this card, as it is, instead of one trained here")
+    parser.add_argument("--weights", help="folder of its weight file (default: beside the card)")
+    parser.add_argument("--data", default="digits", help="name or folder, as for wdat.load_data")
     parser.add_argument("--out", type=Path, default=HERE / "certify.json")
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    recipe = make_recipe(
-        {"objective": {"kind": "plain"}, "epochs": chosen.epochs, "lr": 0.05, "noise": chosen.sigma}, 0
-    )
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = finetune(build("digits_cnn"), load_data("digits", "train"), recipe, progress=False).model
-        sets = [load_data("digits", "test").take(n, seed=0) for n in chosen.images]
+        model = load_model(chosen.card, root=chosen.weights) if chosen.card else _trained(chosen.epochs, chosen.sigma)
+        sets = [load_data(chosen.data, "test").take(n, seed=0) for n in chosen.images]
         sizes = [
             compare(model, data, chosen.sigma, draws, chosen.batch, chosen.rounds, chosen.deltas)
             for data, draws in zip(sets, chosen.draws, strict=True)
         ]
-    results = {"batch": chosen.batch, "sigma": chosen.sigma, "sizes": sizes}
-    config = {key: value for key, value in vars(chosen).items() if key != "out"}
+    network = Path(chosen.card).stem if chosen.card else "digits"
+    results = {"network": network, "batch": chosen.batch, "sigma": chosen.sigma, "sizes": sizes}
+    config = {key: value for key, value in vars(chosen).items() if key not in ("out", "weights", "data")}
     path = records.write(chosen.out, "certify-benchmark", results, config)
     print(speeds(path).markdown(), proved(path).markdown(), sep="\n")
     if path.parent == HERE:

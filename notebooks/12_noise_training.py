@@ -22,6 +22,7 @@ threat = "Linf"
 deltas = ["1/4", "1/2", "1"]  # W_2 radii in l2
 base = {}  # recipe, settings of wdat.training.recipes.Recipe
 variants = []  # [{"name": ..., settings that differ from base, "sweep": [...]}]
+starts = {}  # other networks for the first variant: cards, or recipes that fine-tune the first network
 sigmas = [0.25, 0.5]  # standard deviations of the noise, of pixels in [0, 1]
 seeds = [0, 1]
 validation = 0.2  # share of the training images held out
@@ -60,13 +61,14 @@ print(f"bound {float(bound.detach()):.3f}; price {float(price):.3f}; weights", [
 
 # %% [markdown]
 # **The data set.** Every method, setting, σ and seed is a run; settings and, at each radius, σ are chosen by what
-# validation draws suggest; the chosen runs are certified on the test images.
+# validation draws suggest; the chosen runs are certified on the test images. The first method also starts from other
+# networks: one trained naturally, and one fine-tuned by W-TRADES.
 
 # %%
 record = study.record(
     "12_noise_training", "frontier", frontier, study.networks, study.train, study.test,
     [Threat(d, 2, 2) for d in deltas], study.work / "12", base=base, variants=variants, sigmas=sigmas, repeats=seeds,
-    validation=validation, draws=draws, confidence=confidence, jobs=jobs, seeds=seeds,
+    validation=validation, draws=draws, confidence=confidence, starts=starts, jobs=jobs, seeds=seeds,
 )  # fmt: skip
 
 # %% [markdown]

@@ -43,15 +43,17 @@ def test_noise_is_trained_with_and_certified(place, capsys):
     ]  # fmt: skip
 
 
-def test_a_card_with_sigma_is_certified_fine_tuned_and_not_evaluated(place, capsys):
+def test_a_card_with_sigma_is_certified_fine_tuned_and_evaluated(place, capsys):
     noisy = wdat.Randomised(wdat.load_model("net.yaml"), 0.3)
     wdat.save_model(noisy, "noisy.yaml", architecture="digits_cnn", arguments={"width": 2})
-    (place / "noise.yaml").write_text("{objective: {kind: plain}, epochs: 1, noise: 0.3}")
+    (place / "noise.yaml").write_text("{objective: {kind: plain}, epochs: 1}")
     assert cli.main(["finetune", "noisy.yaml", "noise.yaml", "tuned.yaml", "--data", "digits", "--n", "100"]) == 0
     assert wdat.load_model("tuned.yaml").sigma == 0.3
     assert cli.main([RUN[0], "tuned.yaml", *RUN[2:]]) == 0
-    assert cli.main(["evaluate", "noisy.yaml", "--data", "digits", "--n", "10"]) == 2
-    assert "wdat certify noisy.yaml" in capsys.readouterr().err
+    assert cli.main(["evaluate", "noisy.yaml", "--data", "digits", "--n", "5", "--delta", "1/16"]) == 0
+    assert "behind noise, sigma=0.3" in capsys.readouterr().out
+    (network,) = wdat.records.read(place / "results/noisy-certified.json", "randomised")["results"]["networks"]
+    assert network["bracket"]["n"] == 5 and network["threats"][0]["threat"]["r"] == "inf"
 
 
 def test_a_killed_run_goes_on(place, monkeypatch, capsys):

@@ -85,7 +85,7 @@ def test_a_missing_extra_is_named(module, extra, monkeypatch, capsys, place):
         torch.save({"w": torch.zeros(1)}, file)
         zoo.cache_clear()
     monkeypatch.setitem(sys.modules, module, None)
-    assert cli.main(verb) == 2 and f"pip install 'wdat[{extra}]'" in capsys.readouterr().err
+    assert cli.main(verb) == 3 and f"pip install 'wdat[{extra}]'" in capsys.readouterr().err
 
 
 def test_an_interrupted_command_continues(place, capsys, monkeypatch):

@@ -24,7 +24,8 @@ ROOT = Path(__file__).parents[1]
 ROOMS = {
     "clock": set(),
     "digest": set(),
-    "records": {"clock", "digest"},
+    "files": set(),
+    "records": {"clock", "digest", "files"},
     "settings": set(),
     "threats": {"settings"},
     "attacks": {"threats", "settings"},
@@ -41,7 +42,7 @@ ROOMS = {
     "reproduce": {"records", "settings", "digest"},
 }  # fmt: skip
 ROOMS["cli"] = set(ROOMS)
-TORCH_FREE = ("clock", "digest", "records", "settings", "report", "reproduce", "cli")
+TORCH_FREE = ("clock", "digest", "files", "records", "settings", "report", "reproduce", "cli")
 MODULES = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in sorted((ROOT / "wdat").rglob("*.py"))}
 MODULES = {name.removesuffix(".__init__"): path for name, path in MODULES.items()}
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.py"))
@@ -253,7 +254,7 @@ def test_the_lock_has_every_dependency_in_its_range():
     extras = PROJECT["optional-dependencies"]
     for line in [
         *PROJECT["dependencies"],
-        *(line for extra in extras.keys() - {"cluster", "peers"} for line in extras[extra]),
+        *(line for extra in extras.keys() - {"cluster", "completion", "peers"} for line in extras[extra]),
     ]:
         wanted = Requirement(line)
         assert wanted.name in locked, f"{wanted.name} is not locked: run make lock"

@@ -1,6 +1,7 @@
 """Randomised networks: the certificate against closed forms and brute force, counts, attacks, what is refused."""
 
 import math
+from functools import partial
 
 import mpmath
 import pytest
@@ -246,12 +247,30 @@ def test_saved_and_loaded_with_a_card(tmp_path):
 def test_where_a_randomised_network_does_not_go_the_way_is_told():
     noisy = Randomised(relu().eval(), 0.2)
     data, threat = data_of(noisy.network, 12), wdat.Threat(0.1, 2, 2)
-    for verb in (
-        lambda: wdat.evaluate(noisy, data, [threat]), lambda: wdat.finetune(noisy, data, Recipe(wdat.at("1/8"))),
-        lambda: wdat.find_ticket(noisy, data, threat, density=0.5),
-    ):  # fmt: skip
-        with pytest.raises(ValueError, match=r"sigma=0\.2.*wdat\.certify.*\.network"):
-            verb()
+    with pytest.raises(ValueError, match=r"sigma=0\.2.*wdat\.certify.*\.network"):
+        wdat.find_ticket(noisy, data, threat, density=0.5)
+
+
+def test_a_randomised_network_is_fine_tuned_behind_its_noise():
+    noisy = Randomised(relu().eval(), 0.2, seed=3)
+    data, plain = data_of(noisy.network, 12), {"objective": {"kind": "plain"}, "epochs": 1, "lr": 0.05}
+    quiet, recipe = {"progress": False}, partial(make_recipe, seed=0)
+    found = wdat.finetune(noisy, data, recipe(plain), **quiet)
+    behind = wdat.finetune(noisy.network, data, recipe({**plain, "noise": 0.2}), **quiet)
+    assert (found.model.sigma, found.model.seed) == (0.2, 3) and found.history == behind.history
+    for own, expected in zip(found.model.network.parameters(), behind.model.parameters(), strict=True):
+        assert torch.equal(own, expected)
+    other = wdat.finetune(noisy, data, recipe({**plain, "noise": 0.3}), **quiet)
+    assert other.history != found.history and other.model.sigma == 0.2
+
+
+def test_a_randomised_network_is_evaluated_by_its_bracket():
+    noisy = Randomised(relu().eval(), 0.2)
+    data, threat = data_of(noisy.network, 12), wdat.Threat(0.1, 2, 2)
+    found = wdat.evaluate(noisy, data, [threat], batch_size=256, progress=False)
+    assert found == wdat.certify(noisy, data, [threat], attacked=12, progress=False)
+    (row,) = found["bracket"]["threats"]
+    assert found["bracket"]["n"] == 12 and row["lower"] == found["threats"][0]["lower"] <= row["high"]
 
 
 # Counting

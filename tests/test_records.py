@@ -5,6 +5,7 @@ import errno
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -120,6 +121,18 @@ def test_a_failed_write_leaves_the_old_record_and_no_litter(tmp_path, monkeypatc
         records.write(path, "k", 2)
     assert records.read(path)["results"] == 1
     assert [p.name for p in tmp_path.iterdir()] == ["r.json"]
+
+
+def test_what_a_killed_process_was_writing_goes_with_the_next_write(tmp_path):
+    code = "import os, sys; os.replace = lambda *_: os.kill(os.getpid(), 9); from wdat import records"
+    code += "; records.write_file(sys.argv[1], 'half')"
+    ended = subprocess.run([sys.executable, "-c", code, tmp_path / "r.json"], cwd=Path(__file__).parents[1]).returncode
+    (killed,) = tmp_path.iterdir()
+    assert ended == -9 and killed.read_text() == "half" and killed.name.startswith(".r.json.")
+    parent = re.sub(r"\d+\.part", f"{os.getppid()}.part", killed.name)  # that of a process which lives
+    (tmp_path / parent).write_text("at work")
+    records.write_file(tmp_path / "other.json", "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [parent, "other.json"]
 
 
 def test_an_unwritable_folder_is_a_sentence(tmp_path):

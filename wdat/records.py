@@ -1,22 +1,20 @@
 """Records: what a run found, with where it came from, as one JSON file beside its figures and tables.
 
 A record is {schema, kind, config, results, ..., provenance}. Figures and tables are drawn from records, never from a
-model: `figures/<profile>/NAME.json` lies beside `NAME.pdf`, `NAME.png`, `NAME.tex` and `NAME.md`. Writing is atomic,
-so a killed run leaves the old record or the new one, never half of one. Nothing here imports torch until a device is
-asked for.
+model: `figures/<profile>/NAME.json` lies beside `NAME.pdf`, `NAME.png`, `NAME.tex` and `NAME.md`. Writing is atomic
+(`wdat.files`), so a killed run leaves the old record or the new one, never half of one. Nothing here imports torch
+until a device is asked for.
 """
 
 import contextlib
 import dataclasses
 import functools
-import io
 import json
 import math
 import os
 import platform
 import re
 import subprocess
-import tempfile
 import time
 import warnings
 from datetime import UTC, datetime
@@ -25,10 +23,13 @@ from typing import TYPE_CHECKING, Any
 
 from wdat import clock
 from wdat.digest import installed
+from wdat.files import check_writable, write_file, write_tensors
 
 if TYPE_CHECKING:
     import torch
 
+__all__ = ["check_writable", "device_line", "pick_device", "plain", "provenance", "read", "root", "started", "write"]
+__all__ += ["write_file", "write_tensors"]
 SCHEMA = 1
 SOURCES = ("wdat", "notebooks/*.py", "notebooks/profiles", "pyproject.toml", "requirements.lock.txt")
 _RESERVED = ("schema", "kind", "config", "results", "provenance")
@@ -48,59 +49,12 @@ def root(start: str | Path | None = None) -> Path:
     raise FileNotFoundError(f"{here} is not inside a wdat repository; change into your clone of it and try again")
 
 
-def write_file(path: str | Path, content: bytes | str) -> Path:
-    """Write a whole file or nothing: parent folders made, flushed to the disk, then put in place in one step.
-
-    OSError says which file and why (folder not writable, disk full); what stood there before is untouched then. A
-    notebook's files are listed, while the runner asks for it: others may run at the same time.
-    """
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        if journal := os.environ.get("WDAT_WRITTEN"):
-            with open(journal, "a", encoding="utf-8") as file:
-                file.write(f"{os.path.realpath(path)}\n")
-    except OSError as error:
-        with contextlib.suppress(OSError):  # the folder itself may be at fault: the first error says so
-            partial.unlink(missing_ok=True)
-        reason = error.strerror or error
-        raise OSError(f"cannot write {path}: {reason}; free some space or name a folder you may write to") from error
-    return path
-
-
 def started() -> None:
     """A run begins now: `provenance` counts its seconds from here, not from the import of `wdat`.
 
     `device_line` calls it, which the command and every notebook print first; a script of several runs, before each.
     """
     _begun[0] = time.perf_counter()
-
-
-def check_writable(folder: str | Path) -> None:
-    """Make the folder if need be; OSError unless files can be written in it. Nothing is left there."""
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise OSError(
-            f"cannot write to {folder}: {error.strerror}; make it writable or choose another folder"
-        ) from None
-
-
-def write_tensors(path: str | Path, state: dict) -> Path:
-    """`torch.save` to a file, all or nothing; for states that `torch.load(weights_only=True)` reads back."""
-    import torch
-
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    return write_file(path, buffer.getvalue())
 
 
 def plain(value: Any, where: str = "value", infinite: bool = False) -> Any:

@@ -2,7 +2,7 @@
 
 import sys
 
-from wdat.cli import main
+from wdat.cli import command
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command())

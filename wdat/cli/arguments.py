@@ -1,8 +1,29 @@
 """What the verbs' arguments share: kinds of values, and those that name a network and data."""
 
 import argparse
+import textwrap
 from collections.abc import Callable
 from typing import Any
+
+
+class Found(Exception):
+    """A verb did its work and what it found is bad news: exit code 1. `found` is what --json prints of it."""
+
+    def __init__(self, message: str, found: dict) -> None:
+        super().__init__(message)
+        self.found = found
+
+
+def verb(sub: Any, name: str, run: Callable, short: str, long: str, *examples: str) -> argparse.ArgumentParser:
+    """The parser of a verb that `run` carries out, with --json; its help ends with examples, one a line."""
+    shown = "examples:\n" + "\n".join(f"  {line}" for line in examples)
+    own = sub.add_parser(
+        name, help=short, description=textwrap.fill(long, 100), epilog=shown,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    own.add_argument("--json", action="store_true", help="print one JSON object at the end, all else on stderr")
+    own.set_defaults(run=run)
+    return own
 
 
 def kind(wanted: type) -> Callable[[str], Any]:
@@ -74,10 +95,17 @@ def record(args: argparse.Namespace, kind: str, found: dict, model: Any, data: A
 
     return records.write(
         Path(args.out) / f"{name}{suffix}.json", kind, {"n": len(data), "networks": [{"network": name, **found}]},
-        {key: value for key, value in vars(args).items() if key != "run"},
+        {key: value for key, value in vars(args).items() if key not in ("run", "json")},
         args.device, model={"name": name, **getattr(model, "card", {})},
         data={"name": data.name, "split": data.split, "source": data.source, "sha256": data.sha256},
     )  # fmt: skip
+
+
+def told(path: Any) -> dict:
+    """What --json says of the record of one network: where it is, and what it holds."""
+    from wdat import records
+
+    return {"record": path, **records.read(path)["results"]["networks"][0]}
 
 
 def load(args: argparse.Namespace, split: str) -> tuple[Any, Any, str]:

@@ -6,24 +6,26 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from wdat.cli.arguments import Found, verb
+
 
 def add(sub: Any) -> None:
     """The verb and its arguments."""
-    verb = sub.add_parser(
-        "check", help="does every figure, table and number trace to a record, and it to what is here?",
-        description="Draws every figure and table anew from the records, writes the paper's numbers and pages anew and "
-        "compares them, byte by byte, with those that are there; asks of every record whether the code, parameters and "
-        "inputs it was made of are still the same. Computes no result. Exit code 1 if a link is broken.",
+    own = verb(
+        sub, "check", run, "does every figure, table and number trace to a record, and it to what is here?",
+        "Draws every figure and table anew from the records, writes the paper's numbers and pages anew and compares "
+        "them, byte by byte, with those that are there; asks of every record whether the code, parameters and inputs "
+        "it was made of are still the same. Computes no result. Exit code 1 if a link is broken.",
+        "wdat check    # all profiles with records, two minutes",
+        "wdat check --profile zoo --json    # the broken links as a list",
     )  # fmt: skip
-    verb.add_argument("--profile", nargs="+", help="of these profiles (default: all with records)")
-    verb.set_defaults(run=run)
+    own.add_argument("--profile", nargs="+", help="of these profiles (default: all with records)")
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> dict:
     """Follow the links from the page back to the sources; says each that is broken, the first one of all last."""
     from wdat import records
     from wdat.reproduce import paper
-    from wdat.reproduce.execution import CellFailed
 
     root = records.root()
     known = sorted(path.name for path in (root / "figures").iterdir() if any(path.glob("[0-9][0-9]_*.json")))
@@ -43,8 +45,9 @@ def run(args: argparse.Namespace) -> None:
     for link in broken:
         print(link)
     if broken:
-        raise CellFailed(f"{len(broken)} broken link(s), the first: {broken[0]}")
+        raise Found(f"{len(broken)} broken link(s), the first: {broken[0]}", {"broken": broken})
     print("every figure, table and number traces to a record, and every record to what is here")
+    return {"broken": []}
 
 
 def _records(root: Path, profile: str) -> Iterator[str]:
@@ -53,8 +56,8 @@ def _records(root: Path, profile: str) -> Iterator[str]:
     from wdat.reproduce import profiles, staleness
 
     sources = profiles.notebooks(root)
-    places = {"out": f"figures/{profile}", "work": f".wdat/{profile}/made"}
-    passed = profiles.parameters(sources, list(sources), profiles.read_profile(root, profile, sources), places, {})
+    settings, places = profiles.read_profile(root, profile, sources), profiles.places(profile)
+    passed = profiles.parameters(sources, list(sources), settings, places, {})
     keys: dict[str, dict] = {}
     for path in sorted((root / "figures" / profile).glob("[0-9][0-9]_*.json")):
         origin = records.read(path).get("provenance", {})

@@ -3,31 +3,41 @@
 import argparse
 from typing import Any
 
-from wdat.cli.arguments import kind, load, measuring, record, source, threats_of
+from wdat.cli.arguments import kind, load, measuring, record, source, threats_of, told, verb
+from wdat.cli.certify import prove
 
 
 def add(sub: Any) -> None:
     """The verb and its arguments."""
-    verb = sub.add_parser("evaluate", help="how robust a network is: W-PGD, optimal allocation; record and figure")
-    source(verb)
-    measuring(verb, ("8/255",), "inf")
-    verb.add_argument("--steps", type=kind(int), default=50, help="of W-PGD (default: 50)")
-    verb.add_argument("--tight", action="store_true", help="longer search for minimal distances, with AutoAttack's FAB")
-    verb.add_argument("--certified", type=kind(int), default=0, metavar="N", help="certify N images too: a lower bound")
-    verb.add_argument(
+    own = verb(
+        sub, "evaluate", run, "how robust a network is: W-PGD, optimal allocation; record and figure",
+        "Brackets the accuracy that a distributional adversary of radius delta leaves: from above by attacks and the "
+        "optimal allocation over minimal distances, from below, if asked, by certificates. Run again after an "
+        "interruption it goes on; other radii of the same network cost next to nothing.",
+        "wdat evaluate net.yaml --data photos --delta 2/255 8/255    # photos/test/CLASS/*.png",
+        "wdat evaluate mine.nets:make --data cifar10 --root data/cifar10 --n 1000    # a function of yours",
+        "wdat evaluate weights.pt --architecture mine.nets:make --data photos --size 32",
+        "wdat evaluate Rade2021Helper_R18_ddpm --data cifar10 --root data/cifar10    # RobustBench, models/...",
+        "wdat evaluate net.yaml --data digits --norm 2 --delta 1/4 --certified 64 --json > found.json",
+    )  # fmt: skip
+    source(own)
+    measuring(own, ("8/255",), "inf")
+    own.add_argument("--steps", type=kind(int), default=50, help="of W-PGD (default: 50)")
+    own.add_argument("--tight", action="store_true", help="longer search for minimal distances, with AutoAttack's FAB")
+    own.add_argument("--certified", type=kind(int), default=0, metavar="N", help="certify N images too: a lower bound")
+    own.add_argument(
         "--certified-minutes", type=kind(float), default=0, metavar="M", help="certify for so long, images at random"
     )
-    verb.add_argument(
+    own.add_argument(
         "--branching-minutes", type=kind(float), default=0, metavar="M", help="then raise the lower bound for so long"
     )
-    verb.add_argument("--autoattack", type=kind(int), default=0, metavar="N", help="AutoAttack on N images, p = inf")
-    verb.add_argument("--dual", action="store_true", help="also the dual attack on the cross-entropy")
-    verb.add_argument("--per-class", action="store_true", help="who pays: every class under --p and p = inf; figures")
-    verb.add_argument("--save-set", metavar="FILE", help="write the adversary's images at the first --delta")
-    verb.set_defaults(run=run)
+    own.add_argument("--autoattack", type=kind(int), default=0, metavar="N", help="AutoAttack on N images, p = inf")
+    own.add_argument("--dual", action="store_true", help="also the dual attack on the cross-entropy")
+    own.add_argument("--per-class", action="store_true", help="who pays: every class under --p and p = inf; figures")
+    own.add_argument("--save-set", metavar="FILE", help="write the adversary's images at the first --delta")
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> dict | None:
     """Evaluate, write and show."""
     from pathlib import Path
 
@@ -37,6 +47,7 @@ def run(args: argparse.Namespace) -> None:
     from wdat.studies.evaluation import evaluate
     from wdat.threats.ball import Threat
     from wdat.training.distributed import first
+    from wdat.zoo.noise import Randomised
 
     out, threats = Path(args.out), threats_of(args)
     if args.save_set:
@@ -45,8 +56,9 @@ def run(args: argparse.Namespace) -> None:
     if args.per_class and threats[0].pointwise:
         raise ValueError("--per-class compares W_p with p=inf at the same radii; leave --p inf out, or name p < inf")
     model, data, name = load(args, "test")
-    if "sigma" in getattr(model, "card", {}):
-        raise ValueError(f"{args.model} is randomised, sigma={model.card['sigma']:g}; use: wdat certify {args.model}")
+    if isinstance(model, Randomised):
+        print(f"{name} is behind noise, sigma={model.sigma:g}: bracketed as by wdat certify, all images attacked")
+        return prove(args, threats, model, data, name, attacked=len(data))
     balls = [Threat(d, "inf", r) for d in args.delta] if args.autoattack and not threats[0].pointwise else []
     search, shared = {"tight": True} if args.tight else {}, {"batch_size": args.batch_size}
     shared["state"] = out / f"{name}.parts"
@@ -57,7 +69,7 @@ def run(args: argparse.Namespace) -> None:
         sets=[(threats[0], args.save_set)] if args.save_set else (), **shared,
     )  # fmt: skip
     if not first():  # started together by torchrun, one of them writes
-        return
+        return None
     if args.save_set:
         (made,) = results.pop("sets")
         results["set"] = made
@@ -75,6 +87,7 @@ def run(args: argparse.Namespace) -> None:
         _per_class(out, name, model, data, threats, {"search": search, "batch_size": args.batch_size})
     size = prune(shared["state"]) / 2**20
     print(f"kept for other radii: {shared['state']}, {size:.1f} MiB (2 GiB at most); you may delete it")
+    return told(path)
 
 
 def _per_class(out: Any, name: str, model: Any, data: Any, threats: list, settings: dict) -> None:

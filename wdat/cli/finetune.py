@@ -3,25 +3,31 @@
 import argparse
 from typing import Any
 
-from wdat.cli.arguments import kind, load, source
+from wdat.cli.arguments import kind, load, source, verb
 
 
 def add(sub: Any) -> None:
     """The verb and its arguments."""
-    verb = sub.add_parser("finetune", help="fine-tune a network by a recipe; writes weights and a card")
-    source(verb)
-    verb.add_argument(
+    own = verb(
+        sub, "finetune", run, "fine-tune a network by a recipe; writes weights and a card",
+        "Fine-tunes a network by a recipe, a YAML file of an objective and settings, such as: "
+        "{objective: {kind: w-trades, delta: 8/255}, epochs: 5, lr: 0.01}. Run again after an interruption it goes on.",
+        "wdat finetune net.yaml recipe.yaml tuned.yaml --data photos    # photos/train/CLASS/*.png",
+        "torchrun --nproc-per-node 4 -m -- wdat.cli finetune net.yaml recipe.yaml tuned.yaml --data photos",
+        "wdat evaluate tuned.yaml --data photos    # then compare",
+    )  # fmt: skip
+    source(own)
+    own.add_argument(
         "recipe", help="YAML of wdat.training.loop.Recipe, such as {objective: {kind: w-trades, delta: 8/255}}"
     )
-    verb.add_argument("out", help="card to write (NAME.yaml); its weights and checkpoint go beside it")
-    verb.add_argument(
+    own.add_argument("out", help="card to write (NAME.yaml); its weights and checkpoint go beside it")
+    own.add_argument(
         "--validation", type=kind(float), default=0.05, help="share of training images held out (default: 0.05)"
     )
-    verb.add_argument("--seed", type=kind(int), default=0)
-    verb.set_defaults(run=run)
+    own.add_argument("--seed", type=kind(int), default=0)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> dict | None:
     """Fine-tune, save and say the accuracy on validation images."""
     from pathlib import Path
 
@@ -31,7 +37,6 @@ def run(args: argparse.Namespace) -> None:
     from wdat.training.distributed import first
     from wdat.training.loop import finetune, make_recipe
     from wdat.zoo.models import save_model
-    from wdat.zoo.noise import Randomised
     from wdat.zoo.sparse import masked
 
     out = Path(args.out)
@@ -45,14 +50,12 @@ def run(args: argparse.Namespace) -> None:
     records.check_writable(out.parent)  # fails now rather than after hours
     model, data, name = load(args, "train")
     card = getattr(model, "card", {})
-    if isinstance(model, Randomised):  # what is trained is the network behind the noise; the card keeps its sigma
-        model = model.network
     if card.get("density") is not None:  # a sparse network stays so
         model = masked(model)
     rest, held = data.split_off(args.validation, seed=0)
     done = finetune(model, rest, recipe, validation=held, checkpoint=out.with_suffix(".checkpoint"))
     if not first():  # started together by torchrun, one of them writes
-        return
+        return None
     card = {key: value for key, value in card.items() if key not in ("sha256", "bytes", "weights")}
     training = f"{recipe.objective.name}, {recipe.epochs} epochs, from {name}"
     save_model(done.model, out, **{**card, "name": out.stem, "training": training})
@@ -60,3 +63,4 @@ def run(args: argparse.Namespace) -> None:
         out.with_suffix(".json"), "history", {"history": done.history}, settings, args.device, seeds=[args.seed]
     )
     print(f"{out}: {100 * done.history[-1]['validation_accuracy']:.1f} % clean on validation" if done.history else out)
+    return {"card": out, "record": out.with_suffix(".json"), "last": done.history[-1] if done.history else None}

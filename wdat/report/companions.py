@@ -1,6 +1,7 @@
 """What the paper may quote of the records of notebooks 07, 08 and 11: see `wdat.report.quotable`. No torch."""
 
 from collections.abc import Callable
+from statistics import fmean
 
 from wdat.report.classwise import CHANGES, COLUMNS, PGD, plain_pgd, raised, spread_of, twins
 from wdat.report.quotable import _counted, _places, _spread
@@ -72,7 +73,8 @@ def _worst_class_numbers(results: dict) -> dict[str, str]:
 
 
 def _slow_start_numbers(results: dict) -> dict[str, str]:
-    """VARIANT.{clean,pgd,w2,worst,passes,gap}, "natural" too; total: passes and the natural network's."""
+    """VARIANT.{clean,pgd,w2,worst,passes,gap}, "natural" too; total: passes and the natural network's; stuck: how many
+    seeds answer one class whatever the image, risen.*: mean over the others."""
     natural = results["natural"]
     found = {"n-train": str(results["n_train"]), "n-test": str(results["n_test"]), "seeds": str(results["seeds"]),
              "delta": results["pointwise"]["written"], "w2.delta": results["threats"][0]["written"],
@@ -89,6 +91,12 @@ def _slow_start_numbers(results: dict) -> dict[str, str]:
         before = 0 if run["scratch"] else natural["passes"] or 0
         found |= {f"{_key(variant)}.gap": percent(gap), f"{_key(variant)}.passes": str(run["passes"]),
                   f"{_key(variant)}.total": str(run["passes"] + before)}  # fmt: skip
+        every = [own["last"] for own in where(runs, variant=variant)]
+        risen = [own for own in every if sum(right > 0 for right in own["classes"]["clean"].values()) > 1]
+        found[f"{_key(variant)}.stuck"] = str(len(every) - len(risen))
+        if risen:
+            for k in ("clean", "PGD"):
+                found[f"{_key(variant)}.risen.{KEYS.get(k, k)}"] = percent(fmean(SLOW[k](own) for own in risen))
     return found
 
 

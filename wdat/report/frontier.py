@@ -34,7 +34,9 @@ def frontier(found: dict) -> tuple[list[dict], str]:
 
 
 def _places(found: dict) -> list[dict]:
-    return where(found["chosen"], method=found["chosen"][0]["method"])
+    """The first method's choices, for networks that others were tried on."""
+    first = where(found["chosen"], method=found["chosen"][0]["method"])
+    return [at for at in first if len(names(where(found["chosen"], network=at["network"]), "method")) > 1]
 
 
 @drawn("frontier", legend=3, each=_places)
@@ -44,7 +46,7 @@ def frontiers(axis: Axes, at: dict, found: dict) -> None:
     A panel a network and radius, at the sigma that validation images chose for the first method there; points and bars
     are means and standard errors over seeds. Up is more proved, right is more accurate without an adversary.
     """
-    methods, number = names(found["chosen"], "method"), _places(found).index(at) % len(found["threats"])
+    methods, number = names(found["chosen"], "method"), found["threats"].index(at["threat"])
     values = {m: _at(found, at["network"], m, at["sigma"], number) for m in methods}
     for k, method in enumerate(methods):
         gains = points(values[method] - values[methods[0]])

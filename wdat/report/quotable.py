@@ -268,20 +268,25 @@ def _verification_numbers(results: dict) -> dict[str, str]:
 
 
 def _frontier_numbers(results: dict) -> dict[str, str]:
-    """At each radius what every method proves more than the first, at its sigma, mean over seeds, most first."""
+    """At each radius what every method proves more than the first, at its sigma, mean over seeds, most first; and what
+    the first proves from other starts."""
     found = {"seeds": str(len(names(results["runs"], "seed"))), "validation": str(results["n_validation"])}
     written = [threat["written"] for threat in results["threats"]]
     for place, delta in _places(written):
-        proved: dict[str, list[float]] = {}
+        proved, others = {}, {}
         for choice in where(results["chosen"], written=delta):
             own = {key: choice[key] for key in ("network", "method", "sigma")}
-            lower = [run["test"]["lower"][written.index(delta)] for run in where(results["runs"], **own)]
-            proved.setdefault(choice["method"], []).append(float(np.mean(lower)))
+            lower = np.mean([run["test"]["lower"][written.index(delta)] for run in where(results["runs"], **own)])
+            if len(names(where(results["chosen"], network=choice["network"]), "method")) > 1:
+                proved.setdefault(choice["method"], []).append(float(lower))
+            else:
+                others[choice["network"]] = float(lower)
         means = {method: float(np.mean(values)) for method, values in proved.items()}
         first, base = next(iter(means.items()))
         ranked = sorted((method for method in means if method != first), key=means.get, reverse=True)
         gains = ", ".join(f"{method} {signed(means[method] - base).replace('-', '−')}" for method in ranked)
         found |= {f"{place}.delta": delta, f"{place}.first": percent(base), f"{place}.gains": gains}
+        found |= {f"{place}.from.{name}": percent(lower) for name, lower in others.items()}
     return found
 
 

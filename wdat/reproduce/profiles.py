@@ -137,6 +137,11 @@ def kind(default: Any) -> Any:
     return Any if default is None else type(default)
 
 
+def places(profile: str, out: str | Path | None = None) -> dict[str, str]:
+    """Folders, below the repository, of a profile's records (by default figures/PROFILE) and of its scratch files."""
+    return {"out": str(out or f"figures/{profile}"), "work": f".wdat/{profile}/made"}
+
+
 def executed_copy(root: Path, profile: str, name: str) -> Path:
     """Where the executed copy of a notebook lies."""
     folder = root / "notebooks" if profile == DEFAULT else root / ".wdat" / profile / "notebooks"

@@ -72,7 +72,7 @@ def reproduce(
     jobs = settings["jobs"] if jobs is None else jobs
     if jobs < 0:
         raise ValueError(f"jobs={jobs} must be 0 (as many as cores and memory allow) or at least 1")
-    places = {"out": str(out or f"figures/{profile}"), "work": f".wdat/{profile}/made"}
+    places = profiles.places(profile, out)
     passed = profiles.parameters(sources, chosen, settings, places | {"jobs": jobs}, parameters or {})
     executed = {name: profiles.executed_copy(root, profile, name) for name in sources}
     folders = {name: [root / (places | passed[name])[key] for key in places] for name in chosen}

@@ -28,7 +28,7 @@ def show(
     sources = profiles.notebooks(root)
     settings, chosen = profiles.read_profile(root, profile, sources), profiles.choose(sources, only)
     scratch = root / ".wdat" / profile
-    places = {"out": str(out or f"figures/{profile}"), "work": f".wdat/{profile}/made"}
+    places = profiles.places(profile, out)
     passed = profiles.parameters(sources, chosen, settings, places, {**(parameters or {}), "from_records": True})
     scratch.mkdir(parents=True, exist_ok=True)
     with runner._one_run_at_a_time(scratch, profile):

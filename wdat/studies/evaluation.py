@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from wdat.accuracy.allocation import accuracy_curve
 from wdat.accuracy.bounds import ratio_bounds
 from wdat.attacks.autoattack import suite
+from wdat.randomised.certify import certify
 from wdat.settings import Order, reads
 from wdat.studies.allocated import allocated, allocated_certificates, handed_out
 from wdat.studies.cache import Cache, Part, distances_in_parts, nearest, part_size, search_settings
@@ -43,6 +44,7 @@ from wdat.threats.losses import get_loss
 from wdat.training.distributed import team
 from wdat.zoo.adapt import DataLike, as_data
 from wdat.zoo.data import Data, check_fit, draw
+from wdat.zoo.noise import Randomised
 
 PATIENCE = timedelta(days=30)  # that workers wait for the others: one attack may take hours
 
@@ -111,8 +113,15 @@ def evaluate(
         "certified", "autoattack", "dual". Accuracies are fractions. The distances behind "optimal" hold every attack's
         flips (`wdat.studies.points`), so no attack is below the curve. "findings": sentences about accuracy below
         chance, gradients that say nothing, steps that weaken an attack and searches that lost to one, also warned of.
+        Of a `wdat.Randomised` network instead what `wdat.certify` says of it, all images attacked through the noise;
+        of the settings only curve, orders, batch_size, state and progress count.
     Raises: ValueError with number and remedy for unusable images, labels, logits, gradients or settings.
     """
+    if isinstance(model, Randomised):
+        return certify(
+            model, data, threats, attacked=len(data), kept=Cache(state, model.network).get, curve=curve, orders=orders,
+            batch_size=batch_size, state=state, progress=progress,
+        )  # fmt: skip
     classes = check_fit(model, data, threats)
     if not threats:
         raise ValueError("no threat given; pass for example [Threat('8/255', p=2)]")

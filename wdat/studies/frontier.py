@@ -8,25 +8,31 @@ from pathlib import Path
 
 from torch import nn
 
+from wdat import records
 from wdat.clock import spending
 from wdat.randomised.certify import plug_in, summary
 from wdat.randomised.counts import Counts, count
 from wdat.studies.jobs import Run, resident, run_all
 from wdat.studies.sweeps import expand
 from wdat.threats.ball import Threat
+from wdat.threats.checks import device_of
 from wdat.training.loop import finetune
 from wdat.training.memory import forward_equivalents
 from wdat.training.recipes import make_recipe
 from wdat.zoo.data import Data
+from wdat.zoo.models import load_model
 from wdat.zoo.noise import Randomised
 
 
 def frontier(
     models: dict[str, nn.Module], train: Data, test: Data, threats: Sequence[Threat], work: Path, *, base: dict,
     variants: Sequence[dict], sigmas: Sequence[float], repeats: Sequence[int], validation: float = 0.2,
-    draws: int = 200, confidence: float = 0.999, batch_size: int = 512, jobs: int = 1, progress: bool = True,
+    draws: int = 200, confidence: float = 0.999, starts: dict[str, str | dict] | None = None, batch_size: int = 512,
+    jobs: int = 1, progress: bool = True,
 ) -> dict:  # fmt: skip
     """Every network trained by every variant (see `sweeps.expand`) and seed (`repeats`) behind noise of each sigma.
+
+    starts: other networks by name, for the first method alone: cards, or recipes that fine-tune the first of `models`.
 
     Resumable. Of a method with several settings one is chosen for each network and sigma, by the highest mean over
     threats and seeds of what draws of validation images suggest (the plug-in certificate, no bound); these images are
@@ -40,13 +46,16 @@ def frontier(
     if not variants:
         raise ValueError("variants=[] leaves nothing to train; name methods, such as [{name: noise alone}]")
     rest, held = train.split_off(validation, seed=0)
-    items = expand(variants, base)
+    items, first = expand(variants, base), next(iter(models.values()), None)
+    others = {name: _start(name, its, first, rest, work) for name, its in (starts or {}).items()}
+    few = [item for item in items if item["method"] == items[0]["method"]]
     shared = {"work": work, "draws": draws, "batch_size": batch_size, "threats": threats}
     calls = [
         Run(f"{name}, {item['variant']}, sigma={sigma:g}, seed {seed}", trained,
             {**shared, "network": name, "model": model, "item": item, "sigma": sigma, "seed": seed, "train": rest,
              "validation": held})
-        for (name, model), sigma, item, seed in itertools.product(models.items(), sigmas, items, repeats)
+        for networks, its in ((models, items), (others, few))
+        for (name, model), sigma, item, seed in itertools.product(networks.items(), sigmas, its, repeats)
     ]  # fmt: skip
     ran = run_all(calls, jobs, desc="training", memory=resident(), progress=progress)
     rows = [row for row, _ in ran]
@@ -69,6 +78,15 @@ def frontier(
         "n_train": len(rest), "n_validation": len(held), "n_test": len(test), "draws": draws, "confidence": confidence,
         "threats": [t.describe() for t in threats], "runs": runs, "tried": rows, "chosen": chosen,
     }  # fmt: skip
+
+
+def _start(name: str, given: str | dict, model: nn.Module, train: Data, work: Path) -> nn.Module:
+    if isinstance(given, str):
+        return load_model(records.root() / given, device=device_of(model))
+    with spending("training"):
+        return finetune(
+            model, train, make_recipe(given, 0), checkpoint=work / f"{name}.checkpoint", progress=False
+        ).model
 
 
 def _settled(row: dict) -> tuple:

@@ -7,7 +7,7 @@ any moment and resumed ends with the same weights, bit for bit on a CPU, as an u
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -32,6 +32,7 @@ from wdat.training.schedules import get_schedule
 from wdat.training.trackers import Tracker
 from wdat.zoo.adapt import DataLike, as_data
 from wdat.zoo.data import Data, check_fit, check_outputs, check_same_classes
+from wdat.zoo.noise import Randomised
 
 __all__ = ["Diverged", "Finetuned", "Recipe", "finetune", "interpolate", "make_recipe"]
 
@@ -91,10 +92,10 @@ def finetune(
     out among them, and all return the same: that of one process, but for rounding (`wdat.training.distributed`). The
     first writes the checkpoint, from which any number of workers goes on. `WorkerLost` if one of them ends.
 
-    What torch.compile or DataParallel was put around is trained, and returned, without it.
-
     Args:
-        model: logits of float32 images in [0, 1]; trained on the device it is on.
+        model: logits of float32 images in [0, 1]; trained on the device it is on. What torch.compile or DataParallel
+            was put around is trained, and returned, without it. Of a `wdat.Randomised` network what is behind the noise
+            is trained, with the recipe's noise or, if it has none, with its own, and returned behind it.
         train, validation: data sets. Validation (cut from training data, never test) is only reported: clean and
             W-PGD accuracy (10 steps, under `validation_threat`, by default the first term's) per epoch, with noise in
             the recipe the accuracy of one draw alone; the final weights are returned, never the best ones.
@@ -108,9 +109,12 @@ def finetune(
     Raises: ValueError for a network, images, labels or a checkpoint that do not fit; `Diverged`, which is one, when an
     epoch's mean loss or a weight is no longer finite (looked at when an epoch ends, and when a step fails).
     """
+    base = model.network if isinstance(model, Randomised) else model
+    recipe = recipe if base is model or recipe.noise else replace(recipe, noise=model.sigma)
     with team() as workers:
-        run = _Run(workers, model, train, recipe, validation, validation_threat, checkpoint)
-        return run.finetuned(checkpoint_every, progress, on_step)
+        run = _Run(workers, base, train, recipe, validation, validation_threat, checkpoint)
+        found = run.finetuned(checkpoint_every, progress, on_step)
+    return found if base is model else replace(found, model=Randomised(found.model, model.sigma, model.seed))
 
 
 class _Run:

@@ -1,0 +1,18 @@
+"""What the records of the trials say, as tables beside them. No torch."""
+
+from wdat.report.table import tabled
+
+
+@tabled("trials-kills")
+def kills(found: dict) -> tuple[list[dict[str, str]], str]:
+    """What was killed how often, and what was wrong afterwards."""
+    rows = [
+        {
+            "killed": row["work"], "kills": str(row["kills"]), "of the kernel": str(row["of_kernels"]),
+            "runs resumed to the end": str(row["runs"]), "with the same results": str(row["in_the_same"]),
+            "files not whole": str(len(row["unreadable"])), "wrong results": str(len(row["wrong"])),
+            "left while writing": str(row["left_writing"]), "still there at the end": str(row["left_after"]),
+        }
+        for row in found["works"]
+    ]  # fmt: skip
+    return rows, "SIGKILL at random moments, up to eight times a run."
