@@ -4,9 +4,8 @@ from collections.abc import Callable
 from statistics import fmean
 
 from wdat.report.classwise import CHANGES, COLUMNS, PGD, plain_pgd, raised, spread_of, twins
-from wdat.report.quotable import _counted, _places, _spread
 from wdat.report.randomised import margins
-from wdat.report.rows import mean_columns, mean_std, names, norm_name, percent, signed, where
+from wdat.report.rows import counted, mean_columns, mean_std, names, norm_name, percent, places, signed, spread, where
 from wdat.report.slow_start import COLUMNS as SLOW
 
 KEYS = {"PGD": "pgd", "W₂": "w2", "worst class, PGD": "worst"}  # of columns in keys
@@ -23,19 +22,19 @@ def _classwise_numbers(results: dict) -> dict[str, str]:
     found = {"n": str(results["n"]), "networks": str(len(networks))}
     found |= _standing("clean", {name: network["clean"] for name, network in networks.items()})
     first = twins(results["networks"][0])
-    for place, written in _places(own["threat"]["written"] for own, _ in first):
+    for place, written in places(own["threat"]["written"] for own, _ in first):
         found[f"{place}.delta"] = written
         number = [own["threat"]["written"] for own, _ in first].index(written)
         own, pointwise = ({k: twins(n)[number][side] for k, n in networks.items()} for side in (0, 1))
         for kind, rows in (("w2", own), ("winf", pointwise)):
-            found |= _spread(f"{kind}.{place}.average", {k: row["accuracy"] for k, row in rows.items()})
+            found |= spread(f"{kind}.{place}.average", {k: row["accuracy"] for k, row in rows.items()})
             found |= _standing(f"{kind}.{place}", rows)
         wider = (spread_of(row)["gap"] > spread_of(pointwise[k])["gap"] for k, row in own.items())
-        found[f"{place}.wider"] = _counted(wider)
+        found[f"{place}.wider"] = counted(wider)
         reach = {k: row["water_level"] / row["threat"]["delta"] for k, row in own.items()}
-        found |= _spread(f"{place}.reach", reach, lambda v: f"{v:.1f}")
+        found |= spread(f"{place}.reach", reach, lambda v: f"{v:.1f}")
         paid = {k: max(row["budget"][c] / results["share"][c] for c in row["budget"]) for k, row in own.items()}
-        found |= _spread(f"budget.{place}", paid, lambda v: f"{v:.1f}")
+        found |= spread(f"budget.{place}", paid, lambda v: f"{v:.1f}")
     return found | _temperature_numbers(networks)
 
 
@@ -43,20 +42,20 @@ def _standing(name: str, rows: dict[str, dict]) -> dict[str, str]:
     """Gap of the classes and accuracy of the worst one, over networks."""
     told = {k: spread_of(row) for k, row in rows.items()}
     gap, worst = ({k: row[key] for k, row in told.items()} for key in ("gap", "accuracy"))
-    return _spread(f"{name}.gap", gap) | _spread(f"{name}.worst", worst)
+    return spread(f"{name}.gap", gap) | spread(f"{name}.worst", worst)
 
 
 def _temperature_numbers(networks: dict[str, dict]) -> dict[str, str]:
     found: dict[str, str] = {}
-    for place, written in _places(row["delta"] for n in networks.values() for row in n["temperatures"]):
+    for place, written in places(row["delta"] for n in networks.values() for row in n["temperatures"]):
         key, gains, alone = f"temperature.{place}", {}, {}
         for name, network in networks.items():
             rows = where(network["temperatures"], delta=written)
             plain = plain_pgd(rows)["accuracy"]
             gains[name] = plain - rows[-1]["worst"]
             alone[name] = plain - min(row["accuracy"] for row in rows)
-        found |= {f"{key}.delta": written, f"{key}.stronger": _counted(g > 0 for g in gains.values())}
-        found |= _spread(f"{key}.gain", gains) | _spread(f"{key}.alone", alone)
+        found |= {f"{key}.delta": written, f"{key}.stronger": counted(g > 0 for g in gains.values())}
+        found |= spread(f"{key}.gain", gains) | spread(f"{key}.alone", alone)
     return found
 
 
@@ -115,26 +114,26 @@ def _randomised_numbers(results: dict) -> dict[str, str]:
         if own := [n for n in where(results["networks"], sigma=sigma) if "before" in n]:
             found[f"{sigma:g}.draws"] = f"{max(n['draws'] for n in own):,.0f}"
             changes = {n["network"]: n["accuracy"] - n["before"]["clean"] for n in own}
-            found |= _spread(f"{sigma:g}.clean.change", changes, signed)
+            found |= spread(f"{sigma:g}.clean.change", changes, signed)
     rows = {row["network"]: row for row in margins(results)}
     if not rows:
         return found
     found |= {"networks": str(len(rows)), "tunings": " and ".join(first["tunings"]),
               "validation": str(first.get("validation", {}).get("n", 0))}  # fmt: skip
-    found |= _spread("clean.change", {name: row["change"] for name, row in rows.items()}, signed)
+    found |= spread("clean.change", {name: row["change"] for name, row in rows.items()}, signed)
     found |= _verdict("clean.", results["aims"]["clean"], kept := [row["kept"] for row in rows.values()])
     every, threats = kept, [row["threat"] for row in first["threats"]]
     for number, threat in enumerate(threats):
         at = {name: row["threats"][number] for name, row in rows.items()}
         met = [row["met"] for row in at.values()]
-        own = {"delta": threat["written"], **_spread("gain", {k: row["gain"] for k, row in at.items()}, signed)}
-        own["above"] = _counted(row["gain"] > 0 for row in at.values())
+        own = {"delta": threat["written"], **spread("gain", {k: row["gain"] for k, row in at.items()}, signed)}
+        own["above"] = counted(row["gain"] > 0 for row in at.values())
         own |= _verdict("", results["aims"]["threats"][number], met)
         chosen = [n for n in results["networks"] if "bracket" in n and n["sigma"] == at[n["network"]]["sigma"]]
         ends = {n["network"]: n["bracket"]["threats"][number] for n in chosen}
-        own |= _spread("gap", {name: end["upper"] - end["lower"] for name, end in ends.items()})
-        places = _places(t["written"] for t in where(threats, r=threat["r"]))
-        for place in (threat["written"], *(place for place, written in places if written == threat["written"])):
+        own |= spread("gap", {name: end["upper"] - end["lower"] for name, end in ends.items()})
+        named = places(t["written"] for t in where(threats, r=threat["r"]))
+        for place in (threat["written"], *(place for place, written in named if written == threat["written"])):
             found |= {f"{norm_name(threat['r'])}.{place}.{key}": text for key, text in own.items()}
         every = every + met
     return found | _verdict("aims.", 0, [met for met in every if met is not None])
@@ -142,7 +141,7 @@ def _randomised_numbers(results: dict) -> dict[str, str]:
 
 def _verdict(key: str, aim: float | None, met: list[bool]) -> dict[str, str]:
     """How many points are the aim, and in how many cases it is met; nothing where there is none."""
-    return {} if aim is None else {f"{key}aim": f"{aim:+g}", f"{key}met": _counted(met)}
+    return {} if aim is None else {f"{key}aim": f"{aim:+g}", f"{key}met": counted(met)}
 
 
 def _key(variant: str) -> str:

@@ -1,48 +1,27 @@
 """What the paper may quote of each kind of record: a function a kind, from results to {key: text}. No torch."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import numpy as np
 
 from wdat.report.rows import (
     chosen_runs,
+    counted,
     evaluation_rows,
     mean_std,
     names,
     norms_of,
     passes_of,
     percent,
+    places,
     rank_rows,
     signed,
+    spread,
     three,
     where,
 )
 from wdat.report.scaling import scaling_numbers
 from wdat.report.tickets import ticket_numbers
-
-
-def _places(written: Iterable[str]) -> list[tuple[str, str]]:
-    """Names of ascending radii in keys, with the radius: the first, the middle one, the last; none if there is none."""
-    radii = list(dict.fromkeys(written))
-    middle = (len(radii) - 1) // 2
-    return [("small", radii[0]), ("middle", radii[middle]), ("large", radii[-1])] if radii else []
-
-
-def _spread(name: str, values: dict[str, float], text: Callable[[float], str] = percent) -> dict[str, str]:
-    """Mean, lowest and highest of values by label, and whose the extremes are; nothing of nothing."""
-    if not values:
-        return {}
-    low, high = min(values, key=values.get), max(values, key=values.get)
-    return {
-        f"{name}.mean": text(sum(values.values()) / len(values)), f"{name}.low": text(values[low]),
-        f"{name}.high": text(values[high]), f"{name}.low.of": low, f"{name}.high.of": high,
-    }  # fmt: skip
-
-
-def _counted(true: Iterable[bool]) -> str:
-    """On how many of how many it is so."""
-    found = list(true)
-    return f"{sum(found)} of {len(found)}"
 
 
 def _theory_numbers(results: dict) -> dict[str, str]:
@@ -59,7 +38,7 @@ def _theory_numbers(results: dict) -> dict[str, str]:
         points = {point["written"]: point for point in row["points"]}
         gained = {d: (p["w_fgsm"]["loss"] - row["v0"], p["delta"] * row["upsilon_box"]) for d, p in points.items()}
         rest = [(points[d]["delta"], abs(one - promised)) for d, (one, promised) in gained.items()]
-        for place, written in _places(points):
+        for place, written in places(points):
             point, key, (one, promised) = points[written], f"{name}.{place}", gained[written]
             found |= {f"{place}.delta": written, f"{key}.w-pgd": percent(point["w_pgd"]["accuracy"]),
                       f"{key}.wasted": percent(point["wasted"]),
@@ -77,12 +56,12 @@ def _sensitivity_numbers(results: dict) -> dict[str, str]:
     found = {"networks": str(len(names(results["upsilon"])))}
     for loss, p in dict.fromkeys((row["loss"], row["p"]) for row in results["upsilon"]):
         own = {row["network"]: row["upsilon"] for row in where(results["upsilon"], loss=loss, p=p)}
-        found |= _spread(f"{loss}.p{float(p):g}", own, three)
-    for place, size in _places(sorted(row["size"] for row in results["subset"])):
+        found |= spread(f"{loss}.p{float(p):g}", own, three)
+    for place, size in places(sorted(row["size"] for row in results["subset"])):
         found[f"subset.{place}.size"] = str(size)
         for key in ("error", "claimed"):
             own = where(results["subset"], size=size)
-            found |= _spread(f"subset.{place}.{key}", {r["network"]: r[key] for r in own if r[key] is not None})
+            found |= spread(f"subset.{place}.{key}", {r["network"]: r[key] for r in own if r[key] is not None})
     return found
 
 
@@ -118,7 +97,7 @@ def _finetuning_numbers(results: dict) -> dict[str, str]:
         "clean": lambda run: run["after"]["clean"], "worst-class": lambda run: run["after"]["worst_class"],
     }  # fmt: skip
     for key in ("optimal", "w_pgd"):
-        for place, written in _places(runs[0]["after"][key]):
+        for place, written in places(runs[0]["after"][key]):
             found[f"{key}.{place}.delta"] = written
             columns[f"{key}.{place}"] = lambda run, key=key, d=written: run["after"][key][d]
     found |= _training_numbers(runs, tuned)
@@ -131,8 +110,8 @@ def _finetuning_numbers(results: dict) -> dict[str, str]:
             means[variant, column] = sum(own.values()) / len(own)
             if variant != "before":
                 gains = {network: mean - groups[network, "before"][0] for network, mean in own.items()}
-                found |= _spread(f"{variant}.{column}.gain", gains, signed)
-                found[f"{variant}.{column}.improved"] = _counted(g > 0 for g in gains.values())
+                found |= spread(f"{variant}.{column}.gain", gains, signed)
+                found[f"{variant}.{column}.improved"] = counted(g > 0 for g in gains.values())
                 top = [n for n in own if own[n] >= max(groups[k][0] for k in groups if k[0] == n and k[1] != "before")]
                 found[f"{variant}.{column}.best"] = f"{len(top)} of {len(own)}"
         kept = [v for v in variants if means[v, "clean"] >= means["before", "clean"] - 0.01]
@@ -164,7 +143,7 @@ def _autoattack_numbers(results: dict) -> dict[str, str]:
     """autoattack.RADIUS.beyond: accuracy by AutoAttack minus that by the nearest points, on the same images."""
     found: dict[str, str] = {}
     met = [run["after"] for run in results["runs"] if run["after"].get("autoattack")]
-    for place, written in _places(d for after in met for d in after["autoattack"]):
+    for place, written in places(d for after in met for d in after["autoattack"]):
         beyond = [a["autoattack"][written] - a["nearest"][written] for a in met if written in a["nearest"]]
         key = f"autoattack.{place}"
         found |= {f"{key}.delta": written, f"{key}.beyond.low": signed(min(beyond)),
@@ -186,14 +165,14 @@ def _comparison_numbers(results: dict) -> dict[str, str]:
     told += [(f"{row['method']}.above.{baseline}", row, own)
              for row in results.get("validated", ()) for baseline, own in row["differences"].items()]  # fmt: skip
     found: dict[str, str] = {}
-    for place, written in _places(threat["written"] for threat in results["threats"]):
+    for place, written in places(threat["written"] for threat in results["threats"]):
         at = [each for each in told if each[1]["delta"] == written and each[2]["value"] is not None]
         for name in dict.fromkeys(name for name, *_ in at):
             best, key = {row["network"]: b for n, row, b in at if n == name}, f"{name}.{place}"
-            found |= _spread(key, {network: b["value"] for network, b in best.items()}, signed)
-            found[f"{key}.above"] = _counted(b["value"] > 0 for b in best.values())
-            found[f"{key}.clear"] = _counted(b["low"] > 0 for b in best.values())
-            found[f"{key}.below"] = _counted(b["high"] < 0 for b in best.values())
+            found |= spread(key, {network: b["value"] for network, b in best.items()}, signed)
+            found[f"{key}.above"] = counted(b["value"] > 0 for b in best.values())
+            found[f"{key}.clear"] = counted(b["low"] > 0 for b in best.values())
+            found[f"{key}.below"] = counted(b["high"] < 0 for b in best.values())
     return found
 
 
@@ -207,7 +186,7 @@ def _evaluation_numbers(results: dict) -> dict[str, str]:
     """
     steps = sorted({a["steps"] for n in results["networks"] for a in n["attacks"] if a["attack"] == "w-pgd"})
     found = {"n": str(results["n"]), "networks": str(len(results["networks"])), "steps": ", ".join(map(str, steps))}
-    found |= _spread("clean", {n["network"]: n["clean"]["accuracy"] for n in results["networks"]})
+    found |= spread("clean", {n["network"]: n["clean"]["accuracy"] for n in results["networks"]})
     certified = sorted({c["n"] for n in results["networks"] for c in n.get("certified", []) if "n" in c})
     found["certified-n"] = ", ".join(map(str, certified))
     for r in norms_of(results):
@@ -215,11 +194,11 @@ def _evaluation_numbers(results: dict) -> dict[str, str]:
         own = _norm_numbers(rows) if rows else {}
         passes = {n["network"]: e.get("passes") for n in results["networks"] for e in where(n["optimal"], r=r)}
         if None not in passes.values():
-            own |= _spread("search.passes", passes, lambda v: f"{v:.1f}")
+            own |= spread("search.passes", passes, lambda v: f"{v:.1f}")
         found |= {f"l{r:g}.{key}": text for key, text in own.items()}
     ranked = {(rank["r"], rank["written"]): rank for rank in rank_rows(results)}
     for r in dict.fromkeys(r for r, _ in ranked):
-        for place, written in _places(written for norm, written in ranked if norm == r):
+        for place, written in places(written for norm, written in ranked if norm == r):
             found[f"l{r:g}.{place}.tau"] = f"{ranked[r, written]['tau']:.2f}"
             found[f"l{r:g}.{place}.reversed"] = f"{ranked[r, written]['reversed']} of {ranked[r, written]['pairs']}"
     return found
@@ -227,23 +206,23 @@ def _evaluation_numbers(results: dict) -> dict[str, str]:
 
 def _norm_numbers(rows: list[dict]) -> dict[str, str]:
     found = {}
-    for place, written in _places(row["written"] for row in rows):
+    for place, written in places(row["written"] for row in rows):
         found[f"{place}.delta"] = written
         for key in ("optimal", "w-pgd", "certified", "crown", "same"):
             own = where(rows, written=written)
-            found |= _spread(f"{place}.{key}", {row["network"]: row[key] for row in own if row[key] is not None})
-    found |= _spread("gap", {f"{r['network']} at {r['written']}": r["w-pgd"] - r["optimal"] for r in rows})
-    found["above-w-pgd"] = _counted(row["optimal"] > row["w-pgd"] for row in rows)
+            found |= spread(f"{place}.{key}", {row["network"]: row[key] for row in own if row[key] is not None})
+    found |= spread("gap", {f"{r['network']} at {r['written']}": r["w-pgd"] - r["optimal"] for r in rows})
+    found["above-w-pgd"] = counted(row["optimal"] > row["w-pgd"] for row in rows)
     found["band"] = percent(max(row["band"] for row in rows))
     proved = [row for row in rows if row["certified"] is not None]
-    found |= _spread("open", {f"{r['network']} at {r['written']}": r["same"] - r["certified"] for r in proved})
+    found |= spread("open", {f"{r['network']} at {r['written']}": r["same"] - r["certified"] for r in proved})
     before = [row for row in proved if row["crown"] is not None]
-    found |= _spread("closed", {f"{r['network']} at {r['written']}": r["certified"] - r["crown"] for r in before})
+    found |= spread("closed", {f"{r['network']} at {r['written']}": r["certified"] - r["crown"] for r in before})
     for loss in sorted({loss for row in rows for loss in row["bounds"]}):
         for bound in ("r_tilde_l", "r_bar_l", "r_l"):
             bounded = [(row["bounds"][loss][bound], row["ratio"]) for row in rows if loss in row["bounds"]]
-            found[f"{loss}.{bound}.failed"] = _counted(value > ratio + 1e-9 for value, ratio in bounded)
-            found[f"{loss}.{bound}.vacuous"] = _counted(value <= 0 for value, _ in bounded)
+            found[f"{loss}.{bound}.failed"] = counted(value > ratio + 1e-9 for value, ratio in bounded)
+            found[f"{loss}.{bound}.vacuous"] = counted(value <= 0 for value, _ in bounded)
     return found
 
 
@@ -259,11 +238,11 @@ def _verification_numbers(results: dict) -> dict[str, str]:
     return {
         "probes": f"{sum(row['probes'] for row in probes):,}",
         "violations": str(sum(row["violations"] for row in probes)),
-        **_spread("longer", gains),
-        "longer.within": _counted(g <= 0.005 for g in gains.values()),
+        **spread("longer", gains),
+        "longer.within": counted(g <= 0.005 for g in gains.values()),
         "passes": f"{np.mean([row['passes'] for row in results['convergence']]):.0f}",
         "longer-passes": f"{np.mean([row['longer_passes'] for row in results['convergence']]):.0f}",
-        "sets.agree": _counted(w < 1e-9 for w in wrong),
+        "sets.agree": counted(w < 1e-9 for w in wrong),
     }
 
 
@@ -272,7 +251,7 @@ def _frontier_numbers(results: dict) -> dict[str, str]:
     the first proves from other starts."""
     found = {"seeds": str(len(names(results["runs"], "seed"))), "validation": str(results["n_validation"])}
     written = [threat["written"] for threat in results["threats"]]
-    for place, delta in _places(written):
+    for place, delta in places(written):
         proved, others = {}, {}
         for choice in where(results["chosen"], written=delta):
             own = {key: choice[key] for key in ("network", "method", "sigma")}

@@ -1,6 +1,6 @@
 """What records say, row by row: what tables, figures and the paper's numbers share. No torch."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -194,3 +194,27 @@ def rank_rows(results: dict) -> list[dict]:
                 "tau": float(agree.mean()), "reversed": int((agree < 0).sum()), "pairs": len(agree),
             })  # fmt: skip
     return found
+
+
+def places(written: Iterable[str]) -> list[tuple[str, str]]:
+    """Names of ascending radii in keys, with the radius: the first, the middle one, the last; none if there is none."""
+    radii = list(dict.fromkeys(written))
+    middle = (len(radii) - 1) // 2
+    return [("small", radii[0]), ("middle", radii[middle]), ("large", radii[-1])] if radii else []
+
+
+def spread(name: str, values: dict[str, float], text: Callable[[float], str] = percent) -> dict[str, str]:
+    """Mean, lowest and highest of values by label, and whose the extremes are; nothing of nothing."""
+    if not values:
+        return {}
+    low, high = min(values, key=values.get), max(values, key=values.get)
+    return {
+        f"{name}.mean": text(sum(values.values()) / len(values)), f"{name}.low": text(values[low]),
+        f"{name}.high": text(values[high]), f"{name}.low.of": low, f"{name}.high.of": high,
+    }  # fmt: skip
+
+
+def counted(true: Iterable[bool]) -> str:
+    """On how many of how many it is so."""
+    found = list(true)
+    return f"{sum(found)} of {len(found)}"
