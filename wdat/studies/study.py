@@ -50,7 +50,7 @@ class Sweep:
         pointwise: radii of pointwise accuracy by minimal distances, whose search has the settings `search`.
         autoattacked: radii of AutoAttack, on `autoattack_images` (0: all) drawn with seed 0; with `autoattack_all` of
             every setting, at the first radius.
-        steps: of W-PGD.
+        steps: of W-PGD; 0: it is left out.
         shares: of every run, also the networks at these shares of the way from the one before to its end are measured,
             and count as further settings of its method; their rows say "of" which variant and at which "share", and
             leave the history to it (`wdat.training.loop.interpolate`).
@@ -185,7 +185,8 @@ class Study:
         kept, first, batch_size = self._cache(model), self.sweep.threats[0], self.sweep.batch_size
         settings = {"loss": "redlr", "steps": self.sweep.steps, "batch_size": batch_size}
         with spending("evaluation"):
-            found = {t.written: kept.get(attacked, self.test, threat=t, **settings) for t in self.sweep.threats}
+            threats = self.sweep.threats if self.sweep.steps else ()
+            found = {t.written: kept.get(attacked, self.test, threat=t, **settings) for t in threats}
             clean = kept.get(clean_pass, self.test, losses=("redlr",), batch_size=batch_size)
         return found, float(first.upsilon(norms_of(clean, "redlr", first)))
 
