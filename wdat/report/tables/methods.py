@@ -53,7 +53,7 @@ def attacked(found: dict) -> tuple[list[dict], str]:
     AutoAttack may have run on fewer seeds and on part of the images, of how many the heading says where the
     record does: in brackets what the nearest adversarial examples leave of those.
     """
-    columns = {f"W-PGD {t['written']}": lambda r, d=t["written"]: r["after"]["w_pgd"][d] for t in found["threats"]}
+    columns = {f"W-PGD {d}": lambda r, d=d: r["after"]["w_pgd"][d] for d in found["runs"][0]["after"]["w_pgd"]}
     for d in found["runs"][0]["after"]["pointwise"]:
         columns[f"W_∞ {d}"] = lambda r, d=d: r["after"]["pointwise"][d]
 
