@@ -1,8 +1,9 @@
 """How long `make reproduce` takes on how many cores: timed with one run at once and with several, and a model for more.
 
-`python -m benchmarks.timing` makes every notebook of a profile anew, with several runs at once and then with one, and
-writes `timing.json` with the machine, and from it a table and the README's line. On a machine with other work the times
-mean nothing: its load before each run is recorded, and a busy one is said.
+`python -m benchmarks.timing` makes every notebook of a profile anew, with one run at once and then with several, and
+writes `timing.json` with the machine, and from it a table and the README's line. It leaves the latter's records, as
+`make reproduce` makes them. On a machine with other work the times mean nothing: how busy it is before each is
+recorded, and said.
 
 The model: all work is spread over the cores, runs and what notebooks do beside their lists of runs (start of a kernel,
 loading, drawing); every worker of the notebooks has to start; no notebook ends before what it does beside its runs and
@@ -12,10 +13,11 @@ caches, memory, clock) by a factor measured once, of all runs together.
 
 import argparse
 import json
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
+
+import psutil
 
 from wdat import records
 from wdat.report.numbers import fill
@@ -26,6 +28,7 @@ from wdat.reproduce.runner import reproduce
 HERE = Path(__file__).parent
 MORE = (4, 8, 16)  # cores that the model speaks of
 BUSY = 0.3  # of a core, from which on a machine is not quiet
+LOOK = 5.0  # seconds that it is looked at
 
 Parts = dict[str, dict[str, float]]  # by notebook: seconds "serial", of "runs", "longest" of each list, worker "starts"
 
@@ -69,10 +72,10 @@ def seconds(notebooks: Parts, cores: int, factor: float, needs: dict[str, Sequen
 
 
 def timed(profile: str, jobs: int, only: Sequence[str] | None) -> tuple[dict[str, dict], float, float]:
-    """The state of the notebooks made anew, the machine's load before, and how long all took."""
-    load = os.getloadavg()[0]
+    """The state of the notebooks made anew, how many cores were busy before, and how long all took."""
+    load = psutil.cpu_percent(LOOK) / 100 * psutil.cpu_count()  # cores now: a load average remembers the run before
     if load > BUSY:
-        print(f"load {load:.2f} before the run with {jobs} at once: busy, its times mean little", flush=True)
+        print(f"{load:.2f} cores busy before the run with {jobs} at once: its times mean little", flush=True)
     begun = time.perf_counter()
     made = reproduce(profile, only, force=True, jobs=jobs)
     wall = time.perf_counter() - begun
@@ -132,8 +135,8 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs at once (default: 2)")
     parser.add_argument("--one", nargs="*", help="notebooks also timed with one run at once (default: all)")
     args = parser.parse_args()
-    many, busy, wall = timed(args.profile, args.jobs, None)
     one, idle, longer = timed(args.profile, 1, args.one or None)
+    many, busy, wall = timed(args.profile, args.jobs, None)
     needs = needed(notebooks(records.root()))
     found = results(one, many, args.jobs, [busy, idle], [wall, longer], needs)
     config = {"profile": args.profile, "jobs": args.jobs, "one": sorted(one)}

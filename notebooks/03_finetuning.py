@@ -8,7 +8,7 @@
 # proves nothing.
 #
 # *Place in the paper: 6.4 Fine-tuning, one choice at a time; third-party networks: 7.*
-# *Time: digits 2 min, zoo 10 min on a CPU, cifar10 hours on a GPU.*
+# *Time: digits 1 min, zoo 10 min on a CPU, cifar10 hours on a GPU.*
 
 # %% tags=["parameters"] needs=["00"]
 from_records = False  # True: show the committed results, compute nothing

@@ -8,7 +8,7 @@
 # bought with clean accuracy, so methods are compared where they keep the same.
 #
 # *Place in the paper: 6.5 Five networks, before and after; third-party networks: 7.*
-# *Time: digits 10 min, zoo four hours on a CPU, cifar10 days on a GPU.*
+# *Time: digits 5 min, zoo four hours on a CPU, cifar10 days on a GPU.*
 
 # %% tags=["parameters"] needs=["00"]
 from_records = False  # True: show the committed results, compute nothing

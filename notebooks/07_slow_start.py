@@ -72,8 +72,9 @@ record = study.record(
 )  # fmt: skip
 
 # %% [markdown]
-# **Every schedule, and from scratch.** Accuracy after the last epoch: clean, under PGD and AutoAttack, under W₂ by
-# optimal allocation. "best − last" is over-fitting, on validation images: what the last epoch lost against the best.
+# **Every schedule, and from scratch.** Accuracy after the last epoch: clean, under PGD (and AutoAttack, where it ran),
+# under W₂ by optimal allocation. "best − last" is over-fitting, on validation images: what the last epoch lost against
+# the best.
 
 # %%
 report.schedules(record)

@@ -126,6 +126,7 @@ def test_a_parameter_is_of_the_kind_of_its_default(default, kind):
         ({"autoattack_all": "yes"}, "sweep: autoattack_all is 'yes'; expected true or false"),
         ({"shares": 0.5}, "sweep: shares is 0.5; expected a list, each a number"),
         ({"search": {"rivals": "few"}}, "the search: rivals is 'few'; expected a whole number"),
+        ({"attacked": ["1/8"]}, "unknown setting '1/8' of attacked; known: 1/16"),
     ],
 )
 def test_a_sweep_is_read_as_recipes_are(settings, sentence):

@@ -114,8 +114,9 @@ def test_networks_on_the_way_are_further_settings_of_a_method(digits, tmp_path, 
     sweep = Sweep(
         base={"objective": {"kind": "plain"}, "epochs": 1, "lr": 0.01},
         variants=[{"name": "plain"}, {"name": "proposed", "objective": {"kind": "w-trades", "delta": 0.1, "steps": 2}}],
-        seeds=[0], threats=[Threat("1/16")], proposed=["proposed"], baselines=["plain"], pointwise=["1/16"], steps=2,
-        search={"steps": 3}, draws=30, shares=[0.0, 0.5], autoattacked=["1/16"], autoattack_all=True,
+        seeds=[0], threats=[Threat("1/16"), Threat("2/16")], proposed=["proposed"], baselines=["plain"],
+        pointwise=["1/16"], attacked=["2/16"], steps=2, search={"steps": 3}, draws=30, shares=[0.0, 0.5],
+        autoattacked=["1/16"], autoattack_all=True,
     )  # fmt: skip
     found = sweeps.finetuning(models, train, test, sweep, tmp_path, progress=False)
     runs = {(run["method"], run.get("share")): run for run in found["runs"]}
@@ -129,8 +130,9 @@ def test_networks_on_the_way_are_further_settings_of_a_method(digits, tmp_path, 
     for run in found["runs"]:
         assert ("autoattack" in run["after"]) == ("of" not in run or run["variant"] in chosen)
         assert run["after"].get("autoattack_n", len(test)) == len(test)
+        assert list(run["after"].get("w_pgd", ["2/16"])) == ["2/16"]
         assert ("autoattack" in run["after"]) == ("autoattack_n" in run["after"])
-    (row,) = (row for row in found["comparison"] if row["offset"] == 0)
+    (row,) = (row for row in found["comparison"] if row["offset"] == 0 and row["delta"] == "1/16")
     assert row["accuracy"]["proposed"] >= runs["before", None]["after"]["optimal"]["1/16"] - 1e-9
     drawn = chosen_runs(found)
     assert all(run["before"] or len(run["history"]) == 1 for run in drawn) and len(drawn) == 3

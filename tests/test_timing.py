@@ -1,8 +1,10 @@
-"""The model of how long a profile takes on how many cores, on made-up seconds."""
+"""The model of how long a profile takes on how many cores, on made-up seconds; seeds stacked in one step."""
 
 import pytest
+import torch
 
-from benchmarks import timing
+from benchmarks import seeds, timing
+from wdat.zoo.networks import build
 
 
 def entry(serial, runs, jobs, slower=1.0):
@@ -45,3 +47,11 @@ def test_notebooks_timed_only_among_others_are_scaled_by_those_timed_both_ways()
         "`make reproduce` took 2 minutes on 2 cores of a CPU, 3 on one (by the model); by the model of "
         "`benchmarks/timing.py` 1 on 4, 1 on 8, 1 on 16.\n"
     )
+
+
+def test_networks_stacked_have_the_gradients_of_each_alone():
+    torch.manual_seed(0)
+    models = [build("digits_cnn", width=2).eval() for _ in range(2)]
+    x, y = torch.rand(2, 5, 1, 8, 8), torch.randint(10, (2, 5))
+    for one, other in zip(seeds.apart(models, x, y), seeds.stacked(models, x, y), strict=True):
+        torch.testing.assert_close(one, other)

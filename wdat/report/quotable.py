@@ -157,11 +157,14 @@ def _comparison_numbers(results: dict) -> dict[str, str]:
     """Proposed minus the best baseline at equal clean accuracy: METHOD.equal.OFFSET.RADIUS.{mean,low,high,above,clear}.
 
     OFFSET is the clean accuracy given up, in points; "above" counts networks with a positive difference, "clear" those
-    whose interval is positive too, "below" those whose interval is negative. METHOD.above.BASELINE.RADIUS.{...}: minus
-    a baseline, or "best baseline", where settings of both sides are chosen on validation images.
+    whose interval is positive too, "below" those whose interval is negative. METHOD.over.BASELINE.OFFSET.RADIUS.{...}:
+    minus one baseline. METHOD.above.BASELINE.RADIUS.{...}: minus a baseline, or "best baseline", where settings of both
+    sides are chosen on validation images.
     """
     told = [(f"{row['proposed']}.equal.{abs(100 * row['offset']):g}", row, row["differences"]["best baseline"])
             for row in results["comparison"]]  # fmt: skip
+    told += [(f"{row['proposed']}.over.{baseline}.{abs(100 * row['offset']):g}", row, own)
+             for row in results["comparison"] for baseline, own in row["differences"].items()]  # fmt: skip
     told += [(f"{row['method']}.above.{baseline}", row, own)
              for row in results.get("validated", ()) for baseline, own in row["differences"].items()]  # fmt: skip
     found: dict[str, str] = {}

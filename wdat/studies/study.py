@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from wdat.accuracy.allocation import accuracy_curve, class_accuracy, threshold_distance
 from wdat.attacks.nearest import minimal_distances
 from wdat.clock import spending
-from wdat.settings import typed
+from wdat.settings import check_names, typed
 from wdat.studies.cache import Cache, Part, search_settings
 from wdat.studies.measures import attacked, autoattack_accuracy, clean_pass, norms_of
 from wdat.threats.ball import Threat
@@ -48,6 +48,7 @@ class Sweep:
         validation: share of the training images held out.
         proposed, baselines: methods compared at equal clean accuracy (`comparison`), by `draws` bootstraps.
         pointwise: radii of pointwise accuracy by minimal distances, whose search has the settings `search`.
+        attacked: radii of W-PGD, some of the threats'; () means all.
         autoattacked: radii of AutoAttack, on `autoattack_images` (0: all) drawn with seed 0; with `autoattack_all` of
             every setting, at the first radius.
         steps: of W-PGD; 0: it is left out.
@@ -66,6 +67,7 @@ class Sweep:
     proposed: Sequence[str] = ()
     baselines: Sequence[str] = ()
     pointwise: Sequence[str] = ()
+    attacked: Sequence[str] = ()
     autoattacked: Sequence[str] = ()
     autoattack_images: int = 0
     autoattack_all: bool = False
@@ -79,6 +81,7 @@ class Sweep:
     def __post_init__(self) -> None:
         typed(self, "sweep")
         object.__setattr__(self, "search", search_settings(self.search))
+        check_names(self.attacked, [t.written for t in self.threats], "attacked")
 
     @property
     def middle(self) -> Threat:
@@ -136,7 +139,7 @@ class Study:
     def attack(self, measured: Measured, radii: Sequence[str], published: bool = True) -> dict:
         """What attacks say of a network measured, and the minimal distances again with what they found nearer.
 
-        "w_pgd": accuracy by W-PGD (ReDLR) at the threats, with "upsilon" of ReDLR, if `published`. "autoattack":
+        "w_pgd": accuracy by W-PGD (ReDLR) at radii `attacked`, and "upsilon" of ReDLR, if `published`. "autoattack":
         pointwise accuracy at these radii by AutoAttack (standard) on "autoattack_n" images, and "nearest", by minimal
         distances on the same ones. So no attack of a run is below its own curve (see `points`). Comparisons stay with
         the search alone, which all runs have.
@@ -184,9 +187,14 @@ class Study:
     def _published(self, model: nn.Module) -> tuple[dict[str, Part], float]:
         kept, first, batch_size = self._cache(model), self.sweep.threats[0], self.sweep.batch_size
         settings = {"loss": "redlr", "steps": self.sweep.steps, "batch_size": batch_size}
+        wanted = [t for t in self.sweep.threats if t.written in self.sweep.attacked or not self.sweep.attacked]
         with spending("evaluation"):
+<<<<<<< HEAD
             threats = self.sweep.threats if self.sweep.steps else ()
             found = {t.written: kept.get(attacked, self.test, threat=t, **settings) for t in threats}
+=======
+            found = {t.written: kept.get(attacked, self.test, threat=t, **settings) for t in wanted}
+>>>>>>> main
             clean = kept.get(clean_pass, self.test, losses=("redlr",), batch_size=batch_size)
         return found, float(first.upsilon(norms_of(clean, "redlr", first)))
 
