@@ -51,7 +51,7 @@ class Sweep:
         attacked: radii of W-PGD, some of the threats'; () means all.
         autoattacked: radii of AutoAttack, on `autoattack_images` (0: all) drawn with seed 0; with `autoattack_all` of
             every setting, at the first radius.
-        steps: of W-PGD; 0: it is left out.
+        steps: of W-PGD.
         shares: of every run, also the networks at these shares of the way from the one before to its end are measured,
             and count as further settings of its method; their rows say "of" which variant and at which "share", and
             leave the history to it (`wdat.training.loop.interpolate`).
@@ -189,12 +189,7 @@ class Study:
         settings = {"loss": "redlr", "steps": self.sweep.steps, "batch_size": batch_size}
         wanted = [t for t in self.sweep.threats if t.written in self.sweep.attacked or not self.sweep.attacked]
         with spending("evaluation"):
-<<<<<<< HEAD
-            threats = self.sweep.threats if self.sweep.steps else ()
-            found = {t.written: kept.get(attacked, self.test, threat=t, **settings) for t in threats}
-=======
             found = {t.written: kept.get(attacked, self.test, threat=t, **settings) for t in wanted}
->>>>>>> main
             clean = kept.get(clean_pass, self.test, losses=("redlr",), batch_size=batch_size)
         return found, float(first.upsilon(norms_of(clean, "redlr", first)))
 
