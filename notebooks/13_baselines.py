@@ -107,7 +107,8 @@ report.causes(record)
 figures.equal_clean(record)
 
 # %% [markdown]
-# **By method**: W-PGD, pointwise accuracy, Υ, gradient passes per training image, the setting chosen at the middle radius.
+# **By method**: W-PGD, pointwise accuracy, Υ, gradient passes per training image, the setting chosen at the middle
+# radius.
 
 # %%
 tables.attacked(record)
