@@ -37,6 +37,10 @@ def accuracy_curve(distances: Tensor, deltas: RadiusGrid, p: float, split: bool 
     split=True lets the adversary split the mass of one image, as the ball allows; split=False moves whole images only,
     which leaves at most 1/N more. Non-increasing in delta, non-decreasing in p; delta = 0 gives the
     clean accuracy, a huge delta the share of images that nothing flips. Duplicating the data set changes nothing.
+
+    >>> distances = torch.tensor([0.0, 0.1, 0.2, 0.5, 0.9])  # the first image is wrong already
+    >>> [round(float(a), 3) for a in wdat.accuracy_curve(distances, [0, 0.2], p=2)]
+    [0.8, 0.28]
     """
     d, deltas, p = _checked(distances, deltas, p)
     if split and math.isfinite(p):
@@ -124,6 +128,11 @@ def adversarial_set(x: Tensor, x_flip: Tensor, distances: Tensor, delta: float |
     `distances` must be ||x_flip - x||_r (0 where already wrong, inf where nothing was found). Whole images are flipped
     nearest first (ties: first come), the next one in part, so that W_p <= delta holds with equality unless everything
     that can be flipped is. p = inf splits nothing.
+
+    >>> near = wdat.minimal_distances(model, x, y, r="inf", steps=5)
+    >>> worst = wdat.adversarial_set(x, near.x, near.distance, "1/16", p=2)
+    >>> worst.distance <= 1 / 16 + 1e-6
+    True
     """
     if x.shape != x_flip.shape or len(x) != len(distances):
         raise ValueError(f"x {tuple(x.shape)}, x_flip {tuple(x_flip.shape)}, {len(distances)} distances do not match")

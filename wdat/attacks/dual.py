@@ -102,6 +102,10 @@ def dual_attack(
 
     Costs len(ladder) * (ladder_steps + 1) + steps + 1 forward and nearly as many backward passes an image. `ladder`
     are radii in units of delta, ascending and positive; an image can not get more than the last. p = inf is PGD.
+
+    >>> found = wdat.dual_attack(model, x, y, "W_2 linf 1/16", steps=5, ladder_steps=3)
+    >>> found.adversarial.distance <= 1 / 16 + 1e-6
+    True
     """
 
     def inside(radii: Tensor, steps: int) -> Adversarial:

@@ -93,6 +93,10 @@ def minimal_distances(
             global generator, nor change it.
 
     Raises: ValueError for images, labels, logits or settings that make no sense.
+
+    >>> near = wdat.minimal_distances(model, x, y, r="inf", steps=5)
+    >>> bool((near.distance[model(x).argmax(1) != y] == 0).all())
+    True
     """
     check_set(x, y)
     r = parse_norm(r)

@@ -110,6 +110,10 @@ def attack(
 
     Returns: `Adversarial`, whose `distance` is <= delta (to float32 rounding) or whose norms are <= radii.
     Raises: ValueError with the number and the remedy for images, labels, logits or settings that make no sense.
+
+    >>> found = wdat.attack(model, x, y, wdat.Threat("1/16"), steps=5)
+    >>> found.x.shape == x.shape, found.distance <= 1 / 16 + 1e-6, 0 <= found.accuracy < 1
+    (True, True, True)
     """
     check_set(x, y)
     check_radius(threat, x[:1].shape[1:])
@@ -216,6 +220,10 @@ def w_pgd_budget(model: nn.Module, x: Images, y: Tensor, threat: Threat, **setti
 
     The W_p constraint holds exactly on the set given, and in expectation when upsilon comes from elsewhere and only
     mini-batches are seen (training). `budget_loss` (default: `loss`) gives the gradients; other settings as `attack`.
+
+    >>> found = wdat.w_pgd_budget(model, x, y, "W_2 linf 1/16", steps=5)
+    >>> found.distance <= 1 / 16 + 1e-6
+    True
     """
     budget_loss = settings.pop("budget_loss", settings.get("loss", "redlr"))
     if threat.pointwise:  # the budgets are delta, whatever the gradients
@@ -234,7 +242,12 @@ w_fgsm = partial(attack, steps=1, step_ratio=1.0)
 
 
 def pgd(model: nn.Module, x: Images, y: Tensor, delta: float | str, r: float = float("inf"), **settings) -> Adversarial:
-    """Pointwise PGD: every image in its own delta-ball (`attack` with p = inf). Cross-entropy by default."""
+    """Pointwise PGD: every image in its own delta-ball (`attack` with p = inf). Cross-entropy by default.
+
+    >>> found = wdat.pgd(model, x, y, "1/16", steps=5)
+    >>> float(found.norms.max()) <= 1 / 16 + 1e-6
+    True
+    """
     return attack(model, x, y, Threat(delta, float("inf"), r), **{"loss": "ce", **settings})
 
 

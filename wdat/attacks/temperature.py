@@ -29,6 +29,10 @@ def temperature_pgd(
     Pointwise, so that images may be chosen one by one; image by image never weaker than the first temperature, of which
     "values" and "history" are. Settings as of `pgd`, but for the loss; "passes" counts all attacks. ValueError for no
     temperature, or what `pgd` refuses.
+
+    >>> found = wdat.temperature_pgd(model, x, y, "1/16", temperatures=(1.0, 0.1), steps=5)
+    >>> found.accuracy <= wdat.pgd(model, x, y, "1/16", steps=1).accuracy
+    True
     """
     if not temperatures:
         raise ValueError("no temperature given; pass for example temperatures=(1, 0.1)")

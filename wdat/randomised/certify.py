@@ -65,6 +65,11 @@ def certify(
         normal band for images drawn anew, around "every_image". "bracket": of the images attacked, "lower" as above,
         and what the attack leaves, "upper" by fresh draws, itself at most "high" (each with this confidence by itself).
     Raises: ValueError as `count`, and for a confidence outside (0, 1) or no threat.
+
+    >>> noisy = wdat.Randomised(model, 0.25)
+    >>> proved = wdat.certify(noisy, data, [wdat.Threat("1/8", p=2, r=2)], draws=100)
+    >>> 0 <= proved["threats"][0]["lower"] <= 1
+    True
     """
     check_confidence(confidence)
     if not threats:

@@ -116,6 +116,11 @@ def evaluate(
         Of a `wdat.Randomised` network instead what `wdat.certify` says of it, all images attacked through the noise;
         of the settings only curve, orders, batch_size, state and progress count.
     Raises: ValueError with number and remedy for unusable images, labels, logits, gradients or settings.
+
+    >>> found = wdat.evaluate(model, data, "W_2 linf 1/16", losses=["ce"], steps=3, progress=False)
+    >>> optimal = found["optimal"][0]["threats"][0]["accuracy"]
+    >>> optimal <= found["attacks"][0]["accuracy"] <= found["clean"]["accuracy"]
+    True
     """
     if isinstance(model, Randomised):
         return certify(

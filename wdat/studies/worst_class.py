@@ -127,6 +127,9 @@ def with_class_bias(
     The class worst under PGD on `data` (validation images; `steps` long) has its logit raised by `step` and all is
     attacked anew, `tries` times. Taken is the highest accuracy of the worst class among the biases whose average is at
     most `lost` below that without bias. `wdat.save_model` keeps it. threat: a pointwise ball (p = inf).
+
+    >>> wdat.with_class_bias(model, data, wdat.Threat("1/32", "inf"), tries=2, steps=2).bias.shape
+    torch.Size([10])
     """
     bias, tried = torch.zeros(len(data.classes), dtype=torch.float64), []
     for _ in range(tries + 1):

@@ -111,6 +111,9 @@ class Threat:
         r: pixel norm, 2 or inf (also "l2", "linf").
 
     Attributes: `written`, delta as it was given; `q`, `s`, the conjugates of p and r.
+
+    >>> str(wdat.Threat("8/255", p=2, r="inf")), wdat.Threat("8/255").delta == 8 / 255
+    ('W_2 linf 8/255', True)
     """
 
     delta: float

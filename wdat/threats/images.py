@@ -15,6 +15,10 @@ class Pixels:
 
     Stands for x (N, C, H, W) wherever attacks, minimal distances and sensitivity take images: the same numbers in a
     quarter of the memory. ValueError unless uint8 (N, C, H, W) <= levels.
+
+    >>> eight_bit = wdat.Pixels((255 * x).round().to(torch.uint8))
+    >>> wdat.attack(model, eight_bit, y, "W_2 linf 1/16", steps=5).x.shape
+    torch.Size([60, 1, 8, 8])
     """
 
     whole: Tensor

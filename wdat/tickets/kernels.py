@@ -62,6 +62,9 @@ def tangent_kernel(model: nn.Module, x: Tensor, other: Tensor | None = None, blo
     N and M are, and those of `other` are computed anew for every block of x. Of the network in eval mode and of the
     weights that require gradients; a `masked` network's kernel is that of its kept weights. Theta(x, x), as a matrix
     of N m rows, is symmetric and positive semi-definite.
+
+    >>> wdat.tangent_kernel(model, x[:4]).shape
+    torch.Size([4, 10, 4, 10])
     """
     if block < 1:
         raise ValueError(f"block={block} must be at least 1 image")

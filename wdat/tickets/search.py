@@ -110,6 +110,12 @@ def find_ticket(
     The kernel's term is estimated without bias by a random sign for every image and logit, anew at each step: a single
     gradient an image. Memory holds the images attacked and the per-image gradients of one batch.
     ValueError for images, labels or settings that do not fit.
+
+    >>> from wdat.tickets.search import Search
+    >>> quick = Search(iterations=2, batch_size=8)
+    >>> ticket = wdat.find_ticket(model, data, wdat.Threat("1/16", "inf"), 0.5, quick)
+    >>> int(ticket.model[1].weight.count_nonzero()) <= 320
+    True
     """
     search, device = search or Search(), device_of(model)
     classes = check_fit(model, data, [threat])

@@ -61,6 +61,11 @@ def interpolate(before: nn.Module, after: nn.Module, share: float) -> nn.Module:
     accuracy without further training. With batch norm its statistics are those of neither set of activations. Weights
     that are computed (weight norm, spectral norm, any parametrisation) are those computed, and plain in the result.
     Source: Wortsman et al. 2109.01903 (of zero-shot networks). ValueError if the two are not of one architecture.
+
+    >>> tuned = wdat.finetune(model, data, wdat.Recipe({"kind": "plain"}, epochs=1), progress=False).model
+    >>> half = wdat.interpolate(model, tuned, 0.5)
+    >>> torch.allclose(half[1].bias, (model[1].bias + tuned[1].bias) / 2)
+    True
     """
     found, before = plain_weights(after), plain_weights(before)
     first, last = before.state_dict(), found.state_dict()
@@ -108,6 +113,10 @@ def finetune(
     rate (zero budgets), mean gradient norm and its ratio to the first epoch's (a masking alarm), validation.
     Raises: ValueError for a network, images, labels or a checkpoint that do not fit; `Diverged`, which is one, when an
     epoch's mean loss or a weight is no longer finite (looked at when an epoch ends, and when a step fails).
+
+    >>> done = wdat.finetune(model, data, wdat.Recipe({"kind": "plain"}, epochs=2), progress=False)
+    >>> [row["epoch"] for row in done.history]
+    [1, 2]
     """
     base = model.network if isinstance(model, Randomised) else model
     recipe = recipe if base is model or recipe.noise else replace(recipe, noise=model.sigma)

@@ -24,6 +24,15 @@ The terms, with their sources, are in `wdat.training.terms`, the last three in `
 the recipe (`Recipe.noise`) all means are over `draws` noisy copies of every image, x + xi and x' + xi with the same xi,
 and inner attacks climb through the mean of their probabilities: `at` is then SmoothAdv (Salman et al., arXiv
 1906.04584), a term with p < inf its distributional version, with budgets by image.
+
+>>> two, through_noise = wdat.Threat("8/255"), wdat.Threat("1/4", r=2)
+>>> pointwise = [wdat.at("8/255"), wdat.trades("8/255", beta=3), wdat.mart("8/255")]
+>>> distributional = [wdat.w_trades(two), wdat.water_level(two), wdat.combined(two, "4/255")]
+>>> behind_noise = [wdat.consistency(weight=5.0), wdat.macer(draws=2), wdat.certificate(through_noise)]
+>>> [one.name for one in pointwise + distributional[:2]]
+['at', 'trades', 'mart', 'w-trades', 'water-level']
+>>> wdat.Recipe(behind_noise[0], noise=0.25, epochs=4).noise
+0.25
 """
 
 from collections.abc import Callable, Mapping

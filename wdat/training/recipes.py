@@ -66,6 +66,9 @@ class Recipe:
         seed: of order, augmentation, noise, initialisation.
 
     Every setting is read by its type (`wdat.settings`); ValueError for one that does not fit.
+
+    >>> wdat.Recipe(wdat.w_trades(wdat.Threat("1/16")), epochs=5).objective.name
+    'w-trades'
     """
 
     objective: Objective

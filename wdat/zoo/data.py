@@ -35,6 +35,10 @@ class Data:
         named: whether the classes were named; if not, a network may have outputs for classes that do not occur.
 
     Errors are ValueErrors: wrong shapes or types, pixels outside [0, 1], labels out of range, one class.
+
+    >>> rest, part = data.split_off(0.25, seed=0)
+    >>> len(rest), len(part), data.take(10).x.shape
+    (45, 15, torch.Size([10, 1, 8, 8]))
     """
 
     name: str
@@ -166,6 +170,9 @@ def from_tensors(x: Tensor, y: Tensor, name: str = "tensors", classes: Sequence[
 
     Float images whose values are all k/255 are kept in 8 bits, exactly. Without class names they are "0", "1", ...
     up to the largest label, and at least two different labels must occur.
+
+    >>> wdat.from_tensors(x, y, classes="0123456789").classes[:2]
+    ('0', '1')
     """
     if not isinstance(x, Tensor) or x.dtype != torch.uint8:
         check_images(x)
@@ -208,6 +215,10 @@ def load_data(
 
     Raises ValueError for an unknown name or split, images of different sizes, a corrupt, animated, transparent or
     16-bit file (by name), a file of a class that is not read, a test class that is no training class, one class.
+
+    >>> digits = wdat.load_data("digits", "test", n=100)
+    >>> len(digits), digits.x.shape, float(digits.x.max())
+    (100, torch.Size([100, 1, 8, 8]), 1.0)
     """
     n, size = read(int | None, n, "load_data: n"), read(int | None, size, "load_data: size")
     known = ("digits", *TORCHVISION, "imagenet", "folder")

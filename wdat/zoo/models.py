@@ -79,6 +79,9 @@ def load_model(
     A loaded model has a dictionary `card`: what was loaded, from where, and the sha256 of the weights.
     Raises FileNotFoundError for missing cards and weights with the path expected, ValueError for anything wrong with
     them: HTML page, git-lfs pointer, truncated, altered, other keys or shapes, NaN; unknown names with the nearest.
+
+    >>> wdat.load_model(model).training  # any nn.Module: checked, in eval mode
+    False
     """
     file = not isinstance(source, nn.Module) and str(source).endswith(WEIGHT_FILES)
     if architecture is not None and not file:
@@ -212,6 +215,12 @@ def save_model(model: nn.Module, card_path: str | Path, **fields: Any) -> Path:
     bias from a `Biased` one, sigma from a `Randomised` one, density from a masked one, of which the file holds the
     weights that are not zero and a bit for each place. ValueError unless that architecture takes exactly these
     weights. Both files appear whole or not at all, weights first.
+
+    >>> from wdat.zoo.networks import build
+    >>> small = {"architecture": "digits_cnn", "arguments": {"width": 2}}
+    >>> card = wdat.save_model(build("digits_cnn", width=2), folder / "small.yaml", training="none", **small)
+    >>> wdat.load_model(card).card["training"]
+    'none'
     """
     from safetensors.torch import save
 
@@ -260,6 +269,9 @@ def export_robustbench(model: nn.Module, path: str | Path) -> Path:
     The network must be the one RobustBench builds for NAME, as `load_model(NAME)` or `build("robustbench", ...)`
     gives: its normalisation, if any, inside. A `Normalised` model is refused, for its loader would drop mean and std;
     for other tools, save `wdat.fold_normalisation(model)`.
+
+    >>> wdat.export_robustbench(model, folder / "cifar10/Linf/Mine.pt").name
+    'Mine.pt'
     """
     path = Path(path)
     if path.suffix != ".pt":

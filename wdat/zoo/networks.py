@@ -25,6 +25,12 @@ class Normalised(nn.Module):
 
     mean, std: one number per channel, or one for all; fractions as text, such as "1253/2550", are read.
     ValueError unless every std is positive and the lengths agree.
+
+    >>> normalised = wdat.Normalised([0.5], [0.25], model)
+    >>> torch.allclose(normalised(x), model((x - 0.5) / 0.25))
+    True
+
+    A timm network: Normalised(net.default_cfg["mean"], net.default_cfg["std"], net).
     """
 
     def __init__(self, mean: Sequence[float | str], std: Sequence[float | str], network: nn.Module) -> None:
@@ -44,6 +50,9 @@ class Biased(nn.Module):
     """network(x) + bias, one number a class: answers shifted towards classes, at no cost. Attacks see the sum.
 
     bias: as many numbers as the network has classes. ValueError for fewer than two and for NaN or infinity.
+
+    >>> (wdat.Biased(model, [5.0] + [0.0] * 9)(x) - model(x))[0, :2].round().tolist()
+    [5.0, 0.0]
     """
 
     def __init__(self, network: nn.Module, bias: Sequence[float]) -> None:
@@ -65,6 +74,10 @@ def fold_normalisation(model: nn.Module) -> nn.Module:
     an nn.Sequential takes the normalisation whole. A first convolution that pads does so with zeros after it, which no
     weights and bias on the pixels repeat at the border; there, and in front of anything else, it becomes a 1 x 1
     convolution of its own, one channel each. ValueError for a model that is not `Normalised`.
+
+    >>> normalised = wdat.Normalised([0.5], [0.25], model)
+    >>> torch.allclose(wdat.fold_normalisation(normalised)(x), normalised(x), atol=1e-4)
+    True
     """
     model = unwrapped(model)
     if not isinstance(model, Normalised):

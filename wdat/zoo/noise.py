@@ -65,6 +65,10 @@ class Randomised(nn.Module):
             `reseed` starts again at k = 0.
 
     ValueError for another sigma and for a network that is randomised already.
+
+    >>> noisy = wdat.Randomised(model, 0.25)
+    >>> noisy.sigma, noisy(x).shape
+    (0.25, torch.Size([60, 10]))
     """
 
     def __init__(self, network: nn.Module, sigma: float, seed: int = 0) -> None:

@@ -47,6 +47,10 @@ def masked(model: nn.Module, mask: Mask | None = None) -> nn.Module:
     """A copy of the network held to a mask, by default to its weights that are not zero.
 
     `plain_weights` of it is the sparse network without the parametrisation. ValueError for a mask of other weights.
+
+    >>> sparse = wdat.masked(model, {"1.weight": model[1].weight.abs() > 0.1})
+    >>> int(sparse[1].weight.count_nonzero()) == int((model[1].weight.abs() > 0.1).sum())
+    True
     """
     model = copied(model)
     weights = prunable(model)
