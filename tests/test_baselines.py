@@ -148,7 +148,8 @@ def test_sr_wdro_weighs_the_loss_at_the_images_of_udr_pgd():
         images_found = objective.terms[0].perturb(other, x, y, torch.arange(N), kept[0]).x
     other.train()
     losses = F.cross_entropy(other(images_found), y, reduction="none")
-    (losses * worst_weights(losses, 0.2)).mean().backward()
+    assert not worst_weights(losses, 0.2).requires_grad
+    (losses * worst_weights(losses.detach(), 0.2)).mean().backward()
     same(found, [w.grad for w in other.parameters()])
 
 

@@ -94,7 +94,8 @@ def worst_weights(losses: Tensor, divergence: float) -> Tensor:
     largest loss, is found by bisection. Equal losses, and divergence 0, give weights 1. Source: Liu et al., arXiv
     2503.04315, after Bennouna and Van Parys, arXiv 2303.02251.
     """
-    below = joint.largest(losses.max()).double() - losses.detach().double()
+    losses = losses.detach()  # weights are constants of the gradient: they are the maximum's (Danskin)
+    below = joint.largest(losses.max()).double() - losses.double()
     spread = joint.largest(below.max())
     if not divergence or not spread > 0:
         return torch.ones_like(losses)
