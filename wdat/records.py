@@ -23,13 +23,13 @@ from typing import TYPE_CHECKING, Any
 
 from wdat import clock
 from wdat.digest import installed
-from wdat.files import check_writable, write_file, write_tensors
+from wdat.files import check_writable, read_tensors, write_file, write_tensors
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = ["check_writable", "device_line", "pick_device", "plain", "provenance", "read", "root", "started", "write"]
-__all__ += ["write_file", "write_tensors"]
+__all__ += ["read_tensors", "write_file", "write_tensors"]
 SCHEMA = 1
 SOURCES = ("wdat", "notebooks/*.py", "notebooks/profiles", "pyproject.toml", "requirements.lock.txt")
 _RESERVED = ("schema", "kind", "config", "results", "provenance")
@@ -127,10 +127,10 @@ def read(path: str | Path, kind: str | None = None) -> dict[str, Any]:
     profile = path.parent.name if path.parent.parent.name == "figures" else "digits"
     remedy = f"make it with: wdat reproduce --profile {profile}"
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no record {path}; {remedy}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a JSON record ({error}); remove it and {remedy}") from None
     if not isinstance(record, dict) or "kind" not in record or "results" not in record:
         raise ValueError(f"{path} is JSON but no record (no kind or results); remove it and {remedy}")
@@ -139,6 +139,10 @@ def read(path: str | Path, kind: str | None = None) -> dict[str, Any]:
     if kind is not None and record["kind"] != kind:
         raise ValueError(f"{path} holds a record of kind {record['kind']!r}, not {kind!r}; name the right file")
     return record
+
+
+def _refuse(constant: str) -> float:
+    raise ValueError(f"{constant} is no number of JSON")
 
 
 def provenance(device: "str | torch.device | None" = None) -> dict[str, Any]:
@@ -185,7 +189,7 @@ def pick_device(name: "str | torch.device" = "auto") -> "torch.device":
         return torch.device("cpu" if _why_cpu() else "cuda" if local is None else f"cuda:{local}")
     try:
         device = torch.device(name)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         raise ValueError(f"device {name!r} is unknown; write auto, cpu, cuda or cuda:0") from None
     if device.type == "cuda":
         if reason := _why_cpu():

@@ -54,7 +54,7 @@ def read(kind: Any, value: Any, where: str) -> Any:
     try:
         return _read(kind, value, where)
     except _Unfit:
-        raise ValueError(f"{where} is {value!r}; expected {_expected(kind)}") from None
+        raise ValueError(f"{where} is {_short(value)}; expected {_expected(kind)}") from None
 
 
 def arguments(maker: Callable, settings: Any, section: str) -> dict[str, Any]:
@@ -138,8 +138,16 @@ def _read(kind: Any, value: Any, where: str) -> Any:
         _fit(number, math.isfinite(number) or kind is not float)
         return value if kind is Written else number
     if is_dataclass(kind) and isinstance(value, Mapping):
-        return kind(**arguments(kind, value, where))
+        try:
+            return kind(**arguments(kind, value, where))
+        except TypeError as error:  # a field that has no default is missing
+            raise ValueError(f"{where} is {_short(value)}: {error}") from None
     return _fit(value, isinstance(value, Mapping if kind is dict else origin or kind))
+
+
+def _short(value: Any) -> str:
+    text = " ".join(repr(value).split())
+    return text if len(text) < 200 else f"{text[:160]} ..., a {type(value).__name__}"
 
 
 def _number(value: Any) -> float:

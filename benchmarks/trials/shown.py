@@ -16,3 +16,21 @@ def kills(found: dict) -> tuple[list[dict[str, str]], str]:
         for row in found["works"]
     ]  # fmt: skip
     return rows, "SIGKILL at random moments, up to eight times a run."
+
+
+@tabled("trials-inputs")
+def inputs(found: dict) -> tuple[list[dict[str, str]], str]:
+    """How many bad inputs each call got, and what it did with them."""
+    rows = [
+        {
+            "call": row["call"], "inputs": f"{row['inputs']:,}", "refused": f"{row['refused']:,}",
+            "harmless": f"{row['taken']:,}", "faults": str(len(row["faults"])),
+        }
+        for row in found["calls"]
+    ]  # fmt: skip
+    total = {key: sum(row[key] for row in found["calls"]) for key in ("inputs", "refused", "taken")}
+    rows.append({
+        "call": "all", "inputs": f"{total['inputs']:,}", "refused": f"{total['refused']:,}",
+        "harmless": f"{total['taken']:,}", "faults": str(sum(len(row["faults"]) for row in found["calls"])),
+    })  # fmt: skip
+    return rows, "Generated bad inputs; harmless: changed texts and files whose result was still a right one."

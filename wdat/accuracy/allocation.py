@@ -18,13 +18,15 @@ no order is too large. Source: strong duality of W_p balls (Blanchet and Murthy,
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from wdat.settings import read
 from wdat.threats.ball import parse_number, power_mean
+from wdat.threats.checks import check_dense
 
 RadiusGrid = float | str | Sequence[float | str] | Tensor
 
@@ -43,7 +45,7 @@ def accuracy_curve(distances: Tensor, deltas: RadiusGrid, p: float, split: bool 
     [0.8, 0.28]
     """
     d, deltas, p = _checked(distances, deltas, p)
-    if split and math.isfinite(p):
+    if read(bool, split, "accuracy_curve: split") and math.isfinite(p):
         level, share = _water(d, deltas, p)
         below, at = _counts(d, level)
         return (len(d) - below - share * at) / len(d)
@@ -134,8 +136,12 @@ def adversarial_set(x: Tensor, x_flip: Tensor, distances: Tensor, delta: float |
     >>> worst.distance <= 1 / 16 + 1e-6
     True
     """
-    if x.shape != x_flip.shape or len(x) != len(distances):
-        raise ValueError(f"x {tuple(x.shape)}, x_flip {tuple(x_flip.shape)}, {len(distances)} distances do not match")
+    if not all(isinstance(part, Tensor) for part in (x, x_flip, distances)):
+        kinds = ", ".join(type(part).__name__ for part in (x, x_flip, distances))
+        raise ValueError(f"x, x_flip and distances are {kinds}; expected three tensors")
+    if x.shape != x_flip.shape or x.shape[:1] != distances.shape:
+        shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in (("x", x), ("x_flip", x_flip)))
+        raise ValueError(f"{shapes}, distances {tuple(distances.shape)} do not match")
     d, radius, p = _checked(distances, delta, p)
     if radius.dim():
         raise ValueError(f"adversarial_set takes one delta, got {radius.numel()}; call it once for each")
@@ -231,6 +237,10 @@ def mixture_bound(radii: Tensor, accuracies: Tensor, deltas: RadiusGrid, p: floa
 
 def _checked(distances: Tensor, deltas: RadiusGrid, p: float) -> tuple[Tensor, Tensor, float]:
     """Sorted float64 distances, float64 radii on their device, p as a number; ValueError on bad input."""
+    if not isinstance(distances, Tensor) or distances.is_complex():
+        seen = distances.dtype if isinstance(distances, Tensor) else f"a {type(distances).__name__}"
+        raise ValueError(f"distances are {seen}; expected a tensor (N,) of numbers >= 0")
+    check_dense(distances, "distances")
     if distances.dim() != 1 or not len(distances):
         raise ValueError(f"distances have shape {tuple(distances.shape)}; expected (N,) with at least one image")
     d = distances.detach().double().sort().values
@@ -247,6 +257,8 @@ def _checked(distances: Tensor, deltas: RadiusGrid, p: float) -> tuple[Tensor, T
         radii = deltas.detach().double().to(d.device)
     else:
         scalar = isinstance(deltas, float | int | str)
+        if isinstance(deltas, Mapping | bytes) or not (scalar or isinstance(deltas, Iterable)):
+            raise ValueError(f"deltas are a {type(deltas).__name__}; expected a radius, or a list or tensor of them")
         values = [parse_number(deltas)] if scalar else [parse_number(delta) for delta in deltas]
         radii = torch.tensor(values, dtype=torch.float64, device=d.device)
         radii = radii[0] if scalar else radii

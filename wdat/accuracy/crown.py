@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from wdat.accuracy.graph import Step, network_steps
 from wdat.accuracy.relaxation import LayerBounds, hidden_bounds, margin_rows, relu_lines, substitute
+from wdat.settings import Norm, Order, reads
 from wdat.threats.ball import parse_norm
 from wdat.threats.checks import check_model, device_of, frozen
 from wdat.threats.inputs import as_model, as_tensor, taking
@@ -106,16 +107,17 @@ def certified_radii(model: nn.Module, x: Tensor, y: Tensor, r: float, **settings
     return certified_search(model, x, y, r, **settings)[0]
 
 
+@reads("certified_radii")
 def certified_search(
     model: nn.Module,
     x: Tensor,
     y: Tensor,
-    r: float,
+    r: Norm,
     *,
     slack: float = 1e-4,
     tolerance: float = 0.02,
     batch_size: int = 32,
-    scale: float = math.inf,
+    scale: Order = math.inf,
     progress: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`certified_radii`, and beside them the first-order distances (N,) that bound the search (0: misclassified).
@@ -124,8 +126,10 @@ def certified_search(
     """
     classes = check_model(model, x, y)
     r = parse_norm(r)
-    if not (slack > 0 and 0 < tolerance < 1):
-        raise ValueError(f"slack={slack} must be > 0 logits and tolerance={tolerance} in (0, 1)")
+    if not (slack > 0 and 0 < tolerance < 1 and batch_size >= 1):
+        raise ValueError(
+            f"slack={slack} must be > 0 logits, tolerance={tolerance} in (0, 1) and batch_size={batch_size} >= 1"
+        )
     device = device_of(model)
     steps = network_steps(model, x[:1].to(device))
     if steps[-1].shape[0] != classes:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from wdat.attacks.adversarial import Adversarial
 from wdat.attacks.pgd import attack
+from wdat.settings import reads
 from wdat.threats.ball import Threat, as_threat, power_mean
 from wdat.threats.images import Images
 from wdat.threats.inputs import as_model, as_tensor, taking
@@ -85,6 +86,7 @@ def price(curves: Tensor, radii: Tensor, delta: float, p: float) -> tuple[Tensor
 
 
 @taking(model=as_model, x=as_tensor, y=as_tensor, threat=as_threat)
+@reads("dual_attack")
 def dual_attack(
     model: nn.Module,
     x: Images,

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from wdat.attacks.proposals import tighten, without_gradients
 from wdat.attacks.search import Search
+from wdat.settings import Norm, Order, reads
 from wdat.threats.ball import parse_norm
 from wdat.threats.checks import ALONE, check_function, device_of, frozen
 from wdat.threats.images import Images, Joined, check_set
@@ -53,17 +54,18 @@ class Nearest:
 
 
 @taking(model=as_model, x=as_tensor, y=as_tensor)
+@reads("minimal_distances")
 def minimal_distances(
     model: nn.Module,
     x: Images,
     y: Tensor,
-    r: float,
+    r: Norm,
     *,
     steps: int = 15,
     rivals: int = 4,
     restarts: int = 0,
     tolerance: float = 1e-3,
-    max_radius: float = math.inf,
+    max_radius: Order = math.inf,
     tight: bool = False,
     batch_size: int = 128,
     seed: int = 0,

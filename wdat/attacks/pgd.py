@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from wdat.attacks.adversarial import Adversarial
 from wdat.attacks.loop import projected_gradient
+from wdat.settings import reads
 from wdat.threats import joint
 from wdat.threats.ball import Threat, as_threat, inner_ball, per_image, pixel_norm, project
 from wdat.threats.checks import (
@@ -71,6 +72,7 @@ class _Batches(Sequence):
 
 
 @taking(model=as_model, x=as_tensor, y=as_tensor, threat=as_threat, radii=as_tensor, start=as_tensor)
+@reads("attack")
 def attack(
     model: nn.Module,
     x: Images,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from wdat.attacks.adversarial import Adversarial
 from wdat.attacks.pgd import pgd
+from wdat.settings import read
 from wdat.threats.images import Images
 from wdat.threats.inputs import as_model, as_tensor, taking
 from wdat.threats.losses import at_temperature, get_loss
@@ -34,6 +35,7 @@ def temperature_pgd(
     >>> found.accuracy <= wdat.pgd(model, x, y, "1/16", steps=1).accuracy
     True
     """
+    temperatures = read(Sequence[float], temperatures, "temperature_pgd: temperatures")
     if not temperatures:
         raise ValueError("no temperature given; pass for example temperatures=(1, 0.1)")
     first, passes = at_temperature(temperatures[0]), 0.0

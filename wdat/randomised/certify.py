@@ -20,7 +20,10 @@ from wdat.randomised.attack import Kept, ladder, upper
 from wdat.randomised.certificate import distinct, dual, in_sigmas, lower_curve, lower_ends, vote_radii
 from wdat.randomised.counts import Counts, count
 from wdat.randomised.means import adaptive, bracketed, mean_bound
-from wdat.threats.ball import Threat, plain_number
+from wdat.settings import Order, reads
+from wdat.threats.ball import Threat, as_threats, plain_number
+from wdat.threats.inputs import as_model, taking
+from wdat.zoo.adapt import DataLike, as_data
 from wdat.zoo.data import Data, draw
 from wdat.zoo.noise import Randomised, check_confidence
 
@@ -28,15 +31,17 @@ RUNGS = 8
 EACH, MEAN = "every image at once", "the mean alone"
 
 
+@taking(model=as_model, data=as_data, threats=as_threats)
+@reads("certify")
 def certify(
     model: nn.Module,
-    data: Data,
-    threats: Sequence[Threat],
+    data: DataLike,
+    threats: Sequence[Threat | str] | Threat | str,
     sigma: float | None = None,
     *,
     draws: int = 1000,
     confidence: float = 0.999,
-    orders: Sequence[float] = (1.0, 2.0, math.inf),
+    orders: Sequence[Order] = (1.0, 2.0, math.inf),
     curve: int = 0,
     spread: bool = False,
     attacked: int = 0,
@@ -72,6 +77,8 @@ def certify(
     True
     """
     check_confidence(confidence)
+    if min(orders, default=1) < 1 or min(curve, attacked) < 0:
+        raise ValueError(f"orders {list(orders)} must be in [1, inf], curve={curve} and attacked={attacked} >= 0")
     if not threats:
         raise ValueError("no threat given; pass for example [Threat('1/4', p=2, r=2)]")
     plan = {"plan": adaptive} if spread else {}

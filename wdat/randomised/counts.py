@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from wdat.digest import text_digest, version
-from wdat.records import write_tensors
+from wdat.records import read_tensors, write_tensors
 from wdat.threats.checks import check_labels, device_of, frozen
 from wdat.threats.losses import margin
 from wdat.zoo.data import Data
@@ -86,7 +86,7 @@ class Draws:
             file = self.state / f"{text_digest(f'{self.owner} {name} {draws.tolist()}')[:32]}.pt"
             if file.is_file():
                 try:
-                    kept = torch.load(file, weights_only=True)
+                    kept = read_tensors(file)
                     agrees = same(kept["logits"], self.answers)
                 except Exception as error:
                     raise ValueError(f"state file {file} can not be read; delete it to start anew") from error

@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 from wdat.attacks.nearest import Nearest, minimal_distances
 from wdat.digest import text_digest, version
-from wdat.records import write_tensors
+from wdat.records import read_tensors, write_tensors
 from wdat.settings import arguments, check_names
 from wdat.threats.images import Joined
 from wdat.threats.inputs import as_model, taking
@@ -101,7 +101,7 @@ class Cache:
             if not file.is_file():
                 break
             try:
-                saved = torch.load(file, weights_only=True)
+                saved = read_tensors(file)
                 agrees = same(saved["logits"], logits)
             except Exception as error:
                 raise ValueError(f"state file {file} can not be read; delete it to start anew") from error

@@ -10,7 +10,7 @@ from torch import nn
 from wdat.accuracy.allocation import accuracy_curve
 from wdat.accuracy.classes import flipped_mass
 from wdat.clock import spending
-from wdat.records import write_tensors
+from wdat.records import read_tensors, write_tensors
 from wdat.studies.cache import Cache, part_size, search_settings
 from wdat.studies.measures import attacked, autoattack_accuracy, clean_pass, per_class
 from wdat.studies.study import distance
@@ -59,7 +59,7 @@ def trained(model: nn.Module, train: Data, held: Data, recipe: Recipe, threat: T
         checkpoint.unlink()
         return trained(model, train, held, recipe, threat, stem)
     best = copied(done.model)
-    best.load_state_dict(torch.load(file(epoch), weights_only=True))
+    best.load_state_dict(read_tensors(file(epoch)))
     return Trained(done.model, best.eval(), epoch, done.history)
 
 

@@ -14,10 +14,13 @@ from torch import Tensor, nn
 
 from wdat.attacks.pgd import attack
 from wdat.clock import spending
+from wdat.settings import reads
 from wdat.studies.checkpoints import Measures, trained
 from wdat.studies.jobs import Run, resident, run_all
-from wdat.threats.ball import Threat
+from wdat.threats.ball import Threat, as_threat
+from wdat.threats.inputs import as_model, taking
 from wdat.training.recipes import make_recipe
+from wdat.zoo.adapt import DataLike, as_data
 from wdat.zoo.data import Data, check_fit, check_same_classes
 from wdat.zoo.networks import Biased
 
@@ -118,8 +121,10 @@ def class_radii(standing: Tensor, rounds: Rounds) -> list[float]:
     return (rounds.floor + standing).tolist()
 
 
+@taking(model=as_model, data=as_data, threat=as_threat)
+@reads("with_class_bias")
 def with_class_bias(
-    model: nn.Module, data: Data, threat: Threat, *, tries: int = 20, step: float = 0.1, steps: int = 10,
+    model: nn.Module, data: DataLike, threat: Threat, *, tries: int = 20, step: float = 0.1, steps: int = 10,
     lost: float = LOST,
 ) -> Biased:  # fmt: skip
     """The network with a bias on its logits that raises the class worst under attack, at no cost in passes.
@@ -131,6 +136,11 @@ def with_class_bias(
     >>> wdat.with_class_bias(model, data, wdat.Threat("1/32", "inf"), tries=2, steps=2).bias.shape
     torch.Size([10])
     """
+    check_fit(model, data, [threat])
+    if not threat.pointwise or min(tries, lost) < 0 or step <= 0 or steps < 1:
+        raise ValueError(
+            f"tries={tries} and lost={lost} must be >= 0, step={step} > 0, steps={steps} >= 1 and p={threat.p:g} inf"
+        )
     bias, tried = torch.zeros(len(data.classes), dtype=torch.float64), []
     for _ in range(tries + 1):
         standing = standing_classes(Biased(model, bias.tolist()).eval(), data, threat, steps)

@@ -32,16 +32,24 @@ def check_images(x: Tensor) -> None:
         raise ValueError(f"pixels lie in [{low:.4g}, {high:.4g}]; expected [0, 1]: {remedy}")
 
 
+def check_dense(x: Tensor, what: str) -> None:
+    """Raise ValueError for a tensor without numbers in rows and columns: sparse, nested, quantised, on no device."""
+    if x.is_nested or x.layout != torch.strided or x.is_quantized:
+        kind = "a nested" if x.is_nested else "a quantised" if x.is_quantized else "a sparse"
+        raise ValueError(f"{what} are {kind} tensor; pass a dense one: torch.stack, .dequantize() or .to_dense()")
+    if x.is_meta:
+        raise ValueError(f"{what} are on the meta device, without numbers; pass those that hold some")
+
+
 def check_layout(x: Tensor) -> None:
     """Raise ValueError unless x has the shape of images (N, C, H, W), N >= 1, rather than (N, H, W, C)."""
+    check_dense(x, "images")
     shape = tuple(x.shape)
     if x.dim() != 4 or x.numel() == 0:
         remedy = "; x[None] makes a set of one image, x[:, None] adds the channel of grey ones" if x.dim() == 3 else ""
         raise ValueError(f"images have shape {shape}; expected a non-empty (N, C, H, W){remedy}")
     if shape[3] in (1, 3, 4) and shape[1] == shape[2] > 4:
         raise ValueError(f"images have shape {shape}, channels last; call x.permute(0, 3, 1, 2) for (N, C, H, W)")
-    if x.is_meta:
-        raise ValueError("images are on the meta device, without numbers; pass those that hold pixels")
 
 
 def check_labels(y: Tensor, n: int, classes: int | None = None) -> None:
@@ -54,6 +62,7 @@ def check_labels(y: Tensor, n: int, classes: int | None = None) -> None:
                 "y.long()" if y.dim() == 1 else "y.argmax(1) for one row of scores an image, y.flatten() for one number"
             )
         raise ValueError(f"labels are {seen}; expected an int64 tensor (N,) of class indices: {remedy}")
+    check_dense(y, "labels")
     if len(y) != n:
         raise ValueError(f"{len(y)} labels for {n} images")
     low, high = torch.stack(torch.aminmax(y)).tolist()
@@ -82,6 +91,8 @@ def check_logits(logits: Tensor, n: int | None = None) -> None:
     if not isinstance(logits, Tensor) or logits.dim() != 2 or (n is not None and len(logits) != n):
         seen, remedy = _structure(logits)
         raise ValueError(f"the model returned {seen}; expected logits ({'N' if n is None else n}, classes){remedy}")
+    if not logits.is_floating_point():
+        raise ValueError(f"the model returned {logits.dtype}; expected logits, real numbers before any argmax")
     if logits.shape[1] < 2:
         raise ValueError("the model has one output; a classifier needs at least 2 (one logit per class)")
     z = logits.detach().float()

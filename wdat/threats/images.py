@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from wdat.threats.checks import check_images, check_labels, check_layout, device_of, frozen
+from wdat.settings import read
+from wdat.threats.checks import check_dense, check_images, check_labels, check_layout, device_of, frozen
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,10 @@ class Pixels:
     levels: int = 255
 
     def __post_init__(self) -> None:
+        if not isinstance(self.whole, Tensor):
+            raise ValueError(f"pixels are a {type(self.whole).__name__}; expected a uint8 tensor (N, C, H, W)")
+        check_dense(self.whole, "pixels")
+        object.__setattr__(self, "levels", read(int, self.levels, "Pixels: levels"))
         if self.whole.dtype != torch.uint8 or self.whole.dim() != 4 or not self.whole.numel():
             seen = f"{self.whole.dtype} of shape {tuple(self.whole.shape)}"
             raise ValueError(f"pixels are {seen}; expected a non-empty uint8 (N, C, H, W)")

@@ -180,6 +180,8 @@ def explained(model: nn.Module, images: object) -> Iterator[None]:
 
 def why(model: nn.Module, images: object) -> str | None:
     """Why the network fails on the first image (of a tensor, `Pixels` or a data set); None if it does not."""
+    if not isinstance(images, Tensor | Pixels) and not hasattr(images, "batch"):
+        return None
     image = images[:1] if isinstance(images, Tensor | Pixels) else images.batch(torch.arange(1))[0]
     weights = [*model.parameters(), *model.buffers()]
     reason = ""

@@ -124,6 +124,8 @@ def get_loss(loss: str | Loss) -> Loss:
     """
     if callable(loss):
         return loss
+    if not isinstance(loss, str):
+        raise ValueError(f'the loss is {loss!r}; pass a name such as "redlr" or a function (logits, targets) -> (N,)')
     if found := re.fullmatch(r"ce T=(\S+)", loss):
         temperature = parse_number(found[1])
         if not temperature >= 0:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from wdat.settings import reads
 from wdat.threats.ball import Threat, as_threat, per_image, power_mean
 from wdat.threats.checks import ALONE, check_function, checking, device_of, frozen, under_autocast
 from wdat.threats.images import Images, check_set
@@ -80,6 +81,7 @@ def feasible(gradient: Tensor, x: Tensor) -> Tensor:
 
 
 @taking(model=as_model, x=as_tensor, y=as_tensor, threat=as_threat)
+@reads("dual_norms")
 def dual_norms(
     model: nn.Module,
     x: Images,
@@ -97,6 +99,8 @@ def dual_norms(
     """
     check_set(x, y)
     check_function(model, x[:ALONE])
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1")
     return _dual_norms(model, x, y, threat, loss, batch_size, box)
 
 
@@ -135,6 +139,7 @@ def upsilon_of_norms(norms: Tensor, q: float, total: int | None = None) -> Sensi
 
 
 @taking(model=as_model, x=as_tensor, y=as_tensor, threat=as_threat)
+@reads("upsilon")
 def upsilon(
     model: nn.Module,
     x: Images,
@@ -156,9 +161,9 @@ def upsilon(
     check_set(x, y)
     check_function(model, x[:ALONE])
     total = len(x)
+    if batch_size < 1 or (subset is not None and subset < 1):
+        raise ValueError(f"subset={subset} and batch_size={batch_size} must be at least one image")
     if subset is not None and subset < total:
-        if subset < 1:
-            raise ValueError(f"subset={subset}: the sensitivity needs at least one image")
         index = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:subset]
         x, y = x[index], y[index]
     return upsilon_of_norms(_dual_norms(model, x, y, threat, loss, batch_size), threat.q, total)

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp, vjp, vmap
 
-from wdat.threats.inputs import copied
+from wdat.settings import reads
+from wdat.threats.checks import ALONE, check_function, check_images
+from wdat.threats.inputs import as_model, as_tensor, copied, optional, taking
 
 Weights = dict[str, Tensor]
 Network = Callable[[Weights, Tensor], Tensor]
@@ -54,6 +56,8 @@ def _jacobian(network: Network, weights: Weights, x: Tensor) -> Weights:
     return tangents(network, weights, x, torch.eye(classes, device=x.device).expand(len(x), -1, -1))
 
 
+@taking(model=as_model, x=as_tensor, other=optional(as_tensor))
+@reads("tangent_kernel")
 @torch.no_grad()
 def tangent_kernel(model: nn.Module, x: Tensor, other: Tensor | None = None, block: int = 16) -> Tensor:
     """Theta(x, other): (N, m, M, m) of images (N, C, H, W) and (M, C, H, W) on the model's device; other=None is x.
@@ -68,6 +72,9 @@ def tangent_kernel(model: nn.Module, x: Tensor, other: Tensor | None = None, blo
     """
     if block < 1:
         raise ValueError(f"block={block} must be at least 1 image")
+    for images in (x,) if other is None else (x, other):
+        check_images(images)
+        check_function(model, images[:ALONE])
     network, weights = functional(model)
     rows = []
     for part in x.split(block):

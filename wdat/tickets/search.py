@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from wdat.attacks.pgd import attack
-from wdat.settings import typed
-from wdat.threats.ball import Threat
+from wdat.settings import reads, typed
+from wdat.threats.ball import Threat, as_threat
 from wdat.threats.checks import device_of
 from wdat.threats.inputs import as_model, copied, taking
 from wdat.threats.seeds import derive_seed
@@ -94,7 +94,8 @@ def _signs(n: int, classes: int, generator: torch.Generator, device: torch.devic
     return (2.0 * torch.randint(0, 2, (n, 1, classes), generator=generator) - 1).to(device)
 
 
-@taking(model=as_model, data=as_data)
+@taking(model=as_model, data=as_data, threat=as_threat)
+@reads("find_ticket")
 def find_ticket(
     model: nn.Module, data: DataLike, threat: Threat, density: float, search: Search | None = None, *, seed: int = 0
 ) -> Ticket:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from wdat.digest import version
+from wdat.records import read_tensors
 from wdat.threats.ball import Threat
 from wdat.training.objectives import Objective
 from wdat.training.recipes import Recipe
@@ -30,7 +31,7 @@ def identify_run(
 def load(path: Path, identity: dict[str, str | Tensor]) -> dict:
     """The checkpoint there. ValueError for one that can not be read or is another run's."""
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved = read_tensors(path)
         theirs = saved["identity"]
         changed = [] if same(identity["logits"], theirs.get("logits", torch.empty(0))) else ["logits"]
     except Exception as error:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from wdat.records import write_tensors
+from wdat.settings import read, reads
 from wdat.threats import joint
 from wdat.threats.ball import Threat, as_threat
 from wdat.threats.checks import device_of, frozen, tensors_of
@@ -67,11 +68,12 @@ def interpolate(before: nn.Module, after: nn.Module, share: float) -> nn.Module:
     >>> torch.allclose(half[1].bias, (model[1].bias + tuned[1].bias) / 2)
     True
     """
-    found, before = plain_weights(after), plain_weights(before)
+    share = read(float, share, "interpolate: share")
+    found, before = plain_weights(as_model(after)), plain_weights(as_model(before))
     first, last = before.state_dict(), found.state_dict()
     first, last = ({k: v for k, v in state.items() if isinstance(v, Tensor)} for state in (first, last))
-    if {k: v.shape for k, v in first.items()} != {k: v.shape for k, v in last.items()} or not math.isfinite(share):
-        raise ValueError(f"share={share} must be a number, and both networks of one architecture")
+    if {k: v.shape for k, v in first.items()} != {k: v.shape for k, v in last.items()}:
+        raise ValueError("the networks differ in the names or shapes of their weights; pass two of one architecture")
     for name, end in last.items():  # the copy's own tensors
         if end.is_floating_point():
             end.copy_(torch.lerp(first[name].to(end.device), end, share))
@@ -79,6 +81,7 @@ def interpolate(before: nn.Module, after: nn.Module, share: float) -> nn.Module:
 
 
 @taking(model=as_model, train=as_data, validation=optional(as_data), validation_threat=optional(as_threat))
+@reads("finetune")
 def finetune(
     model: nn.Module,
     train: DataLike,

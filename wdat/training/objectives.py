@@ -285,7 +285,7 @@ def make_objective(settings: dict) -> Objective:
         raise ValueError(f"objective is {settings!r}; expected a mapping, such as {{kind: w-trades, delta: 8/255}}")
     rest = dict(settings)
     kind = rest.pop("kind", None)
-    if kind not in makers:
+    if not isinstance(kind, str) or kind not in makers:
         raise ValueError(f"unknown objective {kind!r}; known: {', '.join(makers)}")
     own = {} if kind in ("consistency", "macer", "certificate") else {k: rest.pop(k) for k in ("draws",) if k in rest}
     if kind in ("w-trades", "combined", "water-level", "certificate"):

@@ -105,8 +105,11 @@ class Recipe:
                 f"accumulate={self.accumulate} must be from 1 to the batch size, {self.batch_size}, and precision="
                 f"{self.precision!r} one of {', '.join(TRAINING_PRECISIONS)}"
             )
-        if self.augment < 0 or not self.clip >= 0:
-            raise ValueError(f"augment={self.augment}, a shift in pixels, and clip={self.clip} must be >= 0")
+        if self.augment < 0 or min(self.clip, self.weight_decay, self.init_scale) < 0 or not 0 <= self.momentum < 1:
+            raise ValueError(
+                f"augment={self.augment}, a shift in pixels, clip={self.clip}, weight_decay={self.weight_decay} and "
+                f"init_scale={self.init_scale} must be >= 0, momentum={self.momentum} in [0, 1)"
+            )
         if not 0 <= self.noise <= 10 or (self.noise and any(isinstance(t, WaterLevel) for t in self.objective.terms)):
             raise ValueError(
                 f"noise={self.noise:g} must be a standard deviation in [0, 10], and 0 with the objective water-level, "

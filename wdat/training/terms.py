@@ -121,8 +121,11 @@ class Term:
             raise ValueError('inner="kl" has zero gradient at the clean image; use start=1e-3 or "random"')
         if not (self.start == "random" or (not isinstance(self.start, str) and self.start >= 0)):
             raise ValueError(f'start={self.start!r} must be "random" or a standard deviation >= 0')
-        if self.steps < 1 or self.weight < 0 or (self.cap is not None and self.cap <= 0):
-            raise ValueError(f"steps={self.steps} must be >= 1, weight={self.weight} >= 0 and cap={self.cap} > 0")
+        if self.steps < 1 or self.weight < 0 or self.step_ratio <= 0 or (self.cap is not None and self.cap <= 0):
+            raise ValueError(
+                f"steps={self.steps} must be >= 1, weight={self.weight} >= 0, step_ratio={self.step_ratio} and "
+                f"cap={self.cap} > 0"
+            )
         if self.precision not in TRAINING_PRECISIONS:
             raise ValueError(f"precision={self.precision!r} must be one of {', '.join(TRAINING_PRECISIONS)}")
 

@@ -14,12 +14,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from wdat.settings import read
+from wdat.settings import read, reads
 from wdat.threats.ball import Threat
 from wdat.threats.checks import check_images, check_labels, check_model, check_radius
 from wdat.threats.images import Images, Pixels
 from wdat.zoo.folders import decode, listing
 from wdat.zoo.noise import Randomised
+
+MOST = 10**6  # classes that labels without names may speak of
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,12 +53,15 @@ class Data:
     named: bool = True
 
     def __post_init__(self) -> None:
-        if self.pixels.dtype == torch.uint8:
+        object.__setattr__(self, "levels", read(int, self.levels, f"{self.name}: levels"))
+        if isinstance(self.pixels, Tensor) and self.pixels.dtype == torch.uint8:
             Pixels(self.pixels, self.levels)
         else:
             check_images(self.pixels)
             if self.levels != 1:
                 raise ValueError(f"{self.name}: float pixels are in [0, 1], so levels is 1, not {self.levels}")
+        if not isinstance(self.classes, tuple | list):
+            raise ValueError(f"the classes of {self.name} are a {type(self.classes).__name__}; expected their names")
         if len(self.classes) < 2:
             raise ValueError(f"{self.name} has one class; a classifier needs at least two")
         check_labels(self.y, len(self.pixels), len(self.classes))
@@ -181,7 +186,9 @@ def from_tensors(x: Tensor, y: Tensor, name: str = "tensors", classes: Sequence[
         x = rounded if torch.equal(rounded.float() / 255, x) else x
     check_labels(y, len(x))
     y = y.detach().cpu()
-    names = _names(y, name) if classes is None else tuple(classes)
+    if not isinstance(classes, Iterable | None):
+        raise ValueError(f"the classes of {name} are {classes!r}; expected a list of their names, or None")
+    names = _names(y, name) if classes is None else tuple(map(str, classes))
     levels = 255 if x.dtype == torch.uint8 else 1
     return Data(name, "all", x.cpu().contiguous(), y, names, levels, "tensors", named=classes is not None)
 
@@ -189,9 +196,12 @@ def from_tensors(x: Tensor, y: Tensor, name: str = "tensors", classes: Sequence[
 def _names(y: Tensor, name: str) -> tuple[str, ...]:
     if len(y.unique()) < 2:
         raise ValueError(f"{name} has one class, {int(y[0])}; pass images of at least two, or name the classes")
+    if y.max() >= MOST:
+        raise ValueError(f"labels of {name} go up to {int(y.max()):,}, an index of a class; number the classes from 0")
     return tuple(str(label) for label in range(int(y.max()) + 1))
 
 
+@reads("load_data")
 def load_data(
     name: str | Path, split: str = "test", root: str | Path | None = None, n: int | None = None, size: int | None = None
 ) -> Data:
@@ -220,7 +230,6 @@ def load_data(
     >>> len(digits), digits.x.shape, float(digits.x.max())
     (100, torch.Size([100, 1, 8, 8]), 1.0)
     """
-    n, size = read(int | None, n, "load_data: n"), read(int | None, size, "load_data: size")
     known = ("digits", *TORCHVISION, "imagenet", "folder")
     if str(name) not in known and Path(name).expanduser().exists():
         if root is not None:

@@ -27,10 +27,10 @@ import torch
 import yaml
 from torch import nn
 
-from wdat.records import write_file
+from wdat.records import pick_device, write_file
 from wdat.settings import Written, check_names, read
 from wdat.threats.checks import tensors_of
-from wdat.threats.inputs import plain_weights, unwrapped
+from wdat.threats.inputs import as_model, plain_weights, unwrapped
 from wdat.zoo import robustbench as rb
 from wdat.zoo.networks import Biased, Normalised, build
 from wdat.zoo.noise import Randomised
@@ -83,6 +83,9 @@ def load_model(
     >>> wdat.load_model(model).training  # any nn.Module: checked, in eval mode
     False
     """
+    if not isinstance(source, nn.Module | str | Path):
+        raise ValueError(f"the model is a {type(source).__name__}; pass an nn.Module, the path of a card or a name")
+    device = None if device is None else pick_device(device)
     file = not isinstance(source, nn.Module) and str(source).endswith(WEIGHT_FILES)
     if architecture is not None and not file:
         raise ValueError(f"architecture={architecture!r} is that of a weight file; {source} is none")
@@ -224,11 +227,11 @@ def save_model(model: nn.Module, card_path: str | Path, **fields: Any) -> Path:
     """
     from safetensors.torch import save
 
-    path = Path(card_path)
+    path = read(Path, Path(card_path) if isinstance(card_path, str) else card_path, "save_model: card_path")
     if path.suffix not in (".yaml", ".yml"):
         raise ValueError(f"a card is a YAML file, {path.name} is not; write NAME.yaml")
     fields = _typed(fields, "save_model")
-    model = unwrapped(model)
+    model = unwrapped(as_model(model))
     if isinstance(model, Randomised):
         fields["sigma"], model = model.sigma, model.network
     loaded = getattr(model, "card", {})
@@ -273,7 +276,7 @@ def export_robustbench(model: nn.Module, path: str | Path) -> Path:
     >>> wdat.export_robustbench(model, folder / "cifar10/Linf/Mine.pt").name
     'Mine.pt'
     """
-    path = Path(path)
+    path, model = read(Path, Path(path) if isinstance(path, str) else path, "export: path"), as_model(model)
     if path.suffix != ".pt":
         raise ValueError(f"RobustBench reads NAME.pt, not {path.name}")
     if isinstance(model, Randomised):

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from wdat import settings
-from wdat.settings import parse_number
-from wdat.threats.inputs import copied, unwrapped
+from wdat.settings import parse_number, read
+from wdat.threats.inputs import as_model, copied, unwrapped
 from wdat.zoo import robustbench as rb
 
 
@@ -57,9 +57,10 @@ class Biased(nn.Module):
 
     def __init__(self, network: nn.Module, bias: Sequence[float]) -> None:
         super().__init__()
-        if len(bias) < 2 or not torch.tensor(bias).isfinite().all():
-            raise ValueError(f"bias {list(bias)} must be finite numbers, one a class")
-        self.network = network
+        bias = read(Sequence[float], bias.tolist() if hasattr(bias, "tolist") else bias, "Biased: bias")
+        if len(bias) < 2:
+            raise ValueError(f"bias {bias} must be finite numbers, one a class")
+        self.network = as_model(network)
         self.register_buffer("bias", torch.tensor(bias, dtype=torch.float32))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -206,7 +207,10 @@ def build(architecture: str, **arguments) -> nn.Module:
         inspect.signature(function).bind(**arguments)
     except TypeError as error:
         raise ValueError(f"{architecture}{inspect.signature(function)}: {error}, given {arguments}") from None
-    return function(**arguments)
+    try:
+        return function(**arguments)
+    except RuntimeError as error:  # a width below 1, a number of classes that no memory holds
+        raise ValueError(f"{architecture} can not be built with {arguments}: {str(error).splitlines()[0]}") from error
 
 
 def _own(architecture: str, arguments: dict) -> nn.Module:

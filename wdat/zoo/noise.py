@@ -12,7 +12,9 @@ import math
 import torch
 from torch import Tensor, nn
 
+from wdat.settings import read
 from wdat.threats.checks import check_function, device_of, frozen
+from wdat.threats.inputs import as_model
 from wdat.threats.seeds import derive_seed
 
 LARGEST = 10.0  # standard deviations are those of pixels in [0, 1]
@@ -44,7 +46,7 @@ def noise(like: Tensor, sigma: float, generator: torch.Generator) -> Tensor:
 
 def check_sigma(sigma: float) -> float:
     """The standard deviation as a number. ValueError unless it is in (0, 10]."""
-    if not (isinstance(sigma, int | float) and 0 < sigma <= LARGEST):
+    if not (isinstance(sigma, int | float) and not isinstance(sigma, bool) and 0 < sigma <= LARGEST):
         raise ValueError(
             f"sigma={sigma} must be in (0, {LARGEST:g}], a standard deviation of pixels in [0, 1]; 0.25 is a common one"
         )
@@ -73,6 +75,7 @@ class Randomised(nn.Module):
 
     def __init__(self, network: nn.Module, sigma: float, seed: int = 0) -> None:
         super().__init__()
+        network = as_model(network)
         if any(isinstance(module, Randomised) for module in network.modules()):
             raise ValueError("the network is randomised already; pass its .network with the sigma you want")
         self.sigma, self.network = check_sigma(sigma), network
@@ -80,7 +83,7 @@ class Randomised(nn.Module):
 
     def reseed(self, seed: int) -> None:
         """Begin the draws of this seed."""
-        self.seed, self.calls = seed, 0
+        self.seed, self.calls = read(int, seed, "Randomised: seed"), 0
 
     @property
     def step(self) -> float:
@@ -142,7 +145,7 @@ class Averaged(nn.Module):
 
 def check_confidence(confidence: float) -> None:
     """ValueError unless it is in (0, 1)."""
-    if not 0 < confidence < 1:
+    if not 0 < read(float, confidence, "confidence") < 1:
         raise ValueError(f"confidence={confidence} must be in (0, 1), such as 0.999")
 
 

@@ -5,12 +5,14 @@ network with a parametrisation weight = mask * weight, so that autograd, optimis
 loop see it as any other: the gradient of a pruned weight is zero, and it stays zero with its momentum.
 """
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from wdat.threats.inputs import copied, plain_weights
+from wdat.threats.inputs import as_model, copied, plain_weights
 
 Mask = dict[str, Tensor]  # bool, by the name of the weight
 LAYERS = nn.Linear | nn.modules.conv._ConvNd
@@ -52,14 +54,18 @@ def masked(model: nn.Module, mask: Mask | None = None) -> nn.Module:
     >>> int(sparse[1].weight.count_nonzero()) == int((model[1].weight.abs() > 0.1).sum())
     True
     """
-    model = copied(model)
+    model = copied(as_model(model))
     weights = prunable(model)
+    if not isinstance(mask, Mapping | None) or not all(isinstance(own, Tensor) for own in (mask or {}).values()):
+        raise ValueError("the mask is no mapping of tensors by names of weights; see wdat.zoo.sparse.prunable(model)")
     mask = {name: weight != 0 for name, weight in weights.items()} if mask is None else mask
     shapes, given = ({name: tuple(t.shape) for name, t in own.items()} for own in (weights, mask))
     if other := sorted(name for name in shapes | given if shapes.get(name) != given.get(name)):
         first = other[0]
         raise ValueError(f"the mask does not fit the network: {first} is {shapes.get(first)} in the network and "
                          f"{given.get(first)} in the mask; make it from wdat.zoo.sparse.prunable(model)")  # fmt: skip
+    if other := [name for name, own in mask.items() if not ((own == 0) | (own == 1)).all()]:
+        raise ValueError(f"the mask of {other[0]} holds other numbers than 0 and 1; pass weight != 0, say")
     for name, own in mask.items():
         layer = model.get_submodule(name.rpartition(".")[0])
         parametrize.register_parametrization(layer, "weight", Masked(own.bool().to(layer.weight.device)))

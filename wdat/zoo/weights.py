@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from wdat.files import check_sums
 from wdat.zoo.sparse import unpacked
 
 WEIGHT_FILES = (".pt", ".pth", ".safetensors", ".ckpt", ".bin", ".tar")
@@ -102,7 +103,14 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     path = Path(path)
-    if zipfile.is_zipfile(path) and any(name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()):
+    names = []
+    if path.suffix != ".safetensors" and zipfile.is_zipfile(path):
+        try:
+            check_sums(path)
+            names = zipfile.ZipFile(path).namelist()
+        except (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError) as error:
+            raise ValueError(f"{path} can not be read as weights ({error}): damaged; fetch it again") from error
+    if any(name.endswith("/constants.pkl") for name in names):
         raise ValueError(
             f"{path} can not be read as weights: it is a TorchScript archive, code with its weights; keep these: "
             f'torch.save(torch.jit.load("{path}").state_dict(), "weights.pt")'
@@ -114,8 +122,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             held = torch.load(path, "cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path} {refused(path, error)}") from error
-    except (SafetensorError, EOFError, RuntimeError) as error:
-        raise ValueError(f"{path} can not be read as weights ({str(error).splitlines()[0]}); fetch it again") from error
+    except (SafetensorError, EOFError, RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"{path} can not be read as weights ({reason}); fetch it again") from error
     found = dict(_states(held, ""))
     if len(found) > 1:
         first = next(iter(found))
