@@ -84,7 +84,7 @@ def calls(folder: Path) -> dict[str, tuple[Callable, dict[str, Any], dict[str, K
         "load_data": (wdat.load_data, {"name": "digits", "n": 4}, {"name": one(word, path), "split": choice,
             "n": one(whole, 10**9), "size": one(whole, 3), "root": path}),
         "from_tensors": (wdat.from_tensors, {"x": x, "y": y}, {"x": set_images, "y": labels, "classes": one(3, ["a"],
-            [], word, object(), NAN, "abcd", ["a"] * 4)}),
+            [], object(), NAN, ["a"] * 4)}),
         "Data": (wdat.Data, {"name": "a", "split": "all", "pixels": x, "y": y, "classes": tuple("abcde"),
             "levels": 1}, {"pixels": set_images, "y": labels, "classes": one(3, None, ("a",), (), NAN, object()),
             "levels": one(unlike, 0, 255, -1, 0.5)}),
