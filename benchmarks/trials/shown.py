@@ -34,3 +34,19 @@ def inputs(found: dict) -> tuple[list[dict[str, str]], str]:
         "harmless": f"{total['taken']:,}", "faults": str(sum(len(row["faults"]) for row in found["calls"])),
     })  # fmt: skip
     return rows, "Generated bad inputs; harmless: changed texts and files whose result was still a right one."
+
+
+@tabled("trials-stream")
+def stream(found: dict) -> tuple[list[dict[str, str]], str]:
+    """Largest memory and time of growing sets, and what each further image added, beside its own pixels."""
+    rows = [
+        {
+            "images": f"{row['n']:,}", "attack": "pointwise" if row["p"] == "inf" else "W₂",
+            "seconds": f"{row['seconds']:.0f}", "memory before, MB": f"{row['before'] / 1e6:.0f}",
+            "largest, MB": f"{row['peak'] / 1e6:.0f}",
+            "bytes a further image": f"{row['bytes_a_further_image']:.0f}" if "bytes_a_further_image" in row else "–",
+            "clean": f"{100 * row['clean']:.1f}", "attacked": f"{100 * row['attacked']:.1f}",
+        }
+        for row in found["rows"]
+    ]  # fmt: skip
+    return rows, f"Resident memory of the process; an image has {found['image_bytes']} bytes and its label 8."
