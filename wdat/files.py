@@ -93,8 +93,18 @@ def read_tensors(path: str | Path) -> dict:
         raise ValueError(f"{path} can not be read ({type(error).__name__}); delete it to start anew") from error
 
 
+def is_archive(path: str | Path) -> bool:
+    """Whether it is a zip archive with its end, as torch.save writes; damaged ones count where they can be opened."""
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # an end that speaks of several disks
+        return False
+
+
 def check_sums(path: str | Path) -> None:
-    """Raise zipfile.BadZipFile for an archive that is damaged, in a part that it names."""
+    """Raise zipfile.BadZipFile for an archive that is damaged, or that unpacks to more than it is (torch's do not)."""
     with zipfile.ZipFile(path) as archive:
+        if (size := sum(part.file_size for part in archive.infolist())) > (own := os.path.getsize(path)):
+            raise zipfile.BadZipFile(f"{own:,} bytes that unpack to {size:,}, which no weight file does")
         if (bad := archive.testzip()) is not None:
             raise zipfile.BadZipFile(f"{bad} is damaged")

@@ -17,6 +17,7 @@ import difflib
 import functools
 import inspect
 import math
+import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from fractions import Fraction
@@ -37,6 +38,16 @@ class _Unfit(Exception):
     """The value is not of the kind."""
 
 
+_repr = reprlib.Repr()
+_repr.maxlevel, _repr.maxstring, _repr.maxother = 3, 160, 160
+_repr.maxdict = _repr.maxlist = _repr.maxtuple = 12
+
+
+def shown(value: Any) -> str:
+    """The value as a sentence can hold it: some of it, however much it is (YAML's aliases can make it endless)."""
+    return " ".join(_repr.repr(value).split())
+
+
 def parse_number(value: float | str) -> float:
     """A float from 0.03, "0.03", "8/255" or "inf". ValueError names what could not be read."""
     text = str(value).strip().lower()
@@ -54,14 +65,14 @@ def read(kind: Any, value: Any, where: str) -> Any:
     try:
         return _read(kind, value, where)
     except _Unfit:
-        raise ValueError(f"{where} is {_short(value)}; expected {_expected(kind)}") from None
+        raise ValueError(f"{where} is {shown(value)}; expected {_expected(kind)}") from None
 
 
 def arguments(maker: Callable, settings: Any, section: str) -> dict[str, Any]:
     """The settings, each read as the kind that `maker`, a dataclass or function, declares for it."""
     kinds = _kinds(maker)
     if not isinstance(settings, Mapping):
-        raise ValueError(f"{section} is {settings!r}; expected a mapping of {', '.join(kinds)}")
+        raise ValueError(f"{section} is {shown(settings)}; expected a mapping of {', '.join(kinds)}")
     check_names(settings, kinds, section)
     return {name: read(kinds[name], value, f"{section}: {name}") for name, value in settings.items()}
 
@@ -141,13 +152,8 @@ def _read(kind: Any, value: Any, where: str) -> Any:
         try:
             return kind(**arguments(kind, value, where))
         except TypeError as error:  # a field that has no default is missing
-            raise ValueError(f"{where} is {_short(value)}: {error}") from None
+            raise ValueError(f"{where} is {shown(value)}: {error}") from None
     return _fit(value, isinstance(value, Mapping if kind is dict else origin or kind))
-
-
-def _short(value: Any) -> str:
-    text = " ".join(repr(value).split())
-    return text if len(text) < 200 else f"{text[:160]} ..., a {type(value).__name__}"
 
 
 def _number(value: Any) -> float:

@@ -13,7 +13,7 @@ from wdat import records
 from wdat.report import numbers
 
 HERE = Path(__file__).parent
-PARTS = ("kills", "inputs", "stream")
+PARTS = ("kills", "inputs", "files", "stream")
 
 
 def main(arguments: list[str] | None = None) -> None:

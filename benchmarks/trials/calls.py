@@ -55,7 +55,7 @@ TERM = {
 }
 TERM_OF = {"beta": weight, "distil": weight, **{k: v for k, v in TERM.items() if k != "weight"}}
 RULE = {"kind": choice, "every": whole, "subset": whole, "weight": share}
-OBJECTIVE = {"kind": choice, "delta": radius, "p": order, "r": norm, **TERM_OF}
+OBJECTIVE = {"kind": choice, "delta": one(*THINGS, below, INF, "1/0"), "p": order, "r": norm, **TERM_OF}
 RECIPE = {
     "objective": settings(OBJECTIVE), "epochs": count, "batch_size": whole, "accumulate": whole, "precision": choice,
     "lr": weight, "schedule": choice, "momentum": weight, "weight_decay": weight, "clip": weight, "init": choice,
@@ -107,7 +107,7 @@ def calls(folder: Path) -> dict[str, tuple[Callable, dict[str, Any], dict[str, K
         "fold_normalisation": (wdat.fold_normalisation, {"model": _normalised()}, {"model": one(no_network, lambda r,
             g: tiny())}),
         "attack": (wdat.attack, {**given, "threat": threat, "steps": 1}, {**of_set, **ATTACK, "threat": ball,
-            "radii": one(3, word, y, -torch.rand(6), torch.rand(5), torch.rand(6) * NAN, torch.rand(6, 1), [0.1] * 6,
+            "radii": one(3, word, -torch.rand(6), torch.rand(5), torch.rand(6) * NAN, torch.rand(6, 1), [0.1] * 6,
             object()), "generator": one(3, word, object())}),
         "fgsm": (wdat.fgsm, {**given, "delta": "1/16"}, {**of_set, "delta": radius, "r": norm, "loss": choice,
             "batch_size": whole}),
@@ -117,7 +117,7 @@ def calls(folder: Path) -> dict[str, tuple[Callable, dict[str, Any], dict[str, K
         "w_pgd_budget": (wdat.w_pgd_budget, {**given, "threat": threat, "steps": 1}, {**of_set, **ATTACK,
             "threat": ball, "budget_loss": choice}),
         "temperature_pgd": (wdat.temperature_pgd, {**given, "delta": "1/16", "steps": 1, "temperatures": (1.0, 0.5)},
-            {**of_set, "delta": radius, "r": norm, "steps": whole, "temperatures": one(numbers, (0.0,), (1.0, -1),
+            {**of_set, "delta": radius, "r": norm, "steps": whole, "temperatures": one(numbers, (1.0, -1),
             (1.0, NAN))}),
         "dual_attack": (wdat.dual_attack, {**given, "threat": threat, "steps": 1, "ladder_steps": 1, "ladder": (0.5,
             1.0)}, {**of_set, "threat": ball, "loss": choice, "steps": whole, "ladder": one(numbers, (1.0, 0.5),
@@ -166,8 +166,8 @@ def calls(folder: Path) -> dict[str, tuple[Callable, dict[str, Any], dict[str, K
             1.5), "search": one(3, word, {"colour": 1}, object(), NAN, [1]), "seed": seed}),
         "masked": (wdat.masked, {"model": model, "mask": {k: v != 0 for k,
             v in model.named_parameters() if "weight" in k}}, {"model": no_network, "mask": mask}),
-        "tangent_kernel": (wdat.tangent_kernel, {"model": model, "x": x[:2]}, {"model": network, "x": images,
-            "other": lambda r, g: x[:0] if (bad := images(r, x[:2], alone=True)) is None else bad, "block": whole}),
+        "tangent_kernel": (wdat.tangent_kernel, {"model": model, "x": x[:2]}, {"model": network, "x": few_images,
+            "other": few_images, "block": whole}),
         "make_objective": (make_objective, {"settings": WTRADES}, {"settings": settings(OBJECTIVE)}),
     }  # fmt: skip
     makers = {"at": {"delta": "1/16"}, "trades": {"delta": "1/16"}, "mart": {"delta": "1/16"},
@@ -192,6 +192,12 @@ def calls(folder: Path) -> dict[str, tuple[Callable, dict[str, Any], dict[str, K
 def ball_type(rng: random.Random, good: Any) -> Any:
     """What is no threat."""
     return rng.choice([3, 0.1, NAN, None, word(rng), object(), [], int, {"colour": 1}])
+
+
+def few_images(rng: random.Random, _: Any) -> Any:
+    """`images` where any number of them is welcome."""
+    bad = images(rng, torch.rand(1, 3, 6, 6), alone=True)
+    return torch.rand(0, 3, 6, 6) if bad is None else bad
 
 
 def set_images(rng: random.Random, good: Tensor) -> Any:

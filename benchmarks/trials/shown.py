@@ -50,3 +50,14 @@ def stream(found: dict) -> tuple[list[dict[str, str]], str]:
         for row in found["rows"]
     ]  # fmt: skip
     return rows, f"Resident memory of the process; an image has {found['image_bytes']} bytes and its label 8."
+
+
+@tabled("trials-files")
+def files(found: dict) -> tuple[list[dict[str, str]], str]:
+    """Every hostile file, and the sentence it was refused with."""
+    rows = [
+        {"file": row["file"], "refused": "yes" if row["refused"] and not row["ran"] else "NO",
+         "seconds": f"{row['seconds']:.1f}", "sentence": row["said"][:140].replace("|", "/")}
+        for row in found["files"]
+    ]  # fmt: skip
+    return rows, "Hostile files; nothing of them may run."

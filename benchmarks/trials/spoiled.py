@@ -193,7 +193,8 @@ def data(rng: random.Random, good: "wdat.Data") -> Any:
     """No data, or pairs of which one part is bad."""
     x, y = good.x, good.y
     makers = [
-        lambda: (images(rng, x), y), lambda: (x, labels(rng, y)), lambda: [x], lambda: (x, y, y),
+        lambda: (images(rng, x), y), lambda: (x, y + 9),
+        lambda: (x, y.float()), lambda: (x, -y), lambda: (x, y[:-1]), lambda: [x], lambda: (x, y, y),
         lambda: rng.choice([None, 3, word(rng), "digits", [], {}, int, object(), x, NAN]),
         lambda: torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x[:0], y[:0])),
         lambda: torch.utils.data.TensorDataset(x), lambda: [(a, int(b)) for a, b in zip(x, y, strict=True)],

@@ -18,7 +18,7 @@ from wdat.attacks.adversarial import Adversarial
 from wdat.attacks.pgd import attack
 from wdat.settings import reads
 from wdat.threats.ball import Threat, as_threat, power_mean
-from wdat.threats.images import Images
+from wdat.threats.images import Images, check_set
 from wdat.threats.inputs import as_model, as_tensor, taking
 from wdat.threats.losses import Loss
 
@@ -114,6 +114,7 @@ def dual_attack(
         settings = {"loss": loss, "keep": "loss", "batch_size": batch_size, "progress": progress}
         return attack(model, x, y, threat, radii=radii.to(x.device), steps=steps, **settings)
 
+    check_set(x, y)
     rungs = torch.tensor([0.0, *ladder], dtype=torch.float64)
     if not len(ladder) or not (rungs.diff() > 0).all() or float(rungs[-1]) < 1:
         raise ValueError(f"ladder {tuple(ladder)} must ascend from above 0 to at least 1 (in units of delta)")

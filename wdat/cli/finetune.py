@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> dict | None:
         raise ValueError(f"{out} is the card to write; name it NAME.yaml")
     try:
         settings = yaml.safe_load(Path(args.recipe).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{args.recipe} is not YAML: {' '.join(str(error).split())}") from None
     recipe = make_recipe(settings, args.seed)
     records.check_writable(out.parent)  # fails now rather than after hours

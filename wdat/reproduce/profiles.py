@@ -33,7 +33,7 @@ def read_profile(root: Path, profile: str, sources: dict[str, Path]) -> dict[str
         raise ValueError(f"profile {profile!r} is unknown; notebooks/profiles has: {known}")
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     known = ["common", "jobs", *sources]
     if not isinstance(settings, dict) or (unknown := [key for key in settings if key not in known]):

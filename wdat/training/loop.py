@@ -19,7 +19,7 @@ from wdat.settings import read, reads
 from wdat.threats import joint
 from wdat.threats.ball import Threat, as_threat
 from wdat.threats.checks import device_of, frozen, tensors_of
-from wdat.threats.inputs import as_model, aside, copied, optional, plain_weights, taking, unwrapped
+from wdat.threats.inputs import as_model, aside, copied, explained, optional, plain_weights, taking, unwrapped
 from wdat.threats.losses import ce
 from wdat.threats.seeds import derive_seed, reseed
 from wdat.threats.sensitivity import input_gradient
@@ -32,7 +32,7 @@ from wdat.training.recipes import Recipe, check_single_images, initialise, make_
 from wdat.training.schedules import get_schedule
 from wdat.training.trackers import Tracker
 from wdat.zoo.adapt import DataLike, as_data
-from wdat.zoo.data import Data, check_fit, check_outputs, check_same_classes
+from wdat.zoo.data import Data, check_fit, check_same_classes
 from wdat.zoo.noise import Randomised
 
 __all__ = ["Diverged", "Finetuned", "Recipe", "finetune", "interpolate", "make_recipe"]
@@ -123,6 +123,8 @@ def finetune(
     """
     base = model.network if isinstance(model, Randomised) else model
     recipe = recipe if base is model or recipe.noise else replace(recipe, noise=model.sigma)
+    if checkpoint_every is not None and checkpoint_every < 1:
+        raise ValueError(f"checkpoint_every={checkpoint_every} must be at least 1 step; leave it out for every epoch")
     with team() as workers:
         run = _Run(workers, base, train, recipe, validation, validation_threat, checkpoint)
         found = run.finetuned(checkpoint_every, progress, on_step)
@@ -141,9 +143,10 @@ class _Run:
         self.device, self.n = device_of(model), len(train)
         self.per_epoch = -(-self.n // recipe.batch_size)
         self.total = recipe.epochs * self.per_epoch
-        classes = check_fit(model, train, [term.threat for term in recipe.objective.terms])
+        check_fit(model, train, [term.threat for term in recipe.objective.terms])
         if validation is not None:
-            check_outputs(validation, classes)
+            with explained(model, validation):
+                check_fit(model, validation)
             check_same_classes(train, validation)
         if not list(model.parameters()):
             raise ValueError("the model has no weights to train (a function, a frozen script); pass its nn.Module")

@@ -42,7 +42,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wdat.settings import Norm, Order, Written, reads, typed
+from wdat.settings import Norm, Order, Written, reads, shown, typed
 from wdat.threats.ball import Threat, pixel_norm
 from wdat.threats.checks import frozen
 from wdat.threats.losses import kl, worst_weights
@@ -282,7 +282,9 @@ def make_objective(settings: dict) -> Objective:
               "certificate": certificate, "unlabelled": unlabelled, "udr-pgd": udr_pgd,
               "udr-trades": udr_trades, "udr-mart": udr_mart, "sr-wdro": sr_wdro, "wrm": wrm, "mma": mma}  # fmt: skip
     if not isinstance(settings, Mapping):
-        raise ValueError(f"objective is {settings!r}; expected a mapping, such as {{kind: w-trades, delta: 8/255}}")
+        raise ValueError(
+            f"objective is {shown(settings)}; expected a mapping, such as {{kind: w-trades, delta: 8/255}}"
+        )
     rest = dict(settings)
     kind = rest.pop("kind", None)
     if not isinstance(kind, str) or kind not in makers:

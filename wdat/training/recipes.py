@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from wdat.settings import check_names, typed
+from wdat.settings import check_names, shown, typed
 from wdat.threats import joint
 from wdat.threats.checks import device_of
 from wdat.threats.inputs import copied, plain_weights
@@ -163,7 +163,7 @@ def make_recipe(settings: dict, seed: int) -> Recipe:
     """A `Recipe` from plain values, as YAML gives them: numbers may be text. ValueError names what does not fit."""
     if not isinstance(settings, Mapping):
         raise ValueError(
-            f"recipe is {settings!r}; expected a mapping, such as {{objective: {{kind: plain}}, lr: 0.01}}"
+            f"recipe is {shown(settings)}; expected a mapping, such as {{objective: {{kind: plain}}, lr: 0.01}}"
         )
     check_names(settings, [f.name for f in fields(Recipe) if f.name != "seed"], "recipe")
     return Recipe(**{"objective": {}, **settings}, seed=seed)

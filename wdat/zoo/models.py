@@ -119,7 +119,7 @@ def read_card(path: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(f"no model card at {path.absolute()}; {remedy}")
     try:
         card = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not YAML: {error}") from error
     if not isinstance(card, dict):
         raise ValueError(f"{path} is no model card; it needs the fields {', '.join(REQUIRED)}")

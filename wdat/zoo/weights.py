@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from wdat.files import check_sums
+from wdat.files import check_sums, is_archive
 from wdat.zoo.sparse import unpacked
 
 WEIGHT_FILES = (".pt", ".pth", ".safetensors", ".ckpt", ".bin", ".tar")
@@ -33,6 +33,8 @@ def weight_file(written: str, folder: Path, source: str | None) -> Path:
 
     The package is found, not imported. FileNotFoundError or ValueError for what is no weight file, with the remedy.
     """
+    if Path(written.removeprefix(PACKAGE)).is_absolute() or ".." in Path(written).parts:
+        raise ValueError(f"weights {written!r} lead out of their folder; name a file in it, or pass it as root")
     path = folder / written
     remedy = f"put the published file there (source: {source or 'not stated'}) or pass its folder as root"
     if written.startswith(PACKAGE):
@@ -65,7 +67,7 @@ def check_weights(path: Path, remedy: str) -> None:
     elif path.suffix == ".safetensors":
         problem = _safetensors_problem(path)
     elif head.startswith(b"PK\x03\x04"):  # torch.save since 1.6: its index is at the end
-        problem = "" if zipfile.is_zipfile(path) else "is truncated; delete it and fetch it again"
+        problem = "" if is_archive(path) else "is truncated; delete it and fetch it again"
     else:  # older torch.save: a pickle, whose end torch itself notices
         problem = (
             "" if head.startswith(b"\x80") else f"is no weight file (it begins with {head[:16]!r}); fetch it again"
@@ -104,7 +106,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
     path = Path(path)
     names = []
-    if path.suffix != ".safetensors" and zipfile.is_zipfile(path):
+    if path.suffix != ".safetensors" and is_archive(path):
         try:
             check_sums(path)
             names = zipfile.ZipFile(path).namelist()
