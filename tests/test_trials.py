@@ -58,7 +58,7 @@ def test_one_changed_bit_in_what_is_resumed_from_is_no_number(tiny_model, tiny_d
         (lambda m, x, y: wdat.Data("a", "all", None, y, ("a", "b")), "images are a NoneType"),
         (lambda m, x, y: wdat.Pixels([1]), "pixels are a list"),
         (lambda m, x, y: wdat.Randomised("net", 0.25), "the model is a str"),
-        (lambda m, x, y: wdat.Biased(m, "12345"), "Biased: bias is '12345'"),
+        (lambda m, x, y: wdat.Biased(m, "12345"), "one a class, is '12345'"),
         (lambda m, x, y: build("digits_cnn", width=-1), "can not be built with"),
         (lambda m, x, y: wdat.export_robustbench(3, "a.pt"), "the model is a int"),
         (lambda m, x, y: wdat.accuracy_curve([0.1], 0.1, 2), "distances are a list"),

@@ -57,7 +57,7 @@ class Biased(nn.Module):
 
     def __init__(self, network: nn.Module, bias: Sequence[float]) -> None:
         super().__init__()
-        bias = read(Sequence[float], bias.tolist() if hasattr(bias, "tolist") else bias, "Biased: bias")
+        bias = read(Sequence[float], bias.tolist() if hasattr(bias, "tolist") else bias, "Biased: bias, one a class,")
         if len(bias) < 2:
             raise ValueError(f"bias {bias} must be finite numbers, one a class")
         self.network = as_model(network)
