@@ -55,17 +55,19 @@ def place(folder: Path) -> Path:
     return folder
 
 
-def _command(folder: Path, arguments: tuple[str, ...]) -> None:
+def _command(folder: Path, arguments: tuple[str, ...], before: Callable[[], None] | None) -> None:
     os.chdir(folder)
-    with (folder.parent / "said.txt").open("a") as file:
+    with open(os.devnull, "w") as file:  # not a file: a trial may forbid these
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    if before:
+        before()
     sys.exit(cli.main(arguments))
 
 
-def started(folder: Path, arguments: tuple[str, ...]) -> Any:
-    """The command, in a process of its own."""
-    process = multiprocessing.get_context("fork").Process(target=_command, args=(folder, arguments))
+def started(folder: Path, arguments: tuple[str, ...], before: Callable[[], None] | None = None) -> Any:
+    """The command, in a process of its own, in which `before` is called first."""
+    process = multiprocessing.get_context("fork").Process(target=_command, args=(folder, arguments, before))
     process.start()
     return process
 
@@ -143,7 +145,7 @@ def trial(work: str, kills: int, folder: Path, seed: int = 0) -> dict[str, Any]:
     code = finished(started(place(folder / "undisturbed"), arguments))
     took, expected = time.perf_counter() - begun, results(folder / "undisturbed")
     if code or not expected:
-        raise RuntimeError(f"the undisturbed {work} ended with {code}: {(folder / 'said.txt').read_text()[-2000:]}")
+        raise RuntimeError(f"the undisturbed {work} ended with {code}: wdat {' '.join(arguments)}")
     found = {"work": work, "files": len(expected), "seconds": round(took, 1), "kills": 0, "of_kernels": 0, "runs": 0,
              "in_the_same": 0, "unreadable": [], "wrong": [], "other_codes": [], "left_writing": 0,
              "left_after": 0, "moments": []}  # fmt: skip
@@ -185,16 +187,21 @@ def _settled(folder: Path) -> dict[str, Any]:
         return results(folder)
 
 
-def run(folder: Path, quick: bool) -> dict[str, Any]:
-    """All kinds of work; quick: a few kills of the first two."""
+def imported() -> None:
+    """Import what every process would, before any is forked."""
     import matplotlib.pyplot
     import papermill
     import sklearn.datasets
 
-    import wdat.studies.evaluation  # all that a process would import first
+    import wdat.studies.evaluation
     import wdat.training.loop  # noqa: F401
 
     del matplotlib.pyplot, papermill, sklearn.datasets
     torch.set_num_threads(1)
+
+
+def run(folder: Path, quick: bool) -> dict[str, Any]:
+    """All kinds of work; quick: a few kills of the first two."""
+    imported()
     kinds = list(WORK)[: 2 if quick else None]
     return {"works": [trial(work, 3 if quick else 50, folder / work) for work in kinds]}

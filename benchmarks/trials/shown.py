@@ -61,3 +61,17 @@ def files(found: dict) -> tuple[list[dict[str, str]], str]:
         for row in found["files"]
     ]  # fmt: skip
     return rows, "Hostile files; nothing of them may run."
+
+
+@tabled("trials-faults")
+def faults(found: dict) -> tuple[list[dict[str, str]], str]:
+    """What became of a run under each fault, and of the next run after it."""
+    rows = [
+        {
+            "work": row["work"], "fault": row["fault"], "exit code": ", ".join(map(str, row["codes"])),
+            "files not whole": str(len(row["unreadable"])), "wrong results": str(len(row["wrong"])),
+            "the next run": "the same" if row["same_afterwards"] else "NOT the same",
+        }
+        for row in found["faults"]
+    ]  # fmt: skip
+    return rows, "Exit code 3: refused in a sentence, for the sake of a file; 0: done."
