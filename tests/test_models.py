@@ -163,6 +163,7 @@ def test_bad_cards_get_a_sentence(card, tmp_path):
         ({"architecture": "vgg"}, "unknown architecture 'vgg'"),
         ({"arguments": {"width": 8}}, "does not fit digits_cnn: size mismatch"),
         ({"arguments": [4]}, "arguments is .4.; expected a mapping"),
+        ({"arguments": {-1: 2}}, "arguments has -1; expected names"),
         ({"std": None}, "mean .* and std None"),
         ({"mean": 0.3, "std": 0.5}, "mean is 0.3; expected a list"),
         ({"mean": [True], "std": [0.5]}, "mean is .True.; expected a list, each a number"),

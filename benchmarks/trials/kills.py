@@ -7,6 +7,7 @@ whole, and every result that is there must be that of the undisturbed run; at th
 """
 
 import contextlib
+import importlib
 import json
 import multiprocessing
 import os
@@ -60,6 +61,7 @@ def _command(folder: Path, arguments: tuple[str, ...], before: Callable[[], None
     with open(os.devnull, "w") as file:  # not a file: a trial may forbid these
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  # for as long as the process lives
     if before:
         before()
     sys.exit(cli.main(arguments))
@@ -189,14 +191,8 @@ def _settled(folder: Path) -> dict[str, Any]:
 
 def imported() -> None:
     """Import what every process would, before any is forked."""
-    import matplotlib.pyplot
-    import papermill
-    import sklearn.datasets
-
-    import wdat.studies.evaluation
-    import wdat.training.loop  # noqa: F401
-
-    del matplotlib.pyplot, papermill, sklearn.datasets
+    for name in ("matplotlib.pyplot", "papermill", "sklearn.datasets", "wdat.studies.evaluation", "wdat.training.loop"):
+        importlib.import_module(name)
     torch.set_num_threads(1)
 
 

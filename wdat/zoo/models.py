@@ -135,7 +135,10 @@ def read_card(path: str | Path) -> dict[str, Any]:
 def _typed(card: dict[str, Any], where: str) -> dict[str, Any]:
     """The fields of a card, each of its kind. ValueError for one unknown or of another kind."""
     check_names(card, CARD, where)
-    return {name: read(CARD[name], value, f"{where}: {name}") for name, value in card.items()}
+    card = {name: read(CARD[name], value, f"{where}: {name}") for name, value in card.items()}
+    if other := [name for name in card.get("arguments") or {} if not isinstance(name, str)]:
+        raise ValueError(f"{where}: arguments has {other[0]!r}; expected names of arguments, in text")
+    return card
 
 
 def _from_card(path: Path, root: str | Path | None) -> nn.Module:
