@@ -153,7 +153,7 @@ def calls(folder: Path) -> dict[str, tuple[Callable, dict[str, Any], dict[str, K
             "seed": seed}),
         "finetune": (wdat.finetune, {"model": model, "train": here, "recipe": recipe, "progress": False},
             {"model": network, "train": data, "recipe": one(None, 3, word, {}, object(), {"epochs": 1}),
-            "validation": one(lambda r, g: 3 if (bad := data(r, here)) is None else bad), "validation_threat": one(3, word, [], object(), NAN),
+            "validation": one(lambda r, g: some_data(r, here)), "validation_threat": one(3, word, [], object(), NAN),
             "checkpoint": path, "checkpoint_every": one(*THINGS[1:], 0, -1, 1.5), "on_step": one(3, word, [1])}),
         "interpolate": (wdat.interpolate, {"before": model, "after": tiny(), "share": 0.5},
             {"before": one(no_network, lambda r, g: wdat_cnn()), "after": one(no_network, lambda r, g: wdat_cnn()),
@@ -192,6 +192,11 @@ def calls(folder: Path) -> dict[str, tuple[Callable, dict[str, Any], dict[str, K
 def ball_type(rng: random.Random, good: Any) -> Any:
     """What is no threat."""
     return rng.choice([3, 0.1, NAN, None, word(rng), object(), [], int, {"colour": 1}])
+
+
+def some_data(rng: random.Random, good: "wdat.Data") -> Any:
+    """`data`, but for None, where that means none."""
+    return 3 if (bad := data(rng, good)) is None else bad
 
 
 def few_images(rng: random.Random, _: Any) -> Any:
