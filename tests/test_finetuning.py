@@ -346,8 +346,8 @@ def test_between_two_networks_every_number_lies_on_the_line(make):
     if make is linear:  # whose logits are linear in the weights
         x = images(5)
         torch.testing.assert_close(found(x), 0.75 * before(x) + 0.25 * after(x))
-    for other, share in ((relu(), 0.5), (after, math.nan)):
-        with pytest.raises(ValueError, match="share="):
+    for other, share, sentence in ((relu(), 0.5, "differ in the names or shapes"), (after, math.nan, "share is nan")):
+        with pytest.raises(ValueError, match=sentence):
             interpolate(before, other, share)
 
 

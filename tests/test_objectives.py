@@ -282,7 +282,7 @@ def test_kl_term_is_differentiated_in_both_arguments():
         (lambda: Term(Threat(0.1), steps=0), "steps=0"),
         (lambda: Term(Threat(0.1), weight=-1.0), "weight=-1.0"),
         (lambda: Term(Threat(0.1), cap=0.0), "cap=0.0"),
-        (lambda: WaterLevel(Threat(0.1, INF)), "needs p < inf"),
+        (lambda: WaterLevel(Threat(0.1, INF)), "needs a level"),
         (lambda: WaterLevel(Threat(0.1), level=0.0), "level=0.0"),
         (lambda: WaterLevel(Threat(0.1), steps=0), "steps=0"),
         (lambda: WaterLevel(Threat(0.1), outer="mse"), "outer loss 'mse'"),

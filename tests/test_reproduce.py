@@ -156,7 +156,7 @@ def test_a_parameters_cell_holds_literals(repo, cells, sentence):
 @pytest.mark.parametrize("blocked", [".wdat", "figures"])
 def test_an_unwritable_output_is_said_before_starting(repo, pretend, blocked, capsys):
     (repo / blocked).write_text("a file where a folder must be")
-    assert cli.main(["reproduce"]) == 2
+    assert cli.main(["reproduce"]) == 3
     captured = capsys.readouterr()
     assert f"wdat: cannot write to {repo / blocked}" in captured.err and captured.out == ""
     assert len(captured.err.splitlines()) == 1

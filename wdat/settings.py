@@ -178,4 +178,7 @@ def _expected(kind: Any) -> str:
         return " or ".join(_expected(arm) for arm in inner)
     if get_origin(kind) in (list, tuple, Sequence):
         return f"a list, each {_expected(inner[0])}"
-    return f"a mapping of {', '.join(_kinds(kind))}" if is_dataclass(kind) else f"a {getattr(kind, '__name__', kind)}"
+    name = getattr(kind, "__name__", kind)
+    if name == "Tensor":
+        return "a Tensor (images: torch.from_numpy(x), labels: torch.as_tensor(y).long())"
+    return f"a mapping of {', '.join(_kinds(kind))}" if is_dataclass(kind) else f"a {name}"
