@@ -107,9 +107,9 @@ def trial(name: str, number: int, entry: tuple, seed: int) -> dict[str, Any]:
     found = {"call": name, "inputs": number, "refused": 0, "taken": 0, "faults": {}}
     for k in range(number):
         rng = random.Random(f"{name} {seed} {k}")
-        argument, given = spoil(rng, good, kinds)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings():  # of torch about kinds of tensors that are new to it, and of the call
             warnings.simplefilter("ignore")
+            argument, given = spoil(rng, good, kinds)
             ended = outcome(partial(function, **given), kinds[argument] in ODD)
         if ended in ("refused", "taken"):
             found[ended] += 1
