@@ -103,7 +103,7 @@ def test_an_evaluation_says_how_many_were_reached_and_counts_the_rest_as_wrong(t
     lower = row["threats"][0]["unreached_wrong"]
     assert lower == float(accuracy_curve(radii.nan_to_num(0), threat.delta, threat.p)) <= 1 / len(data)
     (row,) = evaluate(
-        tiny_model, data, [threat], losses=("ce",), steps=1, certified=9, certified_minutes=0.2, progress=False
+        tiny_model, data, [threat], losses=("ce",), steps=1, certified=9, certified_minutes=0.1, progress=False
     )["certified"]
     assert row["n"] == 9 and "asked" not in row and "unreached_wrong" not in row["threats"][0]
     with pytest.raises(ValueError, match="certified_minutes=-1"):
