@@ -245,3 +245,11 @@ def test_what_is_reached_is_told_by_name_and_what_lies_apart_is_left_out(library
     changed, again = digest.reached(code)
     assert changed != whole and {name for name in found if found[name] != again[name]} == {"wdat.room.low.RATE"}
     assert digest.reached(code, "wdat.room")[0] == without != whole
+
+
+def test_files_that_come_and_go_while_they_are_listed(tmp_path, monkeypatch):
+    for name in ("there", ".begun.host.1.part"):
+        (tmp_path / name).write_text("1")
+    assert list(staleness.stamps([tmp_path])) == [tmp_path / "there"]
+    monkeypatch.setattr("os.walk", lambda folder: iter([(folder, [], ["there", "gone"])]))
+    assert list(staleness.stamps([tmp_path])) == [tmp_path / "there"]

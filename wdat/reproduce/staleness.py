@@ -1,7 +1,9 @@
 """What a finished notebook depends on, and why it must run again."""
 
+import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -113,9 +115,18 @@ def digests(root: Path, paths: Sequence[Path]) -> dict[str, str]:
 
 
 def stamps(folders: Sequence[Path]) -> dict[Path, tuple[int, int, int]]:
-    """File -> time of change in ns, size in bytes, inode, of all in these folders: another stamp, written since."""
-    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
-    return {path: (s.st_mtime_ns, s.st_size, s.st_ino) for path in files for s in [path.stat()]}
+    """File -> time of change in ns, size in bytes, inode, of all in these folders: another stamp, written since.
+
+    Files that other notebooks make and move meanwhile are looked at as they are found, and may be gone by then.
+    """
+    found = {}
+    for folder in folders:
+        for place, _, names in os.walk(folder):
+            for path in (Path(place, name) for name in names if not name.endswith(".part")):
+                with contextlib.suppress(FileNotFoundError):
+                    s = path.stat()
+                    found[path] = s.st_mtime_ns, s.st_size, s.st_ino
+    return found
 
 
 def _changed_code(old: dict[str, str], new: dict[str, str]) -> list[str]:
