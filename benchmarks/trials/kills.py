@@ -161,7 +161,9 @@ def trial(work: str, kills: int, folder: Path, seed: int = 0) -> dict[str, Any]:
             victim = _victim(process, rng, work)
             with contextlib.suppress(ProcessLookupError):
                 os.kill(victim, signal.SIGKILL)
-            ended = finished(process)  # a runner says in a sentence that its kernel died: 1
+            if (ended := finished(process)) == 0:  # it was over when the signal came
+                break
+            # a runner says in a sentence that its kernel died: 1
             if ended not in (-signal.SIGKILL, 1 if victim != process.pid else -signal.SIGKILL):
                 found["other_codes"].append(ended)
             left, found["kills"] = left - 1, found["kills"] + 1
