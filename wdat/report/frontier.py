@@ -5,7 +5,7 @@ from matplotlib.axes import Axes
 
 from wdat.report.canvas import drawn
 from wdat.report.looks import GREY, look, norm, points, short
-from wdat.report.rows import mean, names, norm_symbol, percent, where
+from wdat.report.rows import contested, mean, names, norm_symbol, percent, where
 from wdat.report.table import tabled
 
 
@@ -36,7 +36,8 @@ def frontier(found: dict) -> tuple[list[dict], str]:
 def _places(found: dict) -> list[dict]:
     """The first method's choices, for networks that others were tried on."""
     first = where(found["chosen"], method=found["chosen"][0]["method"])
-    return [at for at in first if len(names(where(found["chosen"], network=at["network"]), "method")) > 1]
+    several = contested(found["chosen"])
+    return [at for at in first if at["network"] in several]
 
 
 @drawn("frontier", legend=3, each=_places)

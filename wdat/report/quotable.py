@@ -6,6 +6,7 @@ import numpy as np
 
 from wdat.report.rows import (
     chosen_runs,
+    contested,
     counted,
     evaluation_rows,
     mean_std,
@@ -253,13 +254,13 @@ def _frontier_numbers(results: dict) -> dict[str, str]:
     """At each radius what every method proves more than the first, at its sigma, mean over seeds, most first; and what
     the first proves from other starts."""
     found = {"seeds": str(len(names(results["runs"], "seed"))), "validation": str(results["n_validation"])}
-    written = [threat["written"] for threat in results["threats"]]
+    written, several = [threat["written"] for threat in results["threats"]], contested(results["chosen"])
     for place, delta in places(written):
         proved, others = {}, {}
         for choice in where(results["chosen"], written=delta):
             own = {key: choice[key] for key in ("network", "method", "sigma")}
             lower = np.mean([run["test"]["lower"][written.index(delta)] for run in where(results["runs"], **own)])
-            if len(names(where(results["chosen"], network=choice["network"]), "method")) > 1:
+            if choice["network"] in several:
                 proved.setdefault(choice["method"], []).append(float(lower))
             else:
                 others[choice["network"]] = float(lower)

@@ -196,6 +196,11 @@ def rank_rows(results: dict) -> list[dict]:
     return found
 
 
+def contested(chosen: Sequence[dict]) -> list[str]:
+    """The networks that more than one method was tried on."""
+    return [network for network in names(chosen) if len(names(where(chosen, network=network), "method")) > 1]
+
+
 def places(written: Iterable[str]) -> list[tuple[str, str]]:
     """Names of ascending radii in keys, with the radius: the first, the middle one, the last; none if there is none."""
     radii = list(dict.fromkeys(written))

@@ -31,7 +31,8 @@ def equal_clean(found: dict) -> Drawing:
     for axis, network in zip(axes, networks, strict=True):
         every = where(everything, network=network)
         rows = [row for row in every if row["value"] is not None]
-        ranked = [method for method in _ranked(every, floor) if method in names(rows, "method")]
+        there = names(rows, "method")
+        ranked = [method for method in _ranked(every, floor) if method in there]
         axis.axvline(0, color="black", lw=0.8)
         for row in rows:
             number = radii.index(row["delta"])
