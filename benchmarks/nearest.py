@@ -214,32 +214,50 @@ def digits(epochs: int) -> tuple[nn.Module, Data]:
     return model.eval(), load_data("digits", "test")
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """The command; see --help."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.nearest", description=__doc__.splitlines()[0])
+def asked(
+    doc: str, place: Path, arguments: list[str] | None, budgets: Sequence[int], **switches: str
+) -> argparse.Namespace:
+    """What the command of a comparison was asked for: networks, images, budgets, norms, a record's place, switches."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{place.stem}", description=doc.splitlines()[0])
     parser.add_argument("--images", type=int, default=100, help="of each network, drawn; the wrong ones are left out")
-    parser.add_argument("--budgets", type=int, nargs="+", default=list(BUDGETS), choices=BUDGETS)
+    parser.add_argument("--budgets", type=int, nargs="+", default=list(budgets), choices=list(SETTINGS))
     parser.add_argument("--norms", nargs="+", default=["inf", "2"])
     parser.add_argument("--epochs", type=int, default=10, help="that the network of the digits is trained")
     parser.add_argument("--cards", type=Path, nargs="*", default=[], help="third-party networks beside the digits")
     parser.add_argument("--weights", help="folder of their weights")
     parser.add_argument("--test-images", help="folder of their test images")
-    parser.add_argument("--alone", action="store_true", help="without adv-lib and foolbox")
-    parser.add_argument("--out", type=Path, default=HERE / "nearest.json")
-    chosen = parser.parse_args(arguments)
+    for name, said in switches.items():
+        parser.add_argument(f"--{name}", action="store_true", help=said)
+    parser.add_argument("--out", type=Path, default=place.with_suffix(".json"))
+    return parser.parse_args(arguments)
+
+
+def measured(
+    kind: str, chosen: argparse.Namespace, compare: Callable[[str, nn.Module, Data, float], list[dict]]
+) -> None:
+    """Rows of every network and norm asked for, written after each of them to the record."""
     torch.set_num_threads(1)
-    sources = [("digits", *digits(chosen.epochs))]
+    sources, rows = [("digits", *digits(chosen.epochs))], []
     for card in chosen.cards:
         sources.append((card.stem, load_model(str(card), root=chosen.weights), load_data(chosen.test_images, "test")))
-    rows = []
+    config = {key: getattr(chosen, key) for key in ("images", "budgets", "norms", "epochs")}
     for name, model, data in sources:
         data = data.take(min(chosen.images, len(data)), seed=0)
         for r in map(parse_norm, chosen.norms):
-            others = {} if chosen.alone else peers(r)
-            rows += compared(name, model.requires_grad_(False), data, r, sorted(chosen.budgets), others)
-            records.write(chosen.out, "nearest-benchmark", {"rows": rows}, {
-                key: value for key, value in vars(chosen).items() if key in ("images", "budgets", "norms", "epochs")
-            } | {"cards": [card.stem for card in chosen.cards]})  # fmt: skip
+            rows += compare(name, model.requires_grad_(False), data, r)
+            records.write(
+                chosen.out, kind, {"rows": rows}, config | {"cards": [card.stem for card in chosen.cards]}, "cpu"
+            )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command; see --help."""
+    chosen = asked(__doc__, HERE / "nearest.py", arguments, BUDGETS, alone="without adv-lib and foolbox")
+
+    def compare(name: str, model: nn.Module, data: Data, r: float) -> list[dict]:
+        return compared(name, model, data, r, sorted(chosen.budgets), {} if chosen.alone else peers(r))
+
+    measured("nearest-benchmark", chosen, compare)
     print(ratios(chosen.out).markdown())
     curves(chosen.out)
     if chosen.out.parent == HERE:

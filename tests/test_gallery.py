@@ -13,5 +13,7 @@ def test_every_notebook_is_in_the_gallery_with_its_picture():
     assert [link[2] for link in linked] == sorted(path.stem for path in NOTEBOOKS.glob("[0-9]*.py"))
     for cell, link in zip(cells, linked, strict=True):
         assert link[2].startswith(link[1])
-        for picture in re.findall(r"!\[\]\((.*?)\)", cell):
+        pictures = re.findall(r"!\[\]\((.*?)\)", cell)
+        assert pictures
+        for picture in pictures:
             assert (NOTEBOOKS / picture).is_file() and Path(picture).name.startswith(link[1])

@@ -88,7 +88,7 @@ def test_markdown_and_latex_hold_the_same_numbers(smoke, table):
 
 
 def test_executed_copies_show_outputs_and_no_errors(smoke):
-    for path in (smoke / ".wdat/smoke/notebooks").glob("*.ipynb"):
+    for path in (smoke / "figures/smoke").glob("*.ipynb"):
         cells = [c for c in nbformat.read(path, 4).cells if c.cell_type == "code"]
         outputs = [o for c in cells for o in c.outputs]
         assert outputs and not [o for o in outputs if o.output_type == "error"], path.name
@@ -97,7 +97,7 @@ def test_executed_copies_show_outputs_and_no_errors(smoke):
 
 def test_shown_from_records_a_notebook_computes_nothing_and_looks_the_same(smoke):
     """Records and scratch files untouched, not even there; outputs equal."""
-    folder, made = smoke / ".wdat/smoke/notebooks", smoke / ".wdat/smoke/made"
+    folder, made = smoke / "figures/smoke", smoke / ".wdat/smoke/made"
 
     def outputs() -> list:
         cells = [c for path in sorted(folder.glob("*.ipynb")) for c in nbformat.read(path, 4).cells]
@@ -105,7 +105,7 @@ def test_shown_from_records_a_notebook_computes_nothing_and_looks_the_same(smoke
         return [output["data"] for c in cells for output in c.outputs if "data" in output]
 
     def kept() -> dict:
-        return {path: path.read_bytes() for path in (smoke / "figures").rglob("*.*")}
+        return {path: path.read_bytes() for path in (smoke / "figures").rglob("*.*") if path.suffix != ".ipynb"}
 
     before = outputs(), kept()
     made.rename(made.with_name("elsewhere"))

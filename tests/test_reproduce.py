@@ -179,7 +179,7 @@ def test_other_profiles_leave_the_committed_notebooks_alone(repo, pretend):
     (repo / "notebooks/profiles/zoo.yaml").touch()
     reproduce("zoo")
     assert not list((repo / "notebooks").glob("*.ipynb"))
-    assert (repo / ".wdat/zoo/notebooks/01_first.ipynb").is_file()
+    assert (repo / "figures/zoo/01_first.ipynb").is_file()
 
 
 # The command

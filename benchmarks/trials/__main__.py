@@ -13,7 +13,7 @@ from wdat import records
 from wdat.report import numbers
 
 HERE = Path(__file__).parent
-PARTS = ("kills", "faults", "inputs", "files", "stream")
+PARTS = ("kills", "faults", "downloads", "inputs", "files", "stream")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -18,6 +18,20 @@ def kills(found: dict) -> tuple[list[dict[str, str]], str]:
     return rows, "SIGKILL at random moments, up to eight times a run."
 
 
+@tabled("trials-downloads")
+def downloads(found: dict) -> tuple[list[dict[str, str]], str]:
+    """How often each fetch was tried, and what came of it."""
+    rows = [
+        {
+            "fault": row["fault"], "fetches": str(row["fetches"]), "tries": str(row["tries"]),
+            "killed": str(row["killed"]), "sent, of the file": f"{row['sent']:.2f}",
+            "wrong files": str(row["wrong"]), "arrived": str(row["arrived"]),
+        }
+        for row in found["downloads"]
+    ]  # fmt: skip
+    return rows, "Fetches from a server on this machine, tried again until they end with the file."
+
+
 @tabled("trials-inputs")
 def inputs(found: dict) -> tuple[list[dict[str, str]], str]:
     """How many bad inputs each call got, and what it did with them."""

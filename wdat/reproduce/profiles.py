@@ -142,7 +142,6 @@ def places(profile: str, out: str | Path | None = None) -> dict[str, str]:
     return {"out": str(out or f"figures/{profile}"), "work": f".wdat/{profile}/made"}
 
 
-def executed_copy(root: Path, profile: str, name: str) -> Path:
-    """Where the executed copy of a notebook lies."""
-    folder = root / "notebooks" if profile == DEFAULT else root / ".wdat" / profile / "notebooks"
-    return folder / f"{name}.ipynb"
+def executed_copy(root: Path, profile: str, name: str, out: str) -> Path:
+    """Where the executed copy of a notebook lies: beside its source, those of other profiles beside the records."""
+    return (root / "notebooks" if profile == DEFAULT else root / out) / f"{name}.ipynb"

@@ -3,7 +3,7 @@
 `notebooks/NN_name.py` is the source, `notebooks/profiles/<profile>.yaml` its settings: `common: {...}` for every
 notebook that declares the parameter, one section per notebook name for its own, and `jobs`. Figures go to
 `figures/<profile>/`, scratch files (networks, checkpoints) to `.wdat/<profile>/made/`, the executed copies to
-`notebooks/NN_name.ipynb` for the default profile and `.wdat/<profile>/notebooks/` for the others. Which notebooks one
+`notebooks/NN_name.ipynb` for the default profile and beside the records for the others. Which notebooks one
 needs it says itself (`profiles.needed`); as many run at the same time as there are jobs, and share them: a notebook
 computes in the gaps that those begun before it leave.
 
@@ -74,7 +74,7 @@ def reproduce(
         raise ValueError(f"jobs={jobs} must be 0 (as many as cores and memory allow) or at least 1")
     places = profiles.places(profile, out)
     passed = profiles.parameters(sources, chosen, settings, places | {"jobs": jobs}, parameters or {})
-    executed = {name: profiles.executed_copy(root, profile, name) for name in sources}
+    executed = {name: profiles.executed_copy(root, profile, name, places["out"]) for name in sources}
     folders = {name: [root / (places | passed[name])[key] for key in places] for name in chosen}
     for folder in {scratch, *(f for pair in folders.values() for f in pair), *(executed[n].parent for n in chosen)}:
         records.check_writable(folder)

@@ -40,7 +40,7 @@ def show(
                 continue
             print(f"{name} …", flush=True)
             told = {"WDAT_COMMAND": f"wdat reproduce --profile {profile} --from-records"}
-            copy = copies / f"{name}.ipynb" if copies else profiles.executed_copy(root, profile, name)
+            copy = copies / f"{name}.ipynb" if copies else profiles.executed_copy(root, profile, name, places["out"])
             execution.execute(sources[name], copy, passed[name], scratch, told, root, Screen())
             if name in state and copies is None:  # what was drawn again is as good as what the run drew
                 drawn = [root / path for path in state[name]["outputs"] if Path(path).suffix in {*SHOWN, ".ipynb"}]
