@@ -439,7 +439,7 @@ def test_progress_is_shown_on_request(capsys):
         ({"model": nn.Sequential(linear(4), nn.Softmax(1))}, "remove its final softmax"),
         ({"model": nn.Sequential(linear(4), nn.Threshold(1e9, math.nan))}, "logits of 4 of 4 images are NaN"),
         ({"model": linear(1), "y": torch.zeros(4, dtype=torch.int64)}, "one output"),
-        ({"model": linear(2), "y": torch.arange(4) % 2}, "at least 3 classes, got 2"),
+        ({"model": linear(2), "y": torch.arange(4) % 2, "loss": "dlr"}, "at least 3 classes, got 2"),
         ({"model": nn.Conv2d(2, 2, 1), "y": torch.arange(4) % 2}, r"expected logits \(4, classes\)"),
     ],
 )

@@ -93,7 +93,7 @@ def test_a_label_beyond_the_classes_is_found_wherever_it_is(tiny_model, tiny_dat
         wdat.evaluate(tiny_model, wdat.from_tensors(x, y), BALL, **QUICK)
 
 
-def test_two_classes_are_attacked_without_dlr(tiny_data):
+def test_two_classes_are_attacked_and_fine_tuned_without_dlr(tiny_data):
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
         model, x = build("digits_cnn", width=8, classes=2, channels=3), tiny_data[0]
@@ -101,7 +101,14 @@ def test_two_classes_are_attacked_without_dlr(tiny_data):
         model[-1].bias.sub_(model(x).mean(0))
         y = model(x).argmax(1)
     found = wdat.evaluate(model, wdat.from_tensors(x, y, classes=("a", "b")), BALL, **QUICK)
-    assert {a["loss"] for a in found["attacks"]} == {"negative-margin", "ce"}
+    assert {a["loss"] for a in found["attacks"]} == {"redlr", "ce"}
+    data, recipe = wdat.from_tensors(x, y, classes=("a", "b")), wdat.Recipe(wdat.w_trades(BALL[0], steps=2), epochs=1)
+    assert str(data).endswith("3x8x8, 2 classes)")
+    tuned = wdat.finetune(model, data, recipe, validation=data, validation_threat=BALL[0], progress=False)
+    (term,) = tuned.history[0]["terms"]
+    assert (
+        term["upsilon"] > 0 and 0 < term["moved"] <= 1.01 * BALL[0].delta and tuned.history[0]["validation_w_pgd"] < 1
+    )
     with pytest.raises(ValueError, match="at least 3 classes, got 2"):
         wdat.evaluate(model, wdat.from_tensors(x, y, classes=("a", "b")), BALL, losses=("dlr",), **QUICK)
 

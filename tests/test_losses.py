@@ -125,11 +125,12 @@ def test_ties_count_as_wrong_and_cost_nothing():
     assert dlr(z, y)[:3].abs().sum() == 0 and dlr(z, y)[3] > 0
 
 
-def test_dlr_refuses_two_classes():
-    z, y = torch.randn(4, 2), torch.tensor([0, 1, 0, 1])
-    for loss in (dlr, redlr):
-        with pytest.raises(ValueError, match="at least 3 classes, got 2"):
-            loss(z, y)
+def test_dlr_refuses_two_classes_and_redlr_is_the_margin_that_is_left():
+    z, y = torch.tensor([[3.0, 1.0], [1.0, 3.0], [2.0, 2.0]], requires_grad=True), torch.tensor([0, 0, 1])
+    with pytest.raises(ValueError, match="at least 3 classes, got 2"):
+        dlr(z, y)
+    assert redlr(z, y).tolist() == [-2, 0, 0]
+    assert gradient(redlr, z, y).tolist() == [[-1, 1], [0, 0], [0, 0]]
     for name in ("ce", "negative-margin"):
         assert torch.isfinite(LOSSES[name](z, y)).all()
 

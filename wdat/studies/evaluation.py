@@ -80,8 +80,8 @@ def evaluate(
         model: logits of float32 images in [0, 1] (normalisation inside); left as found, on its device.
         data: test images; `data.take(n)` or `wdat.zoo.data.from_tensors` for fewer or one's own.
         threats: W_p balls to attack; each by W-PGD with every loss (p = inf: PGD).
-        losses: attack losses; sensitivity, V(0), W(0) and bounds are given for each. Default: ReDLR, CE and DLR; for
-            two classes, where DLR is undefined, the negative margin and CE.
+        losses: attack losses; sensitivity, V(0), W(0) and bounds are given for each. Default: ReDLR, CE and, from
+            three classes on, DLR.
         steps: of W-PGD. budget_attack: also W-PGD-Budget with the first loss.
         dual: also the dual attack on the cross-entropy (`wdat.attacks.dual`) at every threat with p < inf, beside the
             highest mean loss that W-PGD reached.
@@ -130,7 +130,7 @@ def evaluate(
     classes = check_fit(model, data, threats)
     if not threats:
         raise ValueError("no threat given; pass for example [Threat('8/255', p=2)]")
-    losses = (("redlr", "ce", "dlr") if classes > 2 else ("negative-margin", "ce")) if losses is None else losses
+    losses = (("redlr", "ce", "dlr") if classes > 2 else ("redlr", "ce")) if losses is None else losses
     if not losses:
         raise ValueError('no loss given; pass for example losses=("redlr", "ce")')
     if "kl" in losses:

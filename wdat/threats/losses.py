@@ -33,7 +33,7 @@ def ce(logits: Tensor, labels: Tensor) -> Tensor:
 def dlr(logits: Tensor, labels: Tensor) -> Tensor:
     """Difference-of-logits ratio, -margin / (z_(1) - z_(3) + 1e-12); negative iff correct. Needs m >= 3 classes."""
     if logits.shape[1] < 3:
-        raise ValueError(f"DLR needs at least 3 classes, got {logits.shape[1]}; use loss='ce' or 'negative-margin'")
+        raise ValueError(f"DLR needs at least 3 classes, got {logits.shape[1]}; use loss='redlr' or 'ce'")
     top = logits.topk(3, dim=1).values
     return -margin(logits, labels) / (top[:, 0] - top[:, 2] + 1e-12)
 
@@ -41,9 +41,11 @@ def dlr(logits: Tensor, labels: Tensor) -> Tensor:
 def redlr(logits: Tensor, labels: Tensor) -> Tensor:
     """Rectified DLR, min(DLR, 0): zero value and gradient on images that are already misclassified (or tied).
 
-    Hence those get no budget for p < inf, and the adversary wastes nothing on them.
+    Hence those get no budget for p < inf, and the adversary wastes nothing on them. With two classes there is no third
+    logit to take a ratio with: min(-margin, 0).
     """
-    return -F.relu(-dlr(logits, labels))  # at a tie relu has gradient 0; clamp would let 1 / 1e-12 through
+    ratio = dlr(logits, labels) if logits.shape[1] > 2 else -margin(logits, labels)
+    return -F.relu(-ratio)  # at a tie relu has gradient 0; clamp would let 1 / 1e-12 through
 
 
 def negative_margin(logits: Tensor, labels: Tensor) -> Tensor:

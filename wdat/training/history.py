@@ -75,7 +75,6 @@ def validate(network: nn.Module, data: Data, threat: Threat | None, recipe: Reci
         logits = logits_of(shown, x, size)
         row = {"validation_accuracy": float(joint.mean((margin(logits, y.to(logits.device)) > 0).double()))}
         if threat and not recipe.noise:
-            loss = "redlr" if logits.shape[1] > 2 else "negative-margin"
-            found = w_pgd(network, x, y, threat, loss=loss, steps=10, batch_size=size)
+            found = w_pgd(network, x, y, threat, steps=10, batch_size=size)
             row["validation_w_pgd"] = float(joint.mean(found.correct.double()))
     return row

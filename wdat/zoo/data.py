@@ -52,6 +52,10 @@ class Data:
     source: str = ""
     named: bool = True
 
+    def __repr__(self) -> str:
+        size = "x".join(map(str, self.pixels.shape[1:]))
+        return f"Data({self.name!r}, {self.split!r}: {len(self):,} images {size}, {len(self.classes)} classes)"
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "levels", read(int, self.levels, f"{self.name}: levels"))
         if isinstance(self.pixels, Tensor) and self.pixels.dtype == torch.uint8:

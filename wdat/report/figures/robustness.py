@@ -10,7 +10,7 @@ from wdat.report.rows import CERTIFIED, OPTIMAL, loss_name, where
 ATTACK_NAMES = {"w-pgd": "W-PGD", "w-pgd-budget": "W-PGD-Budget"}
 MARKERS = {
     ("w-pgd", "redlr"): "s", ("w-pgd", "negative-margin"): "s", ("w-pgd", "ce"): "x", ("w-pgd", "dlr"): "+",
-    ("w-pgd-budget", "redlr"): "D", ("w-pgd-budget", "negative-margin"): "D",
+    ("w-pgd-budget", "redlr"): "D",
 }  # fmt: skip
 
 
@@ -68,8 +68,7 @@ def bracket(axis: Axes, network: dict, found: dict, r: float | str = "inf", p: f
         _dots(axis, _attacks(network, r, loss, p, name), marker, ORANGE, label)
     auto = network.get("autoattack", [])
     _dots(axis, where(auto, r=float(r)), "*", PINK, r"AutoAttack, $p = \infty$" + _part(auto, found["n"]))
-    first = "redlr" if _attacks(network, r, "redlr", p) else "negative-margin"  # of two classes
-    own = [a for a in _attacks(network, r, first, p) if a["bounds"]]
+    own = [a for a in _attacks(network, r, "redlr", p) if a["bounds"]]
     low = points([max(a["bounds"]["r_l"], 0) * network["clean"]["accuracy"] for a in own])
     axis.plot([a["threat"]["delta"] for a in own], low, "k:", lw=1, label=r"first-order $R^l A$")
     if network.get("certified"):

@@ -19,7 +19,7 @@ from wdat.report.table import tabled
 def evaluation(found: dict) -> tuple[list[dict], str]:
     """Optimal allocation beside W-PGD (PGD for p = inf) for every network and threat, in percent.
 
-    The attack's loss is ReDLR, or the first one of a network without it (two classes). The order p has a column
+    The attack's loss is ReDLR, or the first one where that was not asked for. The order p has a column
     unless it is 2 throughout. The bracket, certified to optimal allocation (beside it the lower end before branch and
     bound), and AutoAttack (beside it what the nearest adversarial examples leave) are of the same images, of how many
     the heading says.
