@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> dict | None:
     print(tables.evaluation(path).markdown())
     figures.bracket(path, r, p)
     figures.curves(path, r)
-    print(f"record and figures: {out}/{name}.json, .pdf, .png")
+    print(f"record and figures: {out}/{name}.json, {name}-*.png, .pdf")
     if args.per_class:
         _per_class(out, name, model, data, threats, {"search": search, "batch_size": args.batch_size})
     size = prune(shared["state"]) / 2**20

@@ -70,7 +70,8 @@ def bracket(axis: Axes, network: dict, found: dict, r: float | str = "inf", p: f
     _dots(axis, where(auto, r=float(r)), "*", PINK, r"AutoAttack, $p = \infty$" + _part(auto, found["n"]))
     own = [a for a in _attacks(network, r, "redlr", p) if a["bounds"]]
     low = points([max(a["bounds"]["r_l"], 0) * network["clean"]["accuracy"] for a in own])
-    axis.plot([a["threat"]["delta"] for a in own], low, "k:", lw=1, label=r"first-order $R^l A$")
+    style = "k:" if len(own) != 1 else "k."  # a line through one radius could not be seen
+    axis.plot([a["threat"]["delta"] for a in own], low, style, lw=1, label=r"first-order $R^l A$")
     if network.get("certified"):
         proved, curve = _one(network["certified"], r=float(r)), _curve(network["certified"], r, p)
         label = CERTIFIED + _part([proved], found["n"])
