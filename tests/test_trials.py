@@ -105,7 +105,8 @@ def test_the_trials_run_and_find_nothing(part, tmp_path):
     for row in found.get("faults", ()):
         assert row["as_expected"] and row["same_afterwards"] and not row["unreadable"] + row["wrong"], row
     for row in found.get("downloads", ()):
-        assert row["arrived"] == row["fetches"] and not row["wrong"] and row["tries"] > row["fetches"], row
+        assert row["arrived"] == row["fetches"] and not row["wrong"], row  # a slow kill may come too late
+        assert row["tries"] > row["fetches"] or row["fault"].startswith("The fetch is killed"), row
     for row in found.get("calls", ()):
         assert row["inputs"] > 0 and not row["faults"], row["faults"]
     for row in found.get("files", ()):
