@@ -182,7 +182,8 @@ class _Run:
         changed = [path for path, stamp in stamps(folders).items() if before.get(path) != stamp]
         written = self.own(name, changed)
         if fresh:
-            self.remove(set(old["outputs"]) - {relative(root, path) for path in written}, folders[0])
+            kept = {relative(root, path) for path in (*written, self.executed[name])}
+            self.remove(set(old["outputs"]) - kept, folders[0])
         outputs = digests(root, [*(root / path for path in old["outputs"]), *written, self.executed[name]])
         for other in self.state.values():  # a file belongs to the notebook that wrote it last
             other["outputs"] = {path: sha for path, sha in other["outputs"].items() if path not in outputs}

@@ -118,11 +118,12 @@ def stamps(folders: Sequence[Path]) -> dict[Path, tuple[int, int, int]]:
     """File -> time of change in ns, size in bytes, inode, of all in these folders: another stamp, written since.
 
     Files that other notebooks make and move meanwhile are looked at as they are found, and may be gone by then.
+    Executed copies are left out: the runner knows whose they are.
     """
     found = {}
     for folder in folders:
         for place, _, names in os.walk(folder):
-            for path in (Path(place, name) for name in names if not name.endswith(".part")):
+            for path in (Path(place, name) for name in names if not name.endswith((".part", ".ipynb"))):
                 with contextlib.suppress(FileNotFoundError):
                     s = path.stat()
                     found[path] = s.st_mtime_ns, s.st_size, s.st_ino
