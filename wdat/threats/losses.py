@@ -44,7 +44,7 @@ def redlr(logits: Tensor, labels: Tensor) -> Tensor:
     Hence those get no budget for p < inf, and the adversary wastes nothing on them. With two classes there is no third
     logit to take a ratio with: min(-margin, 0).
     """
-    ratio = dlr(logits, labels) if logits.shape[1] > 2 else -margin(logits, labels)
+    ratio = dlr(logits, labels) if logits.shape[1] > 2 else negative_margin(logits, labels)
     return -F.relu(-ratio)  # at a tie relu has gradient 0; clamp would let 1 / 1e-12 through
 
 
