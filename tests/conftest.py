@@ -2,6 +2,7 @@
 
 import io
 import os
+import signal
 import socket
 import tarfile
 from pathlib import Path
@@ -13,6 +14,9 @@ from torch import Tensor, nn
 
 from wdat import records
 from wdat.reproduce import execution
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background: what the tests start would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 torch.set_num_threads(1)  # busy OpenMP threads of parallel tests wait on each other, a hundred times slower than one
 

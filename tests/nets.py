@@ -39,6 +39,21 @@ def linear(classes: int = 4, shape: tuple[int, ...] = (2, 3, 3), seed: int = 0) 
     return built(lambda: nn.Sequential(nn.Flatten(), nn.Linear(size, classes)), seed, shape)
 
 
+def with_exact_distances(classes: int) -> tuple[nn.Module, Tensor, Tensor, dict[float, Tensor]]:
+    """A linear network, eight images it gets right, their labels and exact distances by norm (the box left aside)."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, classes)).eval().requires_grad_(False)
+    model[1].weight.copy_(torch.randn(classes, 12, generator=generator(0)))
+    model[1].bias.copy_(-model[1].weight.sum(1) / 2)
+    x = images(8, (3, 2, 2), seed=1, low=0.3, high=0.7)
+    z = model(x)
+    y = z.argmax(1)
+    gap = z.gather(1, y[:, None]) - z
+    slope = model[1].weight[y][:, None] - model[1].weight[None]
+    own = nn.functional.one_hot(y, classes).bool()
+    norms = ((2.0, 2), (float("inf"), 1))
+    return model, x, y, {r: (gap / slope.norm(dual, dim=2)).masked_fill(own, float("inf")).amin(1) for r, dual in norms}
+
+
 def smooth(classes: int = 4, shape: tuple[int, ...] = (2, 3, 3), seed: int = 0) -> nn.Module:
     """An infinitely differentiable network with gradients of every size."""
     size = torch.Size(shape).numel()

@@ -5,9 +5,7 @@ import math
 from functools import partial
 
 import pytest
-import torch
-from nets import generator
-from torch import nn
+from nets import with_exact_distances
 
 from benchmarks import distributional as benchmark
 from benchmarks.nearest import Watched, distances
@@ -17,22 +15,7 @@ from wdat.zoo.data import from_tensors
 
 @pytest.fixture
 def linear():
-    """A linear network of three classes, eight images it gets right, and their exact distances by norm."""
-    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3)).eval()
-    with torch.no_grad():
-        model[1].weight.copy_(torch.randn(3, 12, generator=generator(0)))
-        model[1].bias.copy_(-model[1].weight.sum(1) / 2)
-        x = 0.3 + 0.4 * torch.rand(8, 3, 2, 2, generator=generator(1))
-        z = model(x)
-        y = z.argmax(1)
-        gap = z.gather(1, y[:, None]) - z
-        slope = model[1].weight[y][:, None] - model[1].weight[None]
-        own = torch.nn.functional.one_hot(y, 3).bool()
-        exact = {
-            r: (gap / slope.norm(norm, dim=2)).masked_fill(own, math.inf).amin(1)
-            for r, norm in ((2.0, 2), (math.inf, 1))
-        }
-    return model.requires_grad_(False), x, y, exact
+    return with_exact_distances(classes=3)
 
 
 @pytest.mark.parametrize("r", [2.0, math.inf])

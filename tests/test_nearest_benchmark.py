@@ -5,23 +5,15 @@ import math
 
 import pytest
 import torch
-from nets import generator
-from torch import nn
+from nets import with_exact_distances
 
 from benchmarks import nearest as benchmark
 
 
 @pytest.fixture
 def linear():
-    """A linear network, eight images it gets right, and their exact l2 distances without the box."""
-    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2)).eval()
-    with torch.no_grad():
-        model[1].weight.copy_(torch.randn(2, 12, generator=generator(0)))
-        model[1].bias.copy_(-model[1].weight.sum(1) / 2)
-        x = 0.3 + 0.4 * torch.rand(8, 3, 2, 2, generator=generator(1))
-        z = model(x)
-        distance = (z[:, 0] - z[:, 1]).abs() / (model[1].weight[0] - model[1].weight[1]).norm()
-    return model.requires_grad_(False), x, z.argmax(1), distance
+    model, x, y, exact = with_exact_distances(classes=2)
+    return model, x, y, exact[2.0]
 
 
 def test_forwards_and_backwards_are_counted_by_image_and_points_beyond_the_budget_do_not_count(linear):

@@ -32,7 +32,7 @@ ROOMS = {
     "accuracy": {"threats", "settings"},
     "zoo": {"threats", "records", "files", "settings", "digest"},
     "tickets": {"threats", "attacks", "zoo", "settings"},
-    "training": {"threats", "attacks", "accuracy", "zoo", "records", "settings", "digest"},
+    "training": {"threats", "attacks", "accuracy", "zoo", "records", "settings", "digest", "clock"},
     "randomised": {"threats", "attacks", "accuracy", "zoo", "records", "settings", "digest"},
     "studies": {
         "threats", "attacks", "accuracy", "zoo", "tickets", "training", "randomised", "records", "settings", "digest",

@@ -49,9 +49,8 @@ def trained(model: nn.Module, train: Data, held: Data, recipe: Recipe, threat: T
             write_tensors(file(step // steps), network.state_dict())
 
     checkpoint = stem.with_name(f"{stem.name}.checkpoint")
-    with spending("training"):
-        done = finetune(model, train, recipe, validation=held, validation_threat=threat, checkpoint=checkpoint,
-                        progress=False, on_step=keep)  # fmt: skip
+    done = finetune(model, train, recipe, validation=held, validation_threat=threat, checkpoint=checkpoint,
+                    progress=False, on_step=keep)  # fmt: skip
     if not recipe.epochs:
         return Trained(done.model, done.model, 0, [])
     epoch = 1 + max(range(recipe.epochs), key=lambda e: done.history[e]["validation_w_pgd"])

@@ -74,8 +74,7 @@ def _pretrained(
     path: Path, model: nn.Module, start: str | None, train: Data, recipe: Recipe, card: dict
 ) -> tuple[nn.Module, dict]:
     """The network and its row of the record; its card and weights at `path`, its checkpoint beside them."""
-    with spending("training"):
-        done = finetune(model, train, recipe, checkpoint=path.with_suffix(".checkpoint"), progress=False)
+    done = finetune(model, train, recipe, checkpoint=path.with_suffix(".checkpoint"), progress=False)
     training = f"{recipe.objective.name}, {recipe.epochs} epochs, {recipe.schedule}" + (f", from {start}" * bool(start))
     save_model(
         done.model, path, name=path.stem, source="trained by this repository", licence="MIT", training=training, **card
@@ -246,8 +245,7 @@ def _ruled(
             ])  # fmt: skip
             trace.append({"step": step, "true": float(term.threat.upsilon(norms)), "tracked": float(trackers[0].value)})
 
-    with spending("training"):
-        found = finetune(model, train, settings, on_step=watch, progress=False)
+    found = finetune(model, train, settings, on_step=watch, progress=False)
     errors = torch.tensor([t["tracked"] / t["true"] - 1 for t in trace], dtype=torch.float64)
     steps_per_epoch = -(-len(train) // settings.batch_size)
     due = sum(settings.upsilon.due(s, steps_per_epoch) for s in range(settings.epochs * steps_per_epoch))

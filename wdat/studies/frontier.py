@@ -83,10 +83,7 @@ def frontier(
 def _start(name: str, given: str | dict, model: nn.Module, train: Data, work: Path) -> nn.Module:
     if isinstance(given, str):
         return load_model(records.root() / given, device=device_of(model))
-    with spending("training"):
-        return finetune(
-            model, train, make_recipe(given, 0), checkpoint=work / f"{name}.checkpoint", progress=False
-        ).model
+    return finetune(model, train, make_recipe(given, 0), checkpoint=work / f"{name}.checkpoint", progress=False).model
 
 
 def _settled(row: dict) -> tuple:
@@ -114,8 +111,7 @@ def trained(
     """One run, trained (read from its checkpoint, if it was before) and looked at on the validation images."""
     recipe = make_recipe({**item["recipe"], "noise": sigma}, seed)
     stem = _stem(work, network, item["variant"], sigma, seed)
-    with spending("training"):
-        tuned = finetune(model, train, recipe, checkpoint=stem.with_name(f"{stem.name}.checkpoint"), progress=False)
+    tuned = finetune(model, train, recipe, checkpoint=stem.with_name(f"{stem.name}.checkpoint"), progress=False)
     counts = _counted(tuned.model, validation, sigma, draws, batch_size, stem)
     passes = forward_equivalents(recipe.objective.cost) * recipe.epochs
     row = {

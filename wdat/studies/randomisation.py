@@ -95,9 +95,8 @@ def _left(
 ) -> dict:  # fmt: skip
     """Clean accuracy of a network, fine-tuned by the recipe if there is one, and what attack leaves at each threat."""
     if recipe is not None:
-        with spending("training"):
-            chosen = make_recipe(recipe, seed)
-            model = finetune(model, train, chosen, checkpoint=work / f"{name}.checkpoint", progress=False).model
+        chosen = make_recipe(recipe, seed)
+        model = finetune(model, train, chosen, checkpoint=work / f"{name}.checkpoint", progress=False).model
     clean, row = None, {}
     for r in sorted({t.r for t in threats}):
         with spending("evaluation"):
@@ -137,9 +136,8 @@ def _behind_noise(
 ) -> dict:  # fmt: skip
     """One network and sigma: fine-tuned, then counted and bounded."""
     stem = work / f"{name}-{sigma:g}"
-    with spending("training"):
-        chosen = make_recipe({**recipe, "noise": sigma}, seed)
-        tuned = finetune(model, train, chosen, checkpoint=stem.with_name(f"{stem.name}.checkpoint"), progress=False)
+    chosen = make_recipe({**recipe, "noise": sigma}, seed)
+    tuned = finetune(model, train, chosen, checkpoint=stem.with_name(f"{stem.name}.checkpoint"), progress=False)
     with spending("evaluation"), torch.no_grad():
         noisy = Randomised(tuned.model, sigma)
         state = stem.with_name(f"{stem.name}.draws")

@@ -168,11 +168,10 @@ class Study:
         """Read from its checkpoint, if it was trained before."""
         name = re.sub(r"[^\w.-]+", "_", f"{self.network}.{variant}.{seed}")
         watch = {"validation": self.validation, "validation_threat": self.sweep.middle}
-        with spending("training"):
-            return finetune(
-                self.model, self.train, make_recipe(recipe, seed), **watch if variant in self.sweep.watched else {},
-                checkpoint=self.work / f"{name}.checkpoint", progress=False,
-            )  # fmt: skip
+        return finetune(
+            self.model, self.train, make_recipe(recipe, seed), **watch if variant in self.sweep.watched else {},
+            checkpoint=self.work / f"{name}.checkpoint", progress=False,
+        )  # fmt: skip
 
     def _measure(self, model: nn.Module, **row) -> Measured:
         """Minimal distances and what they say."""

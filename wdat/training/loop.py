@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from wdat.clock import spending
 from wdat.records import write_tensors
 from wdat.settings import read, reads
 from wdat.threats import joint
@@ -82,6 +83,7 @@ def interpolate(before: nn.Module, after: nn.Module, share: float) -> nn.Module:
 
 @taking(model=as_model, train=as_data, validation=optional(as_data), validation_threat=optional(as_threat))
 @reads("finetune")
+@spending("training")
 def finetune(
     model: nn.Module,
     train: DataLike,
