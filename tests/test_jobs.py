@@ -1,6 +1,7 @@
 """Independent runs side by side: the same results in the list's order, nothing lost and nothing left behind."""
 
 import gc
+import math
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import joblib
 import psutil
 import pytest
 import torch
+from joblib.externals.loky import process_executor
 from repository import assert_they_end
 
 from wdat.studies import jobs
@@ -112,6 +114,19 @@ def test_a_killed_worker_is_named_and_takes_no_other_run_with_it(tmp_path):
     *found, pid = ran.stdout.splitlines()[-1].rsplit(" ", 1)
     assert found == ["[0.0, 1, 1, 4, 9]"] or found == ["[0, 1, 1, 4, 9]"]
     assert not [*Path("/dev/shm").glob(f"*{pid}*"), *Path("/tmp").glob(f"*joblib*{pid}*")]
+
+
+def grow(x: int) -> int:
+    """To loky, every worker has grown too large after its second run."""
+    process_executor._MAX_MEMORY_LEAK_SIZE, process_executor._MEMORY_LEAK_CHECK_DELAY = -math.inf, 0
+    return x
+
+
+@pytest.mark.slow
+def test_a_worker_that_has_grown_is_replaced_without_a_word(capfd):
+    before = children()
+    assert jobs.run_all([Run(str(x), grow, {"x": x}) for x in range(6)], 2, progress=False) == list(range(6))
+    assert capfd.readouterr().err == "" and nothing_stays(before)
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ import re
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -237,7 +238,9 @@ def _handed_out(runs: Sequence[Run], jobs: int) -> Iterator[Iterator[_Done]]:
         _workers.setdefault(os.getpid(), _Workers())
     hands = joblib.Parallel(n_jobs=jobs, prefer="threads", batch_size=1, return_as="generator_unordered")
     try:
-        yield hands(joblib.delayed(_handed)(number, one) for number, one in enumerate(runs))
+        with warnings.catch_warnings():  # loky replaces a worker that has grown: between two runs, so nothing is lost
+            warnings.filterwarnings("ignore", "A worker stopped while some jobs were given", UserWarning)
+            yield hands(joblib.delayed(_handed)(number, one) for number, one in enumerate(runs))
     except BaseException:
         close()
         raise
