@@ -196,7 +196,12 @@ def test_the_five_published_networks_are_those_of_the_cards(shared):
     for name, (inside, _, _) in fetch.PUBLISHED.items():
         card = wdat.zoo.models.read_card(zoo / f"{name}.yaml")
         assert inside in card["source"] and card["licence"] == "BSD-3-Clause"
-        repackaged = fetch._repackaged((shared / "models" / card["weights"]).read_bytes(), "any.model", card)
+        try:
+            repackaged = fetch._repackaged((shared / "models" / card["weights"]).read_bytes(), "any.model", card)
+        except ValueError as error:
+            locked = (Path(__file__).parents[1] / "requirements.lock.txt").read_text()
+            assert f"torch=={torch.__version__.split('+')[0]}" not in locked and "use the torch of" in str(error)
+            pytest.skip(str(error))
         assert hashlib.sha256(repackaged).hexdigest() == card["sha256"]
 
 

@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+import textwrap
 import tomllib
 from pathlib import Path
 
@@ -100,6 +101,18 @@ def test_figures_records_and_the_command_need_no_torch():
     code = f"import sys, {names}; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert not {"torch", "torchvision", "robustbench"} & set(loaded.split())
+
+
+def test_bars_say_nothing_in_a_notebook_without_ipywidgets():
+    code = """
+        import sys, types
+        sys.modules["IPython"] = types.SimpleNamespace(get_ipython=object)  # what tqdm looks at
+        sys.modules |= {"ipykernel.zmqshell": object(), "ipywidgets": None}
+        import wdat
+        from tqdm.auto import tqdm
+    """
+    ran = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, capture_output=True, text=True)
+    assert (ran.returncode, ran.stderr) == (0, "")
 
 
 def test_only_one_module_imports_robustbench():

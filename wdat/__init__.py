@@ -6,6 +6,9 @@ network that is right on most of them, and `folder` an empty one.
 """
 
 import importlib
+import warnings
+
+warnings.filterwarnings("ignore", "IProgress not found")  # a kernel without ipywidgets has tqdm's plain bars
 
 _HOME = {
     "Threat": "threats.ball",
