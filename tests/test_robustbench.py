@@ -32,6 +32,15 @@ def test_robustbench_is_imported_only_when_asked():
     assert out.stdout.strip() == "set()"
 
 
+@pytest.mark.parametrize(
+    ("missing", "remedy"), [("robustbench", "'wdat[robustbench]'"), ("pkg_resources", "'setuptools<82'")]
+)
+def test_what_robustbench_lacks_is_named_with_the_remedy(missing, remedy):
+    code = f"import sys; sys.modules[{missing!r}] = None; from wdat.zoo import robustbench; robustbench.zoo()"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert f"pip install {remedy}" in ran.stderr.splitlines()[-1]
+
+
 def five() -> list[str]:
     profile = yaml.safe_load((ZOO.parent / "profiles" / "cifar10.yaml").read_text(encoding="utf-8"))
     return profile["common"]["networks"]

@@ -85,9 +85,11 @@ def zoo() -> ModuleType:
             import robustbench
             import robustbench.utils
     except ModuleNotFoundError as error:
-        if error.name != "robustbench":
+        if error.name not in ("robustbench", "pkg_resources"):
             raise
         remedy = "it is not installed; run: python -m pip install 'wdat[robustbench]'"
+        if error.name == "pkg_resources":
+            remedy = "it needs pkg_resources, which setuptools 82 gave up; run: python -m pip install 'setuptools<82'"
         raise ModuleNotFoundError(
             f"RobustBench's networks need robustbench, and {remedy}", name="robustbench"
         ) from None
