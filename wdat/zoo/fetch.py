@@ -162,9 +162,7 @@ def images(name: str, root: str | Path, place: str | Path | None = None, offline
             else:
                 origin = wanted.url
                 os.replace(download(wanted, root / f".{kind.filename}.part"), archive)
-    with (
-        warnings.catch_warnings()
-    ):  # from Python 3.12 on, that torchvision names no filter: this archive is CIFAR's own
+    with warnings.catch_warnings():  # of the missing filter, from Python 3.12 on: the archive is known by its digest
         warnings.filterwarnings("ignore", "Python 3.14 will, by default, filter", DeprecationWarning)
         kind(root, download=True)  # unpacks what is there, and checks every file
     return said | {"from": origin}
