@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from nets import NORMS, built, images, labels
+from nets import NORMS, built, images, labels, with_exact_distances
 from scipy.optimize import linprog
 from test_certify import MODELS, SHAPE, violations
 from torch import Tensor, nn
@@ -166,6 +166,15 @@ def test_bounds_of_counterexamples_hold_at_every_counterexample_and_say_more():
         assert half.signs[i].flatten()[index] == sign
         side = half.bounds[i][0 if sign > 0 else 1].flatten()[index]
         assert side == 0
+
+
+@pytest.mark.parametrize("r", NORMS)
+def test_a_network_without_relus_is_proved_up_to_its_exact_distance(r):
+    model, x, y, exact = with_exact_distances(classes=3)
+    for k in range(3):
+        steps, distance = network_steps(model, x[:1]), float(exact[r][k])
+        for share, proved in ((0.99, True), (1.01, False)):
+            assert prove(steps, x[k : k + 1].double(), y[k : k + 1], share * distance, r, slack=1e-6) is proved
 
 
 @pytest.mark.parametrize("r", NORMS)

@@ -74,7 +74,7 @@ class Ball:
 
     def _of_free(self, maps: dict[int, Tensor]) -> Tensor:
         """The numbers of the undecided and split neurons, (U,)."""
-        return torch.cat([maps[i].flatten()[index] for i, index in self.free.items()])
+        return torch.cat([self.x.new_zeros(0), *(maps[i].flatten()[index] for i, index in self.free.items())])
 
     def root(self) -> Parts:
         """The whole ball, once for each rival."""
