@@ -1,10 +1,13 @@
-"""Complete verifiers beside the bracket: `python -m benchmarks.verifiers --cards ... --test-images DIR`.
+"""Complete verifiers beside the bracket: `python -m benchmarks.verifiers --cards ... --images DIR`.
 
-Pointwise accuracy (p = inf, linf 2/255) on the first images of CIFAR-10's test set, the 200 on which verifiers are
-compared: what the search for minimal distances leaves, what CROWN proves, and what branch and bound
-(`wdat.accuracy.branch`) proves within a time limit for each image that is open. Beside it what Zhou et al.,
-"Clip-and-Verify" (2025), list for complete verifiers on these images and networks, on a GPU, with the upper bound of
-their attack. Those numbers are theirs, read from that table; none of them is measured here.
+Pointwise accuracy (p = inf, linf 2/255) on the 200 CIFAR-10 images on which verifiers of these networks are compared:
+what the search for minimal distances leaves, what CROWN proves, and what branch and bound (`wdat.accuracy.branch`)
+proves within a time limit for each image that is open. Beside it what Zhou et al., "Clip-and-Verify" (2025), list for
+complete verifiers on a GPU, and the upper bound of their attack. Those numbers are theirs, read from that table; none
+of them is measured here.
+
+DIR holds X_sdp.npy and y_sdp.npy of github.com/Verified-Intelligence/alpha-beta-CROWN, in
+complete_verifier/datasets/sdp/cifar; their digests are checked.
 """
 
 import argparse
@@ -12,6 +15,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -23,11 +27,17 @@ from wdat.studies.cache import Cache
 from wdat.studies.certificates import proof
 from wdat.studies.jobs import Run, run_all
 from wdat.threats.ball import Threat
-from wdat.zoo.data import Data, load_data
+from wdat.zoo.data import Data, from_tensors
 from wdat.zoo.models import load_model
+from wdat.zoo.weights import sha256
 
 HERE = Path(__file__).parent
 RADIUS = "2/255"
+FILES = {  # sha256
+    "X_sdp.npy": "bc487064171fc74ce09b8c29db029da3a9be1f0275a23aa2f3aca6ccacb6958e",
+    "y_sdp.npy": "b02c682406c3ae3aeba6b0fa0f6598ddb1d0331ce87c9b869136263946296dbd",
+}
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 PUBLISHED = {  # proved, %, by verifier; left by their attack, %
     "cifar_cnn_a_adv": {"β-CROWN": 45.5, "GCP-CROWN": 48.5, "BICCOS": 48.5, "attack": 50.0},
     "cifar_cnn_a_adv4": {"β-CROWN": 46.5, "GCP-CROWN": 48.5, "BICCOS": 48.5, "attack": 49.5},
@@ -35,14 +45,16 @@ PUBLISHED = {  # proved, %, by verifier; left by their attack, %
 }
 
 
-def first(folder: str | Path, n: int) -> Data:
-    """The test images 0 to n - 1 of a folder test/CLASS/NNNNN.png, NNNNN their number in the test set."""
-    data = load_data(folder, "test")
-    places = sorted(path for path in (Path(folder) / "test").glob("*/*") if path.is_file())  # the order it is read in
-    place = {int(path.stem): at for at, path in enumerate(places)}
-    if missing := [k for k in range(n) if k not in place]:
-        raise ValueError(f"{folder} has no test image {missing[0]:05d}; the first {n} of the test set are compared on")
-    return data.at(torch.tensor([place[k] for k in range(n)]))
+def sampled(folder: str | Path) -> Data:
+    """The images of the comparison and their labels; ValueError unless the files are those."""
+    found = []
+    for name, digest in FILES.items():
+        path = Path(folder) / name
+        if (seen := sha256(path)) != digest:
+            raise ValueError(f"{path} has the digest {seen}, the file of the comparison {digest}")
+        found.append(torch.from_numpy(np.load(path)))
+    x, y = found
+    return from_tensors(x.permute(0, 3, 1, 2).contiguous(), y.long(), classes=CLASSES)
 
 
 def compared(name: str, model: nn.Module, data: Data, seconds: float, state: Path | None = None) -> dict:
@@ -64,10 +76,9 @@ def compared(name: str, model: nn.Module, data: Data, seconds: float, state: Pat
     }  # fmt: skip
 
 
-def measured(card: Path, weights: str | None, images: str, n: int, seconds: float, state: Path) -> dict:
+def measured(card: Path, weights: str | None, data: Data, seconds: float, state: Path) -> dict:
     """`compared` of a card, in a process of its own."""
-    model = load_model(str(card), root=weights).requires_grad_(False)
-    return compared(card.stem, model, first(images, n), seconds, state)
+    return compared(card.stem, load_model(str(card), root=weights).requires_grad_(False), data, seconds, state)
 
 
 @tabled("verifiers-benchmark")
@@ -85,7 +96,7 @@ def brackets(found: dict) -> tuple[list[dict], str]:
         rows.append(cells | {"their attack †": f"{theirs['attack']:.1f}" if theirs else "–"})
     n = ", ".join(dict.fromkeys(str(row["n"]) for row in found["rows"]))
     return rows, (
-        f"Pointwise accuracy, %, linf {RADIUS}, the first {n} test images: what our search leaves, what is proved by "
+        f"Pointwise accuracy, %, linf {RADIUS}, {n} images: what our search leaves, what is proved by "
         "CROWN alone and by branch and bound within a time limit an image (one core); † published, on a GPU."
     )
 
@@ -95,18 +106,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.verifiers", description=__doc__.splitlines()[0])
     parser.add_argument("--cards", type=Path, nargs="+", required=True, help="model cards")
     parser.add_argument("--weights", help="folder of their weights")
-    parser.add_argument("--test-images", required=True, help="folder with test/CLASS/NNNNN.png")
-    parser.add_argument("--images", type=int, default=200)
+    parser.add_argument("--images", required=True, help="folder of X_sdp.npy and y_sdp.npy")
     parser.add_argument("--seconds", type=float, default=10.0, help="limit of each image that attack leaves open")
     parser.add_argument("--jobs", type=int, default=0, help="networks at the same time; 0: as many as fit")
     parser.add_argument("--state", type=Path, default=Path(".wdat/verifiers"), help="what a stopped run left")
     parser.add_argument("--out", type=Path, default=HERE / "verifiers.json")
     chosen = parser.parse_args(arguments)
-    settings = {"weights": chosen.weights, "images": chosen.test_images, "n": chosen.images, "seconds": chosen.seconds,
+    settings = {"weights": chosen.weights, "data": sampled(chosen.images), "seconds": chosen.seconds,
                 "state": chosen.state}  # fmt: skip
     runs = [Run(card.stem, measured, {"card": card, **settings}) for card in chosen.cards]
     rows = run_all(runs, chosen.jobs, desc="verifiers")
-    config = {"images": chosen.images, "seconds": chosen.seconds, "cards": [card.stem for card in chosen.cards]}
+    config = {"seconds": chosen.seconds, "cards": [card.stem for card in chosen.cards]}
     records.write(chosen.out, "verifiers-benchmark", {"rows": rows, "limit": chosen.seconds}, config, "cpu")
     print(brackets(chosen.out).markdown())
     if chosen.out.parent == HERE:
