@@ -63,7 +63,8 @@ def test_the_command_writes_a_record_and_a_table_with_what_is_published(folder, 
     save_model(model, tmp_path / "cifar_cnn_a_adv.yaml", architecture="digits_cnn",
                arguments={"classes": 3, "channels": 3, "width": 2})  # fmt: skip
     benchmark.main([
-        "--cards", str(tmp_path / "cifar_cnn_a_adv.yaml"), "--images", str(place), "--seconds", "1", "--jobs", "1", "--state", str(tmp_path / "state"), "--out", str(tmp_path / "v.json"),
+        "--cards", str(tmp_path / "cifar_cnn_a_adv.yaml"), "--images", str(place), "--seconds", "1", "--jobs", "1",
+        "--state", str(tmp_path / "state"), "--out", str(tmp_path / "v.json"),
     ])  # fmt: skip
     (row,) = json.loads((tmp_path / "v.json").read_text())["results"]["rows"]
     assert row["n"] == 8 and row["crown"] <= row["proved"] <= row["left"] <= row["clean"]
