@@ -151,6 +151,14 @@ def test_distances_and_certificates_of_an_evaluation_are_not_computed_again(tiny
         cache.distances(tiny_model, data, math.inf, {"steps": 3}, batch_size=16, state=state, progress=False)
 
 
+def test_an_evaluation_that_finds_everything_kept_says_so(tiny_model, data, tmp_path, capsys):
+    settings = dict(losses=("redlr",), steps=2, search={"steps": 2}, batch_size=16, state=tmp_path)
+    first = evaluate(tiny_model, data, THREATS, **settings)
+    assert "100%" in capsys.readouterr().err
+    assert evaluate(tiny_model, data, THREATS, **settings) == first
+    assert capsys.readouterr().err.splitlines()[-1].split("\r")[-1].strip() == "evaluate: nothing left to compute"
+
+
 def test_the_bar_counts_passes_and_ends_full(tiny_model, data, tmp_path):
     bars = []
 

@@ -110,6 +110,8 @@ class Cache:
                     os.utime(file, ns=(time.time_ns(), file.stat().st_mtime_ns))  # the last use, for `prune`
                 if self.bar is not None:
                     self.bar.total -= expected  # what costs nothing must not make the rest look cheap
+                    if self.bar.total < 1:
+                        self.bar.bar_format = "{desc}: nothing left to compute"
                     self.bar.refresh()
                 return saved["result"]
         result = self._counted(function, data, settings, expected)
