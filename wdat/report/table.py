@@ -12,9 +12,9 @@ from wdat import records
 from wdat.report.recorded import of_record
 
 SYMBOLS = {
-    r"W\_∞": r"$W_\infty$", "W₂": r"$W_2$", r"A\_δ": r"$A_\delta$", "±": r"$\pm$", "δ": r"$\delta$", "Υ": r"$\Upsilon$",
-    "∞": r"$\infty$", "ε": r"$\varepsilon$", "τ": r"$\tau$", " > ": r" $>$ ", "%": r"\%", "–": "--", "≤": r"$\le$",
-    "−": r"$-$", "σ": r"$\sigma$", "→": r"$\to$",
+    r"W\_∞": r"$W_\infty$", "W₂": r"$W_2$", r"A\_δ": r"$A_\delta$", "±": r"$\pm$", "δ": r"$\delta$", "β": r"$\beta$",
+    "Υ": r"$\Upsilon$", "∞": r"$\infty$", "ε": r"$\varepsilon$", "τ": r"$\tau$", " > ": r" $>$ ", "%": r"\%", "–": "--",
+    "≤": r"$\le$", "−": r"$-$", "σ": r"$\sigma$", "→": r"$\to$",
 }  # fmt: skip
 
 
