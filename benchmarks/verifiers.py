@@ -87,17 +87,16 @@ def brackets(found: dict) -> tuple[list[dict], str]:
     rows = []
     for row in found["rows"]:
         theirs = PUBLISHED.get(row["network"], {})
-        cells = {"network": row["network"], "clean": row["clean"], "left by attack": row["left"],
-                 "proved, CROWN": row["crown"], f"proved, {found['limit']:g} s": row["proved"]}  # fmt: skip
-        cells = {key: value if isinstance(value, str) else f"{100 * value:.1f}" for key, value in cells.items()}
-        cells["seconds an image"] = f"{sum(row['seconds']) / max(1, len(row['seconds'])):.1f}"
+        cells = {"clean": row["clean"], "left": row["left"], "CROWN": row["crown"], "branching": row["proved"]}
+        cells = {"network": row["network"]} | {key: f"{100 * value:.1f}" for key, value in cells.items()}
+        cells["mean s"] = f"{sum(row['seconds']) / max(1, len(row['seconds'])):.1f}"
         for verifier in ("β-CROWN", "GCP-CROWN", "BICCOS"):
             cells[f"{verifier} †"] = f"{theirs[verifier]:.1f}" if theirs else "–"
-        rows.append(cells | {"their attack †": f"{theirs['attack']:.1f}" if theirs else "–"})
+        rows.append(cells | {"left †": f"{theirs['attack']:.1f}" if theirs else "–"})
     n = ", ".join(dict.fromkeys(str(row["n"]) for row in found["rows"]))
     return rows, (
-        f"Pointwise accuracy, %, linf {RADIUS}, {n} images: what our search leaves, what is proved by "
-        "CROWN alone and by branch and bound within a time limit an image (one core); † published, on a GPU."
+        f"Pointwise accuracy, %, linf {RADIUS}, {n} images: what our search leaves, what is proved by CROWN alone and by "
+        f"branch and bound within {found['limit']:g} seconds an image (one core); † published, on a GPU."
     )
 
 
