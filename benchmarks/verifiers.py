@@ -95,8 +95,8 @@ def brackets(found: dict) -> tuple[list[dict], str]:
         rows.append(cells | {"left †": f"{theirs['attack']:.1f}" if theirs else "–"})
     n = ", ".join(dict.fromkeys(str(row["n"]) for row in found["rows"]))
     return rows, (
-        f"Pointwise accuracy, %, linf {RADIUS}, {n} images: what our search leaves, what is proved by CROWN alone and by "
-        f"branch and bound within {found['limit']:g} seconds an image (one core); † published, on a GPU."
+        f"Pointwise accuracy, %, linf {RADIUS}, {n} images: what our search leaves, what is proved by CROWN alone and "
+        f"by branch and bound within {found['limit']:g} seconds an image (one core); † published, on a GPU."
     )
 
 
