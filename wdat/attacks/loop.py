@@ -23,6 +23,7 @@ from wdat.threats.ball import Threat, inner_ball, per_image, pixel_norm, project
 from wdat.threats.checks import device_of
 from wdat.threats.losses import Loss, margin
 from wdat.threats.precision import autocast
+from wdat.threats.room import room
 from wdat.threats.sensitivity import input_gradient
 
 POLISH = 0.2  # share of the steps, at the end, that are made in float32
@@ -106,13 +107,13 @@ class Run:
         self.state = self._begin(first)
 
     def _begin(self, first: Tensor) -> State:
-        current = first.new_empty(len(self.labels), *first.shape[1:])
+        current = room((len(self.labels), *first.shape[1:]), first)
         if self.start is not None:
             current.copy_(self.start)
         else:
             for part, (x, _) in zip(self._parts(current), self.batches, strict=True):
                 part.copy_(x)
-        directions = torch.empty_like(current, dtype=torch.int8 if self.threat.s == 1 else None)
+        directions = room(current.shape, current, torch.int8 if self.threat.s == 1 else None)
         broken = torch.zeros((), dtype=torch.bool, device=self.device)
         return State(current, current, current, directions, broken, [ALL] * len(self.sizes))
 
@@ -179,7 +180,8 @@ class Run:
             state.best_logits = logits
             return
         if state.best_key is None:
-            state.best, state.best_logits, state.best_key = state.current.clone(), logits.clone(), key
+            state.best, state.best_logits = (room(own.shape, own).copy_(own) for own in (state.current, logits))
+            state.best_key = key
             return
         if step == self.exact:  # what was best so far is judged anew, in float32
             state.best_logits = torch.cat([self._forward(part) for part in self._parts(state.best)])
@@ -189,7 +191,7 @@ class Run:
         if not self.reference:
             better = better | ((key[0] == state.best_key[0]) & (key[1] > state.best_key[1]))
         state.best_key = torch.where(better, key, state.best_key)
-        state.best_logits = torch.where(better[:, None], logits, state.best_logits)
+        torch.where(better[:, None], logits, state.best_logits, out=state.best_logits)
         if self.whole and self.home.type == "cpu" and better:  # nothing is copied: the next step is made in the other
             state.best, state.current = state.current, state.best
             return

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from wdat.threats.ball import per_image
+from wdat.threats.room import room
 
 ALL = slice(None)  # rows of a batch
 
@@ -39,7 +40,7 @@ def put(kept: Tensor, rows: Tensor | slice, fresh: Tensor) -> None:
 
 def hold(n: int, part: slice, rows: Tensor | slice, kept: Tensor | None, fresh: Tensor) -> Tensor:
     """The tensor of all n images, made with its first rows, with fresh ones written into a part of it."""
-    kept = fresh.new_empty(n, *fresh.shape[1:]) if kept is None else kept
+    kept = room((n, *fresh.shape[1:]), fresh) if kept is None else kept
     put(kept[part], rows, fresh)
     return kept
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from wdat.settings import read
 from wdat.threats.checks import check_dense, check_images, check_labels, check_layout, device_of, frozen
+from wdat.threats.room import room
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Joined:
         """The rows of the next images, as many under each name."""
         for name, row in rows.items():
             if name not in self.tensors:
-                self.tensors[name] = row.new_empty(self.n, *row.shape[1:])
+                self.tensors[name] = room((self.n, *row.shape[1:]), row)
             self.tensors[name][self.done : self.done + len(row)] = row
         self.done += len(row)
 

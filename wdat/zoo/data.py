@@ -18,9 +18,11 @@ from wdat.settings import read, reads
 from wdat.threats.ball import Threat
 from wdat.threats.checks import check_images, check_labels, check_model, check_radius
 from wdat.threats.images import Images, Pixels
+from wdat.threats.room import Gathered, room
 from wdat.zoo.folders import decode, listing
 from wdat.zoo.noise import Randomised
 
+TOGETHER = 4096  # images that are copied at once, where there may be more than the memory holds
 MOST = 10**6  # classes that labels without names may speak of
 
 
@@ -98,13 +100,18 @@ class Data:
         """
         digest = hashlib.sha256(f"{tuple(self.pixels.shape)} {self.pixels.dtype} {self.levels}".encode())
         for tensor in (self.pixels, self.y):
-            for part in tensor.split(4096):
+            for part in tensor.split(TOGETHER):
                 digest.update(part.contiguous().numpy())
         return digest.hexdigest()
 
     def at(self, index: Tensor) -> "Data":
         """The images at these indices, as a set of its own."""
-        return replace(self, pixels=self.pixels[index], y=self.y[index])
+        index = torch.as_tensor(index)
+        index = index.nonzero()[:, 0] if index.dtype == torch.bool else index
+        pixels = room((len(index), *self.pixels.shape[1:]), self.pixels)
+        for part, own in zip(pixels.split(TOGETHER), index.split(TOGETHER), strict=True):
+            part.copy_(self.pixels[own])
+        return replace(self, pixels=pixels, y=self.y[index])
 
     def take(self, n: int, seed: int | None = None) -> "Data":
         """The first n images, or n drawn without replacement by a seed (in their original order)."""
@@ -186,8 +193,8 @@ def from_tensors(x: Tensor, y: Tensor, name: str = "tensors", classes: Sequence[
     if not isinstance(x, Tensor) or x.dtype != torch.uint8:
         check_images(x)
         x = x.detach().cpu()
-        rounded = (x * 255).round().to(torch.uint8)
-        x = rounded if torch.equal(rounded.float() / 255, x) else x
+        whole = eight_bit(x)
+        x = x if whole is None else whole
     check_labels(y, len(x))
     y = y.detach().cpu()
     if not isinstance(classes, Iterable | None):
@@ -195,6 +202,17 @@ def from_tensors(x: Tensor, y: Tensor, name: str = "tensors", classes: Sequence[
     names = _names(y, name) if classes is None else tuple(map(str, classes))
     levels = 255 if x.dtype == torch.uint8 else 1
     return Data(name, "all", x.cpu().contiguous(), y, names, levels, "tensors", named=classes is not None)
+
+
+def eight_bit(x: Tensor) -> Tensor | None:
+    """Float32 images in [0, 1] as uint8, if all values are k/255; else None."""
+    kept = Gathered()
+    for part in x.split(TOGETHER):
+        rounded = (part * 255).round().to(torch.uint8)
+        if not torch.equal(rounded.float() / 255, part):
+            return None
+        kept.add(rounded)
+    return kept.all()
 
 
 def _names(y: Tensor, name: str) -> tuple[str, ...]:

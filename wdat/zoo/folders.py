@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from wdat.threats.room import room
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -191,14 +193,14 @@ def decode(files: Sequence[Path], size: int | None, resize: int | None, grey: bo
         image = image if image.mode == mode else image.convert(mode)
         if size is not None:
             image = center_crop(resized(image, resize), size)
-        array = np.asarray(image)
+        array = torch.from_numpy(np.array(image))
+        array = array[None] if grey else array.permute(2, 0, 1)
         if pixels is None:
-            pixels = np.empty((len(files), *array.shape), np.uint8)
+            pixels = room((len(files), *array.shape), array)
         if array.shape != pixels.shape[1:]:
             raise ValueError(
-                f"{file} has {array.shape[1]}x{array.shape[0]} pixels, the first image {pixels.shape[2]}x"
-                f"{pixels.shape[1]}; pass size= to scale and crop them to one size"
+                f"{file} has {array.shape[2]}x{array.shape[1]} pixels, the first image {pixels.shape[3]}x"
+                f"{pixels.shape[2]}; pass size= to scale and crop them to one size"
             )
         pixels[i] = array
-    tensor = torch.from_numpy(pixels)
-    return tensor[:, None] if grey else tensor.permute(0, 3, 1, 2).contiguous()
+    return pixels

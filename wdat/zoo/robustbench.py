@@ -17,6 +17,10 @@ from types import ModuleType
 import torch
 from torch import nn
 
+LACKING = {  # module that is missing: what to do
+    "robustbench": "it is not installed; run: python -m pip install 'wdat[robustbench]'",
+    "pkg_resources": "it needs pkg_resources, which setuptools 82 gave up; run: python -m pip install 'setuptools<82'",
+}
 EPSILON = {  # radius of the threat as the model cards state it, of the networks in notebooks/profiles/cifar10.yaml
     "Zhang2019Theoretically": "0.031",
     "Rade2021Helper_R18_ddpm": "8/255",
@@ -85,13 +89,10 @@ def zoo() -> ModuleType:
             import robustbench
             import robustbench.utils
     except ModuleNotFoundError as error:
-        if error.name not in ("robustbench", "pkg_resources"):
+        if error.name not in LACKING:
             raise
-        remedy = "it is not installed; run: python -m pip install 'wdat[robustbench]'"
-        if error.name == "pkg_resources":
-            remedy = "it needs pkg_resources, which setuptools 82 gave up; run: python -m pip install 'setuptools<82'"
         raise ModuleNotFoundError(
-            f"RobustBench's networks need robustbench, and {remedy}", name="robustbench"
+            f"RobustBench's networks need robustbench, and {LACKING[error.name]}", name="robustbench"
         ) from None
     return robustbench
 
