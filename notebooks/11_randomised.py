@@ -26,6 +26,8 @@ dataset = "cifar10"  # of RobustBench names, with their threat
 threat = "Linf"
 sigmas = [0.25, 0.5]  # standard deviations of the noise, of pixels in [0, 1]
 draws = [1000, 1000]  # of every image, in the mean, for each sigma
+spread = False  # more draws where they move the curve, fewer elsewhere
+precision = "float32"  # of the certified network's layers
 recipe = {"objective": {"kind": "plain"}, "epochs": 10, "lr": 0.01}  # its noise is sigma
 tunings = {  # recipes without noise, to compare with
     "W-TRADES": {
@@ -89,7 +91,7 @@ record = study.record(
     "11_randomised", "randomised", randomised, study.networks, study.train, study.test,
     [Threat(d, 2, norm) for norm in deltas for d in deltas[norm]], study.work / "11", sigmas=sigmas, draws=draws,
     recipe=recipe, tunings=tunings, search=search, aims=aims, validation=validation, confidence=confidence,
-    attacked=attacked, curve=61, batch_size=batch_size, seed=seed, jobs=jobs,
+    attacked=attacked, curve=61, spread=spread, precision=precision, batch_size=batch_size, seed=seed, jobs=jobs,
 )  # fmt: skip
 
 # %% [markdown]

@@ -10,8 +10,9 @@ import wdat
 from wdat import cli
 from wdat.randomised import attack, counts
 from wdat.randomised.attack import autoattacked
-from wdat.report.randomised import choice_in_words
+from wdat.report.randomised import certified, choice_in_words
 from wdat.studies.proving import proved
+from wdat.threats.precision import InPrecision
 from wdat.training.objectives import plain
 from wdat.zoo.networks import build
 
@@ -93,6 +94,28 @@ def test_draws_are_spread_on_demand_and_none_is_drawn_twice(place, monkeypatch, 
         assert sum(drawn) == round(12 * network["draws"]) <= 12 * 400
     plain, spread = ({f.name for f in (place / f"out{k}/net.draws").glob("*.pt")} for k in (0, 1))
     assert len(spread - plain) == 1  # the main pass, which is of other draws; the pilot is the same
+
+
+def test_what_is_certified_in_lower_precision_is_the_network_that_runs_so(place, capsys):
+    """A network whose middle layer adds 256 tells two classes apart in float32; bfloat16 has steps of 2 there."""
+    first, middle, last = nn.Linear(64, 2, bias=False), nn.Linear(2, 2), nn.Linear(2, 2, bias=False)
+    first.weight.data = torch.stack([torch.full((64,), 1 / 64), torch.zeros(64)])
+    middle.weight.data, last.weight.data = torch.eye(2), torch.eye(2)
+    middle.bias.data[:] = 256
+    model = nn.Sequential(nn.Flatten(), first, middle, last)
+    data, threat = (
+        wdat.from_tensors(torch.ones(5, 1, 8, 8), torch.zeros(5).long(), classes="ab"),
+        wdat.Threat("1/8", 2, 2),
+    )
+    whole = wdat.certify(model, data, threat, 0.1, state=place / "state", progress=False)
+    rounded = wdat.certify(model, data, threat, 0.1, state=place / "state", progress=False, precision="bfloat16")
+    noisy = wdat.Randomised(InPrecision(model, "bfloat16"), 0.1)
+    assert whole["accuracy"] == 1 and rounded["accuracy"] < 0.5
+    assert rounded == wdat.certify(noisy, data, threat, progress=False) | {"precision": "bfloat16"}
+    with pytest.raises(ValueError, match=r"precision='int8' must be one of float32, bfloat16, float16"):
+        wdat.certify(model, data, threat, 0.1, precision="int8")
+    assert cli.main([*RUN, "--sigma", "0.3", "--precision", "bfloat16"]) == 0
+    assert "network behind the noise runs in bfloat16" in certified(place / "results/net-certified.json").caption
 
 
 def test_an_attack_through_the_noise_is_not_made_twice(place, monkeypatch, capsys):

@@ -19,6 +19,10 @@ def add(sub: Any) -> None:
     own.add_argument("--sigma", type=kind(float), help="standard deviation of the noise (default: the card's)")
     own.add_argument("--draws", type=kind(int), default=1000, help="of each image, in the mean (default: 1000)")
     own.add_argument("--spread", action="store_true", help="more draws where they move the curve, fewer elsewhere")
+    own.add_argument(
+        "--precision", choices=("float32", "bfloat16", "float16"), default="float32",
+        help="of the network's layers, which is certified as it then runs (default: float32)",
+    )  # fmt: skip
     measuring(own, ("1/8", "1/4"), "2")
     own.add_argument("--confidence", type=kind(float), default=0.999, help="of all that is said (default: 0.999)")
     own.add_argument("--attacked", type=kind(int), default=0, metavar="N", help="also attack N images: a bracket")
@@ -38,7 +42,7 @@ def run(args: argparse.Namespace) -> dict:
     threats = threats_of(args)
     return prove(
         args, threats, *load(args, "test"), args.sigma, draws=args.draws, spread=args.spread, attacked=args.attacked,
-        confidence=args.confidence, seed=args.seed, minutes=args.certified_minutes,
+        confidence=args.confidence, seed=args.seed, minutes=args.certified_minutes, precision=args.precision,
     )  # fmt: skip
 
 

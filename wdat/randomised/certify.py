@@ -23,6 +23,7 @@ from wdat.randomised.means import adaptive, bracketed, mean_bound
 from wdat.settings import Order, reads
 from wdat.threats.ball import Threat, as_threats, plain_number
 from wdat.threats.inputs import as_model, taking
+from wdat.threats.precision import InPrecision
 from wdat.zoo.adapt import DataLike, as_data
 from wdat.zoo.data import Data, draw
 from wdat.zoo.noise import Randomised, check_confidence
@@ -46,6 +47,7 @@ def certify(
     spread: bool = False,
     attacked: int = 0,
     kept: Kept | None = None,
+    precision: str = "float32",
     batch_size: int = 256,
     seed: int = 0,
     state: str | Path | None = None,
@@ -62,6 +64,8 @@ def certify(
             the number of threats, to statements on the mean alone.
         curve: this many radii from 0 to 1.5 times the largest delta of each pixel norm, for all `orders`.
         attacked: attack this many images (drawn with seed 0; all if there are fewer) through the noise.
+        precision: of the network's layers, "bfloat16" or "float16" (`wdat.threats.precision.autocast`). All that is
+            said is then said of the network that runs so: the certificate holds for any function of the noisy image.
         kept: what computes these attacks or has them, such as `Cache(state, network).get` of `wdat.studies.cache`.
 
     Returns: plain numbers, ready for `wdat.records.write`. "accuracy" of one draw, "disagree", and for each threat
@@ -81,16 +85,24 @@ def certify(
         raise ValueError(f"orders {list(orders)} must be in [1, inf], curve={curve} and attacked={attacked} >= 0")
     if not threats:
         raise ValueError("no threat given; pass for example [Threat('1/4', p=2, r=2)]")
+    model = in_precision(model, precision)
     plan = {"plan": adaptive} if spread else {}
     shared = {"batch_size": batch_size, "seed": seed, "state": state, "progress": progress}
     counts = count(model, data, sigma, draws=draws, **plan, **shared)
-    result = summary(counts, threats, confidence, orders, curve)
+    result = summary(counts, threats, confidence, orders, curve) | {"precision": precision}
     if attacked:
         index = draw(len(data), min(attacked, len(data)), 0)
         noisy = model if isinstance(model, Randomised) else Randomised(model, counts.sigma)
         own = {"kept": kept, "state": state, "progress": progress}
         result["bracket"] = _bracket(noisy, data.at(index), counts.at(index), threats, confidence, **own)
     return result
+
+
+def in_precision(model: nn.Module, precision: str) -> nn.Module:
+    """The network, behind its noise if it has some, with its layers in another precision."""
+    if not isinstance(model, Randomised):
+        return InPrecision(model, precision) if precision != "float32" else model
+    return Randomised(in_precision(model.network, precision), model.sigma, model.seed)
 
 
 def summary(

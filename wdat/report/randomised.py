@@ -44,6 +44,8 @@ def certified(found: dict) -> tuple[list[dict], str]:
         "counts of so many draws an image, by the tighter of two statements: on every image, or on the mean alone. "
         "Vote: the majority of many draws. Bracket: on the images attacked, certified to what an attack leaves."
     )
+    if lower := {row.get("precision", "float32") for row in found["networks"]} - {"float32"}:
+        caption += f" The network behind the noise runs in {', '.join(sorted(lower))}, and so it is certified."
     if "before" in found["networks"][0]:
         caption += (
             " Upper: what optimal allocation over the nearest adversarial examples leaves of the network without noise,"

@@ -14,7 +14,7 @@ from torch import nn
 from wdat.accuracy.allocation import accuracy_curve
 from wdat.randomised.attack import autoattacked
 from wdat.randomised.certificate import vote_radii
-from wdat.randomised.certify import certify, plug_in
+from wdat.randomised.certify import certify, in_precision, plug_in
 from wdat.randomised.counts import Counts, count, uniform
 from wdat.randomised.means import adaptive
 from wdat.studies.cache import Cache
@@ -31,9 +31,12 @@ AUTOATTACKED = "8/255"
 def proved(
     model: nn.Module, data: Data, threats: Sequence[Threat], sigma: float | None, *, state: Path,
     autoattack: int = 0, minutes: float = 10.0, draws: int = 1000, batch_size: int = 256, seed: int = 0,
-    spread: bool = False, **settings,
+    spread: bool = False, precision: str = "float32", **settings,
 ) -> dict:  # fmt: skip
     """`wdat.randomised.certify.certify`, and what else may prove more; all of it resumes from the folder `state`.
+
+    precision: of what runs behind noise; relaxations are of the network in float32.
+
 
     "choice": on a pilot of images (drawn with seed 0), at each threat, what one draw and the vote come to by the shares
     of right draws, and what relaxations prove of the network without noise (None, and "why", where they can not read
@@ -43,8 +46,10 @@ def proved(
     """
     base = model.network if isinstance(model, Randomised) else model
     drawn = {"draws": draws, "batch_size": batch_size, "seed": seed, "state": state}
-    found = certify(model, data, threats, sigma, kept=Cache(state, base).get, spread=spread, **drawn, **settings)
-    counts = count(model, data, sigma, plan=adaptive if spread else uniform, **drawn, progress=False)  # as before
+    own = {"kept": Cache(state, base).get, "spread": spread, "precision": precision}
+    found = certify(model, data, threats, sigma, **own, **drawn, **settings)
+    model, plan = in_precision(model, precision), adaptive if spread else uniform
+    counts = count(model, data, sigma, plan=plan, **drawn, progress=False)  # as before
     index = draw(len(data), min(PILOT, len(data)), 0)
     found["choice"] = _choice(base, data.at(index), counts.at(index), threats, state)
     if found["choice"]["chosen"] == RELAXATION:
@@ -52,7 +57,9 @@ def proved(
         found["relaxation"] = {"n": reached, "lower": lower}
     if autoattack:
         part = data.take(autoattack, seed=0)
-        found["autoattack"] = autoattacked(Randomised(base, counts.sigma), part, Threat(AUTOATTACKED, "inf"), seed=seed)
+        found["autoattack"] = autoattacked(
+            Randomised(in_precision(base, precision), counts.sigma), part, Threat(AUTOATTACKED, "inf"), seed=seed
+        )
     return found
 
 

@@ -12,6 +12,23 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": t
 TRAINING_PRECISIONS = tuple(name for name in PRECISIONS if name != "float16")  # nothing would notice its overflow there
 
 
+class InPrecision(nn.Module):
+    """A network whose layers run in lower precision, see `autocast`: float32 images in, float32 logits out.
+
+    ValueError for a precision that is not known.
+    """
+
+    def __init__(self, network: nn.Module, precision: str) -> None:
+        super().__init__()
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision={precision!r} must be one of {', '.join(PRECISIONS)}")
+        self.network, self.precision = network, precision
+
+    def forward(self, x: Tensor) -> Tensor:
+        with autocast(self.network, self.precision):
+            return self.network(x).float()
+
+
 @contextmanager
 def autocast(model: nn.Module, precision: str) -> Iterator[None]:
     """Inside, layers run in lower precision, all but the first and the last; with "float32" nothing changes.
