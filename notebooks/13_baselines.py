@@ -8,7 +8,7 @@
 # All at equal gradient passes, each setting chosen on validation images.
 #
 # *Place in the paper: 6.14 Training against the field; third-party networks: 7.*
-# *Time: digits 2 min, zoo 10 min on a core.*
+# *Time: digits 2 min, zoo 1 h on a core.*
 
 # %% tags=["parameters"] needs=["00"]
 from_records = False  # True: show the committed results, compute nothing
