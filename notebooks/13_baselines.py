@@ -86,7 +86,10 @@ record = study.record(
 # %% [markdown]
 # **Best of ours against the best baseline**, nothing chosen on test images. The last row of a network takes the
 # proposed method, and the column the baseline, that validation images rank first at each radius; a baseline's own row
-# says what it lacks to that.
+# says what it lacks to that. Of several networks first the mean.
+
+# %%
+report.validated_overview(record) if len(study.networks) > 1 else None
 
 # %%
 report.validated(record)
@@ -96,6 +99,9 @@ report.validated(record)
 # given up, so that no choice of settings stands between them: budgets from cross-entropy instead of ReDLR, whose
 # denominators can be small; budgets capped at 2δ; Υ fixed, which can not jump; cross-entropy in place of KL, inside and
 # out, and without clean images, which makes it PGD-AT in Wasserstein budgets; and equal budgets for all: TRADES.
+
+# %%
+report.causes_overview(record) if len(study.networks) > 1 else None
 
 # %%
 report.causes(record)

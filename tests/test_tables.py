@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wdat import records
-from wdat.report import figures, numbers, tables
+from wdat.report import baselines, figures, numbers, tables
 from wdat.report.rows import equal_rows, percent
 from wdat.report.table import Table, tabled
 
@@ -56,6 +56,29 @@ def finetuning(runs):
     chosen = [{"network": n, "method": v, "variant": v, "kept": v != "bold"} for n, v in pairs]
     return {"n_train": 90, "n_validation": 10, "n_test": 50, "threats": threats, "runs": runs, "chosen": chosen,
             "diverged": [], "comparison": [], "proposed": [], "baselines": []}  # fmt: skip
+
+
+def test_methods_of_the_field_are_averaged_over_networks(tmp_path):
+    """Mean, lowest and highest; a network where a method was not run, or gave up too much, has no say."""
+    gains = {"MMA": {"a": 0.01, "b": -0.03}, "WRM": {"a": 0.02, "b": None}, "UDR": {"a": None}}
+    rows = [
+        {"network": network, "method": method, "delta": "1/16", "clean": 0.9,
+         "differences": {"best baseline": {"value": value, "low": -1, "high": 1}},
+         "others": {"best baseline": {"clean": 0.9}}}
+        for method, own in gains.items() for network, value in own.items()
+    ]  # fmt: skip
+    compared = [
+        {"network": network, "delta": "1/16", "offset": -0.02, "proposed": "W-TRADES",
+         "accuracy": {"TRADES": trades, "PGD-AT": 0.5}, "differences": {"PGD-AT": {"value": 0.04, "low": 0, "high": 1}}}
+        for network, trades in (("a", 0.4), ("b", 0.6), ("c", None))
+    ]  # fmt: skip
+    path = write(tmp_path / "13_x.json", "finetuning", finetuning([]) | {"validated": rows, "comparison": compared})
+    cells = baselines.validated_overview(path).frame.set_index("method")["δ = 1/16"].to_dict()
+    assert cells == {"MMA": "-1.0 (-3.0 to +1.0)", "WRM": "+2.0 (+2.0 to +2.0)", "UDR": "–"}
+    assert len(baselines.validated(path).frame) == 5
+    cells = baselines.causes_overview(path).frame.set_index("method")["δ = 1/16"].to_dict()
+    assert cells == {"TRADES": "+0.0 (-10.0 to +10.0)", "W-TRADES": "+4.0 (+4.0 to +4.0)"}
+    assert len(baselines.causes(path).frame) == 5
 
 
 RUNS = [

@@ -1,7 +1,12 @@
 """Tables of methods whose settings are chosen on validation images on both sides, from their record. No torch."""
 
+from collections.abc import Iterable, Iterator
+from statistics import fmean
+
 from wdat.report.rows import percent, signed, where
 from wdat.report.table import tabled
+
+OFFSET = -0.02  # of clean accuracy, that may be given up
 
 
 @tabled("finetuning", "validated")
@@ -22,24 +27,69 @@ def validated(found: dict, baseline: str = "best baseline") -> tuple[list[dict],
     return list(table.values()), caption
 
 
+@tabled("finetuning", "validated-overview")
+def validated_overview(found: dict, baseline: str = "best baseline") -> tuple[list[dict], str]:
+    """The same, a row a method: the mean over networks, the lowest and the highest."""
+    rows = [row for row in found["validated"] if baseline in row["differences"]]
+    caption = (
+        f"Accuracy by optimal allocation (upper bound) above that of {baseline}, in points on {found['n_test']} test "
+        "images, mean of the seeds and of the networks, and of which networks the lowest and the highest. Settings as "
+        "network by network."
+    )
+    return _over_networks((row["method"], row["delta"], row["differences"][baseline]) for row in rows), caption
+
+
 @tabled("finetuning", "causes")
-def causes(found: dict, offset: float = -0.02) -> tuple[list[dict], str]:
+def causes(found: dict, offset: float = OFFSET) -> tuple[list[dict], str]:
     """W-TRADES, what changes one thing of it ("W-TRADES, ...") and TRADES above PGD-AT at equal clean accuracy."""
     table: dict[tuple[str, str], dict[str, str]] = {}
-    for row in where(found["comparison"], offset=offset):
-        known, told = row["accuracy"], {row["proposed"]: row["differences"].get("PGD-AT", {"value": None})}
-        if None not in (known.get("TRADES"), known.get("PGD-AT")):
-            told["TRADES"] = {"value": known["TRADES"] - known["PGD-AT"]}
-        for method, difference in told.items():
-            if method.startswith(("W-TRADES", "TRADES")):
-                cells = table.setdefault((row["network"], method), {"network": row["network"], "method": method})
-                cells[f"δ = {row['delta']}"] = _difference(difference)
+    for network, method, delta, difference in _causes(found, offset):
+        cells = table.setdefault((network, method), {"network": network, "method": method})
+        cells[f"δ = {delta}"] = _difference(difference)
     caption = (
         f"Accuracy by optimal allocation (upper bound) above that of PGD-AT, in points on {found['n_test']} test "
         f"images, where both give up at most {abs(100 * offset):g} points of clean accuracy, with 95 % of a paired "
         "bootstrap (TRADES: without), mean of the seeds; of each method the best of its settings there."
     )
     return sorted(table.values(), key=lambda cells: (cells["network"], cells["method"])), caption
+
+
+@tabled("finetuning", "causes-overview")
+def causes_overview(found: dict, offset: float = OFFSET) -> tuple[list[dict], str]:
+    """The same, a row a method: the mean over networks, the lowest and the highest."""
+    rows = _over_networks((method, delta, difference) for _, method, delta, difference in _causes(found, offset))
+    caption = (
+        f"Accuracy by optimal allocation (upper bound) above that of PGD-AT, in points on {found['n_test']} test "
+        f"images, where both give up at most {abs(100 * offset):g} points of clean accuracy; mean of the seeds and of "
+        "the networks, and of which networks the lowest and the highest."
+    )
+    return sorted(rows, key=lambda cells: cells["method"]), caption
+
+
+def _causes(found: dict, offset: float) -> Iterator[tuple[str, str, str, dict]]:
+    """Network, method, radius and what the method has above PGD-AT there."""
+    for row in where(found["comparison"], offset=offset):
+        known, told = row["accuracy"], {row["proposed"]: row["differences"].get("PGD-AT", {"value": None})}
+        if None not in (known.get("TRADES"), known.get("PGD-AT")):
+            told["TRADES"] = {"value": known["TRADES"] - known["PGD-AT"]}
+        for method, difference in told.items():
+            if method.startswith(("W-TRADES", "TRADES")):
+                yield row["network"], method, row["delta"], difference
+
+
+def _over_networks(rows: Iterable[tuple[str, str, dict]]) -> list[dict[str, str]]:
+    """Of (method, radius, difference) of several networks: "mean (lowest to highest)", networks without it left out."""
+    values: dict[str, dict[str, list[float]]] = {}
+    for method, delta, difference in rows:
+        own = values.setdefault(method, {}).setdefault(f"δ = {delta}", [])
+        own += [] if difference["value"] is None else [difference["value"]]
+    return [
+        {"method": method} | {
+            at: f"{signed(fmean(own))} ({signed(min(own))} to {signed(max(own))})" if own else "–"
+            for at, own in cells.items()
+        }
+        for method, cells in values.items()
+    ]  # fmt: skip
 
 
 def _difference(found: dict) -> str:
