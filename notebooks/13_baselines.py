@@ -86,10 +86,10 @@ record = study.record(
 # %% [markdown]
 # **Best of ours against the best baseline**, nothing chosen on test images. The last row of a network takes the
 # proposed method, and the column the baseline, that validation images rank first at each radius; a baseline's own row
-# says what it lacks to that. Of several networks first the mean.
+# says what it lacks to that. First in the mean over networks.
 
 # %%
-report.validated_overview(record) if len(study.networks) > 1 else None
+report.validated_overview(record)
 
 # %%
 report.validated(record)
@@ -101,7 +101,7 @@ report.validated(record)
 # out, and without clean images, which makes it PGD-AT in Wasserstein budgets; and equal budgets for all: TRADES.
 
 # %%
-report.causes_overview(record) if len(study.networks) > 1 else None
+report.causes_overview(record)
 
 # %%
 report.causes(record)

@@ -78,14 +78,14 @@ def _causes(found: dict, offset: float) -> Iterator[tuple[str, str, str, dict]]:
 
 
 def _over_networks(rows: Iterable[tuple[str, str, dict]]) -> list[dict[str, str]]:
-    """Of (method, radius, difference) of several networks: "mean (lowest to highest)", networks without it left out."""
+    """Of (method, radius, difference) of networks: "mean (lowest to highest)", those without a difference left out."""
     values: dict[str, dict[str, list[float]]] = {}
     for method, delta, difference in rows:
         own = values.setdefault(method, {}).setdefault(f"δ = {delta}", [])
         own += [] if difference["value"] is None else [difference["value"]]
     return [
         {"method": method} | {
-            at: f"{signed(fmean(own))} ({signed(min(own))} to {signed(max(own))})" if own else "–"
+            at: signed(fmean(own)) + f" ({signed(min(own))} to {signed(max(own))})" * (len(own) > 1) if own else "–"
             for at, own in cells.items()
         }
         for method, cells in values.items()
