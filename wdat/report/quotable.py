@@ -186,13 +186,23 @@ def _evaluation_numbers(results: dict) -> dict[str, str]:
     NORM.RADIUS.{optimal,w-pgd,certified,same} (same: optimal allocation on the certified-n images certified) and
     NORM.gap.{...} over networks; NORM.LOSS.BOUND.failed counts pairs of network and radius whose first-order lower
     bound lies above the optimal allocation, "above-w-pgd" those where that lies above the attack; NORM.RADIUS.reversed
-    pairs of networks that p = 2 and p = inf order in opposite ways, of how many.
+    pairs of networks that p = 2 and p = inf order in opposite ways, of how many; branching.minutes: of branch and bound
+    for each network and norm, and how many radii it "raised".
     """
     steps = sorted({a["steps"] for n in results["networks"] for a in n["attacks"] if a["attack"] == "w-pgd"})
     found = {"n": str(results["n"]), "networks": str(len(results["networks"])), "steps": ", ".join(map(str, steps))}
     found |= spread("clean", {n["network"]: n["clean"]["accuracy"] for n in results["networks"]})
     certified = sorted({c["n"] for n in results["networks"] for c in n.get("certified", []) if "n" in c})
     found["certified-n"] = ", ".join(map(str, certified))
+    branched = {
+        f"{network['network']}, l{float(c['r']):g}": c["branching"]
+        for network in results["networks"]
+        for c in network.get("certified", [])
+        if "branching" in c
+    }
+    if branched:
+        found["branching.minutes"] = f"{max(own['seconds'] for own in branched.values()) / 60:.0f}"
+        found |= spread("branching.raised", {name: own["raised"] for name, own in branched.items()}, "{:.0f}".format)
     for r in norms_of(results):
         rows = evaluation_rows(results, r)
         own = _norm_numbers(rows) if rows else {}
