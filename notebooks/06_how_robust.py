@@ -6,7 +6,7 @@
 # with certified radii from below, and both hold at every δ, not only to first order.
 #
 # *Place in the paper: 6.7 How robust is it really?; third-party networks: 7.*
-# *Time: digits 2 min, zoo 45 min on a CPU, cifar10 2 h on a GPU.*
+# *Time: digits 2 min, zoo 1 h on two cores, cifar10 2 h on a GPU.*
 
 # %% tags=["parameters"] needs=["00", "05"]
 from_records = False  # True: show the committed results, compute nothing
