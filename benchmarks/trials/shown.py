@@ -60,10 +60,12 @@ def stream(found: dict) -> tuple[list[dict[str, str]], str]:
             "largest, MB": f"{row['peak'] / 1e6:.0f}",
             "bytes a further image": f"{row['bytes_a_further_image']:.0f}" if "bytes_a_further_image" in row else "–",
             "clean": f"{100 * row['clean']:.1f}", "attacked": f"{100 * row['attacked']:.1f}",
+            "optimal": f"{100 * row['optimal']:.1f}",
         }
         for row in found["rows"]
     ]  # fmt: skip
-    return rows, f"Resident memory of the process; an image has {found['image_bytes']} bytes and its label 8."
+    caption = "Memory of the process that the system can not take back: neither pages of files nor the program's code."
+    return rows, f"{caption} An image has {found['image_bytes']} bytes in 8 bits, its label 8."
 
 
 @tabled("trials-files")

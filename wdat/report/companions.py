@@ -110,6 +110,7 @@ def _randomised_numbers(results: dict) -> dict[str, str]:
     """
     first = results["networks"][0]
     found = {"n": str(first["n"]), "confidence": f"{100 * first['confidence']:g}"}
+    found["precision"] = first.get("precision", "float32")  # as records were before there was another
     for sigma in names(results["networks"], "sigma"):
         if own := [n for n in where(results["networks"], sigma=sigma) if "before" in n]:
             found[f"{sigma:g}.draws"] = f"{max(n['draws'] for n in own):,.0f}"
