@@ -11,7 +11,7 @@
 # dimension. That the generator's normal numbers are normal is taken for granted.
 #
 # *Place in the paper: 6.8 Provably more accurate: a network behind noise; third-party networks: 7.*
-# *Time: digits 2 min, zoo 2 h on a core, profile resnet18 50 min.*
+# *Time: digits 2 min, zoo 2 h on a core, profile resnet18 1.5 h.*
 
 # %% tags=["parameters"] needs=["00"]
 from_records = False  # True: show the committed results, compute nothing
