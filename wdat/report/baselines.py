@@ -36,7 +36,8 @@ def validated_overview(found: dict, baseline: str = "best baseline") -> tuple[li
         "images, mean of the seeds and of the networks, and of which networks the lowest and the highest. Settings as "
         "network by network."
     )
-    return _over_networks((row["method"], row["delta"], row["differences"][baseline]) for row in rows), caption
+    told = ((row["network"], row["method"], row["delta"], row["differences"][baseline]) for row in rows)
+    return _over_networks(told), caption
 
 
 @tabled("finetuning", "causes")
@@ -57,7 +58,7 @@ def causes(found: dict, offset: float = OFFSET) -> tuple[list[dict], str]:
 @tabled("finetuning", "causes-overview")
 def causes_overview(found: dict, offset: float = OFFSET) -> tuple[list[dict], str]:
     """The same, a row a method: the mean over networks, the lowest and the highest."""
-    rows = _over_networks((method, delta, difference) for _, method, delta, difference in _causes(found, offset))
+    rows = _over_networks(_causes(found, offset))
     caption = (
         f"Accuracy by optimal allocation (upper bound) above that of PGD-AT, in points on {found['n_test']} test "
         f"images, where both give up at most {abs(100 * offset):g} points of clean accuracy; mean of the seeds and of "
@@ -77,19 +78,22 @@ def _causes(found: dict, offset: float) -> Iterator[tuple[str, str, str, dict]]:
                 yield row["network"], method, row["delta"], difference
 
 
-def _over_networks(rows: Iterable[tuple[str, str, dict]]) -> list[dict[str, str]]:
-    """Of (method, radius, difference) of networks: "mean (lowest to highest)", those without a difference left out."""
-    values: dict[str, dict[str, list[float]]] = {}
-    for method, delta, difference in rows:
-        own = values.setdefault(method, {}).setdefault(f"δ = {delta}", [])
-        own += [] if difference["value"] is None else [difference["value"]]
+def _over_networks(rows: Iterable[tuple[str, str, str, dict]]) -> list[dict[str, str]]:
+    """Network, method, radius, difference -> "mean (lowest to highest)" over networks that have one; a row a method."""
+    values: dict[str, dict[str, dict[str, float]]] = {}
+    for network, method, delta, difference in rows:
+        own = values.setdefault(method, {}).setdefault(f"δ = {delta}", {})
+        own |= {} if difference["value"] is None else {network: difference["value"]}
     return [
-        {"method": method} | {
-            at: signed(fmean(own)) + f" ({signed(min(own))} to {signed(max(own))})" * (len(own) > 1) if own else "–"
-            for at, own in cells.items()
-        }
+        {"method": method} | {at: _range(list(own.values())) for at, own in cells.items()}
         for method, cells in values.items()
-    ]  # fmt: skip
+    ]
+
+
+def _range(values: list[float]) -> str:
+    if len(values) < 2:
+        return signed(values[0]) if values else "–"
+    return f"{signed(fmean(values))} ({signed(min(values))} to {signed(max(values))})"
 
 
 def _difference(found: dict) -> str:
