@@ -55,7 +55,7 @@ def works(model: nn.Module, x: Pixels, y: Tensor) -> dict[str, Callable[[], obje
 
 
 def resident(kind: str) -> int:
-    """Bytes of this process in memory, now ("VmRSS") or at most so far ("VmHWM"). Linux."""
+    """Bytes of this process in memory: "VmRSS" now, "RssAnon" and "RssShmem" of it, "VmHWM" at most so far. Linux."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return 1024 * int(lines[kind].split()[0])
 

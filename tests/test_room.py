@@ -7,6 +7,7 @@ import tempfile
 
 import pytest
 import torch
+from torch.utils.data import DataLoader, TensorDataset
 
 import wdat
 from wdat.threats import room as rooms
@@ -15,19 +16,6 @@ from wdat.zoo.adapt import as_data
 
 LEVELS = torch.randint(0, 256, (10, 1, 4, 4), generator=torch.Generator().manual_seed(0))
 TYPES = [torch.uint8, torch.int8, torch.bool, torch.int64, torch.bfloat16, torch.float32, torch.float64]
-
-
-class Pairs(torch.utils.data.Dataset):
-    """Images and labels one by one."""
-
-    def __init__(self, x, y):
-        self.x, self.y = x, y
-
-    def __len__(self):
-        return len(self.x)
-
-    def __getitem__(self, index):
-        return self.x[index], int(self.y[index])
 
 
 @pytest.fixture
@@ -91,7 +79,7 @@ def test_images_are_kept_in_eight_bits_while_that_loses_nothing(exact, large, mo
     x, y = LEVELS.float() / 255, torch.arange(10) % 3
     x[exact:] = x[exact:] * 0.7 + 0.1
     monkeypatch.setattr(rooms, "LARGE", large)
-    for data in (torch.utils.data.DataLoader(Pairs(x, y), 2), Pairs(x, y), (x, y)):
+    for data in (DataLoader(TensorDataset(x, y), 2), TensorDataset(x, y), (x, y)):
         found = as_data(data)
         assert torch.equal(found.x, x) and torch.equal(found.y, y)
         assert found.pixels.dtype == (torch.uint8 if exact == 10 else torch.float32)
@@ -100,7 +88,7 @@ def test_images_are_kept_in_eight_bits_while_that_loses_nothing(exact, large, mo
 def test_images_of_two_types_are_refused():
     batches = [(LEVELS[:5].float() / 255, torch.arange(5)), (LEVELS[5:].to(torch.uint8), torch.arange(5))]
     with pytest.raises(ValueError, match=r"images are torch.float32 and torch.uint8; give all of them one type"):
-        as_data(torch.utils.data.DataLoader(batches, batch_size=None))
+        as_data(DataLoader(batches, batch_size=None))
 
 
 @pytest.mark.parametrize("threat", ["W_inf linf 1/16", "W_2 linf 1/16", "W_2 l2 1/4"])
@@ -110,7 +98,7 @@ def test_an_evaluation_says_the_same_from_files(threat, tiny_model, tiny_data, m
     in_memory = wdat.evaluate(tiny_model, (x, y), threat, **settings)
     monkeypatch.setattr(rooms, "LARGE", 1)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    assert wdat.evaluate(tiny_model, torch.utils.data.DataLoader(Pairs(x, y), 7), threat, **settings) == in_memory
+    assert wdat.evaluate(tiny_model, DataLoader(TensorDataset(x, y), 7), threat, **settings) == in_memory
     assert not os.listdir(tmp_path)
 
 

@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.scale import resident
+
 SIZES = (10_000, 100_000, 1_000_000)
 SHAPE = (1, 8, 8)
 PART = 5000
@@ -49,8 +51,7 @@ class Made(torch.utils.data.Dataset):
 
 def held() -> int:
     """Bytes of this process that no file stands for, and of files in memory. Linux."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return 1024 * sum(int(lines[kind].split()[0]) for kind in ("RssAnon", "RssShmem"))
+    return resident("RssAnon") + resident("RssShmem")
 
 
 def measured(n: int, p: str) -> dict[str, Any]:

@@ -1,9 +1,8 @@
 """Tables of methods whose settings are chosen on validation images on both sides, from their record. No torch."""
 
 from collections.abc import Iterable, Iterator
-from statistics import fmean
 
-from wdat.report.rows import percent, signed, where
+from wdat.report.rows import percent, signed, spread, where
 from wdat.report.table import tabled
 
 OFFSET = -0.02  # of clean accuracy, that may be given up
@@ -88,19 +87,19 @@ def _over_networks(rows: Iterable[tuple[str, str, str, dict]]) -> list[dict[str,
     for network, method, delta, difference in rows:
         own = known.setdefault(method, {}).setdefault(f"δ = {delta}", {})
         own |= {} if difference["value"] is None else {network: difference}
-    return [
-        {"method": method} | {at: _range(list(own.values())) for at, own in cells.items()}
-        for method, cells in known.items()
-    ]
+    return [{"method": method} | {at: _range(own) for at, own in cells.items()} for method, cells in known.items()]
 
 
-def _range(differences: list[dict]) -> str:
-    values = [difference["value"] for difference in differences]
-    if not values:
+def _range(differences: dict[str, dict]) -> str:
+    """Of the networks' differences, and of the changes where they have some."""
+    if not differences:
         return "–"
-    text = signed(fmean(values)) + f" ({signed(min(values))} to {signed(max(values))})" * (len(values) > 1)
-    changes = [difference["change"] for difference in differences if "change" in difference]
-    return text + (f"; {signed(fmean(changes))}" if changes else "")
+    told = spread("gain", {network: own["value"] for network, own in differences.items()}, signed)
+    told |= spread(
+        "change", {network: own["change"] for network, own in differences.items() if "change" in own}, signed
+    )
+    text = told["gain.mean"] + f" ({told['gain.low']} to {told['gain.high']})" * (len(differences) > 1)
+    return text + (f"; {told['change.mean']}" if "change.mean" in told else "")
 
 
 def _difference(found: dict) -> str:
