@@ -140,7 +140,8 @@ def test_bounds_of_counterexamples_hold_at_every_counterexample_and_say_more():
         rivals = [k for k in range(steps[-1].shape[0]) if k != int(y)]
         rival = rivals.index(int(model(near.x).argmax()))
         part, score = ball.ascend(part[rival : rival + 1], 10, 1e-4)
-        inner = ball.within(part, 1e-4)
+        inner = ball.within(part, score, 1e-4)
+        taken = inner.taken(ball, part)
         column = int(ball.best_split(part, score))
         halves = ball.halves(column)
         noise = 0.2 * radius * (2 * torch.rand(800, *SHAPE, dtype=torch.float64) - 1)
@@ -154,7 +155,7 @@ def test_bounds_of_counterexamples_hold_at_every_counterexample_and_say_more():
         logits = value[len(steps) - 1].flatten(1)
         margins = logits[:, int(y)] - logits[:, rivals[rival]]
     wrong = margins <= 0
-    assert wrong.any() and not inner.empty
+    assert wrong.any() and not inner.empty and part.bound <= taken.bound <= margins[wrong].min()
     for i, z in hidden.items():
         low, high = inner.bounds[i]
         assert (z[wrong] >= low - 1e-9).all() and (z[wrong] <= high + 1e-9).all()
@@ -187,9 +188,10 @@ def test_splits_and_multipliers_only_raise_bounds(r):
         start = ball.lower(root)
         better, score = ball.ascend(root, 10, math.inf)
         column = int(ball.best_split(better[:1], score[:1]))
-        halves = [half.lower(half.root()[:1]) for half in ball.halves(column)]
+        halves = [half.taken(ball, better[:1]) for half in ball.halves(column)]
     assert (better.bound >= start).all() and (better.bound > start + 1e-3).any()
-    assert all(half >= start[0] - 1e-9 for half in halves) and max(halves) > start[0] + 1e-4
+    assert all(half.bound >= better.bound[0] - 1e-9 for half in halves)  # with the slopes found before
+    assert max(half.bound for half in halves) > better.bound[0] + 1e-4
 
 
 def test_a_limit_in_time_is_kept():
@@ -226,3 +228,21 @@ def test_proofs_go_where_the_curve_moves():
     assert raised[0] == 0 and raised[3] == radii[3] and (raised <= found).all()
     assert raised[1] >= min(level, 0.099) / 1.03 and raised[2] >= min(level, 0.0495) / 1.03
     assert accuracy_curve(raised, 0.03, 2) > accuracy_curve(radii, 0.03, 2)
+
+
+def test_no_time_goes_to_balls_at_which_the_curve_is_zero_and_stays_zero():
+    radii, found = torch.tensor([0.02, 0.03, 0.03, 0.02]).double(), torch.tensor([0.1, 0.05, 0.2, 0.04])
+    tried = []
+
+    def attempt(i, radius, limit):
+        tried.append((i, radius))
+        return len(tried) % 3 > 0, 1.0
+
+    near, far = (0.01, 2.0), (0.06, 2.0)
+    assert accuracy_curve(radii, *near) > 0 and accuracy_curve(found, *far) > 0
+    calls = []
+    for balls in ([near], [near, far], [far]):
+        raise_radii(radii, found, balls, attempt, seconds=5, first=1)
+        calls.append(tried.copy())
+        tried.clear()
+    assert calls[0] == calls[1] and calls[2] and calls[2] != calls[0]

@@ -18,10 +18,11 @@ from wdat.accuracy.halfspace import HalfSpace
 from wdat.accuracy.relaxation import LayerBounds, Rows, hidden_bounds, infimum, margin_rows, relu_lines, substitute
 
 CANDIDATES = 5  # neurons whose two halves are bounded before one is chosen
-ASCENT, LAST = 10, 300  # steps; where every neuron is split
+ASCENT, LAST = 5, 300  # steps; where every neuron is split
 RATES = 0.1, 0.05  # of the ascent, for slopes and for multipliers
 ROUNDS = 6  # half-spaces, each from the bound that the last one gave, before a split
 WORTHWHILE = 0.15  # of what a bound lacks, that a half-space has to bring for another one
+SHARE = 0.9  # of what the relaxations of all neurons may cost, that those bounded again make up
 EMPTY = 1e-6  # of a hidden input
 
 
@@ -83,6 +84,13 @@ class Ball:
         sign = self._of_free(self.signs).expand(count, -1)
         unknown = alpha.new_full((count,), -math.inf)
         return Parts(torch.arange(count, device=alpha.device), sign, alpha, torch.zeros_like(alpha), unknown)
+
+    def taken(self, other: "Ball", part: Parts) -> Parts:
+        """A part of `other`, of which this is one, as a part of this: slopes and multipliers stay."""
+        places = [torch.isin(old, new) for old, new in zip(other.free.values(), self.free.values(), strict=True)]
+        stays = torch.cat(places).nonzero()[:, 0]
+        own = replace(self.root()[part.rival], alpha=part.alpha[:, stays], beta=part.beta[:, stays])
+        return replace(own, bound=self.lower(own))
 
     def lower(self, parts: Parts, intercept: Tensor | None = None) -> Tensor:
         """Lower bounds (D,) of the margins, differentiable in alpha, beta and `intercept` (D, U) of the upper lines."""
@@ -158,16 +166,30 @@ class Ball:
         value = self.lower(replace(many, sign=many.sign.scatter(1, both[:, None], side[:, None]))).view(2, -1)
         return columns[(value.amin(0) + 1e-2 * value.amax(0)).argmax()]
 
-    def within(self, part: Parts, slack: float) -> "Ball":
-        """The half-space in which one part's margin may be <= slack, with bounds of the hidden layers for it alone."""
+    def within(self, part: Parts, score: Tensor, slack: float) -> "Ball":
+        """The half-space in which one part's margin may be <= slack, with bounds of the hidden layers for it alone.
+
+        Bounded again are the neurons that make up all but a little of the score (1, U): few do.
+        """
         rows, constant = self.linear(part)
         if self.space is not None:  # both hold; their sum with the best multiplier cuts deeper than either
             _, weight = self.space.infimum(rows, constant)
             rows = replace(rows, a=(rows.a + weight * self.space.a) / (1 + weight))
             constant = (constant + weight * self.space.constant) / (1 + weight)
         space = HalfSpace(rows.a, constant, self.x, self.radius, self.r, slack)
-        bounds = hidden_bounds(self.steps, self.x, self.radius, self.r, self.bounds, space.least)
+        bounds = hidden_bounds(self.steps, self.x, self.radius, self.r, self.bounds, space.least, self._telling(score))
         return Ball(self.steps, self.x, self.y, float(self.radius), self.r, bounds, self.signs, space)
+
+    def _telling(self, score: Tensor) -> dict[int, Tensor]:
+        """By ReLU step, which neurons (1, C, H, W) are among those that make up SHARE of the score (1, U)."""
+        value, order = score[0].clamp_min(0).sort(descending=True)
+        telling = torch.zeros_like(score[0], dtype=torch.bool)
+        telling[order] = value.cumsum(0) - value < SHARE * value.sum()
+        chosen = {}
+        for (i, index), own in zip(self.free.items(), telling.split(self.sizes), strict=True):
+            shape = self.bounds[i][0].shape
+            chosen[i] = own.new_zeros(shape.numel()).index_copy(0, index, own).view(shape)
+        return chosen
 
     def halves(self, column: int) -> list["Ball"]:
         """The two parts in which the undecided neuron `column` (of U) has either sign."""
@@ -219,9 +241,8 @@ def prove(
             part, score = ball.ascend(part, ASCENT, slack, end)
             if part.bound > slack or (round_ and float(part.bound) - before < WORTHWHILE * (slack - before)):
                 break
-            ball = ball.within(part, slack)
-            part = ball.root()[part.rival]
-            part = replace(part, bound=ball.lower(part))
+            whole, ball = ball, ball.within(part, score, slack)
+            part = ball.taken(whole, part)
         if ball.empty or part.bound > slack:
             continue
         part, score = ball.ascend(part, ASCENT, slack, end)
@@ -232,6 +253,5 @@ def prove(
         if part.bound > slack:
             continue
         for half in ball.halves(int(ball.best_split(part, score))):
-            own = half.root()[part.rival]
-            nodes.append((half, replace(own, bound=half.lower(own))))
+            nodes.append((half, half.taken(ball, part)))
     return True

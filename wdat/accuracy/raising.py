@@ -29,16 +29,16 @@ def raise_radii(
     image i is proved in that ball, and the seconds it took; a second run with the same answers does the same.
 
     The next ball is the one that promises most: what it adds to the lower bounds at all balls' water levels (those of
-    `radii` as they stand, where the curve moves now, and those of `distances`, where it shall), times the chance that
-    the proof comes off, which is learnt on the way: on deep networks small steps alone do. Aims are the levels, the
-    attack's distance, half-way to what failed, and a small step. What fails within `first` seconds comes again with
-    four times as many, once everything else was tried. The result holds whenever the time ends. Images with radius 0
-    are left.
+    `radii` as they stand, where the curve moves now, and those of `distances`, where it shall; not where the curve is
+    0 and stays 0), times the chance that the proof comes off, which is learnt on the way: on deep networks small steps
+    alone do. Aims are the levels, the attack's distance, half-way to what failed, and a small step. What fails within
+    `first` seconds comes again with four times as many, once everything else was tried. The result holds whenever the
+    time ends. Images with radius 0 are left.
     """
     best, far = radii.double().clone(), KNOWN * distances.double()
     spent, limit, harder, failed = 0.0, first, HARDER, torch.full_like(far, math.inf)
     while spent < seconds:
-        level, power = _levels([best, distances], balls)
+        level, power = _levels(best, distances, balls)
         if not len(level):
             break
         ceiling = torch.minimum(torch.minimum(far, failed), level.max())
@@ -46,7 +46,7 @@ def raise_radii(
         aims = torch.cat([level.unique().expand(len(best), -1), own], 1)
         now = best[:, None].expand_as(aims)
         fits = (aims > STEP * now) & (aims <= ceiling[:, None]) & (now > 0)
-        promise = (_worth(aims, level, power) - _worth(now, level, power)) * (now / aims) ** harder
+        promise = (_counted(aims, level, power) - _counted(now, level, power)).sum(-1) * (now / aims) ** harder
         promise = torch.where(fits, promise, 0)
         i, k = divmod(int(promise.argmax()), aims.shape[1])
         if promise[i, k] <= 0:
@@ -64,14 +64,19 @@ def raise_radii(
     return best, spent
 
 
-def _levels(distances: Sequence[Tensor], balls: Sequence[tuple[float, float]]) -> tuple[Tensor, Tensor]:
-    """Water levels of every ball by each of the distances, and their powers p; without levels of 0."""
-    found = [(float(threshold_distance(d, delta, p)), p) for delta, p in balls for d in distances]
-    found = [(t * (1 + math.isinf(p) * 1e-9), p) for t, p in found]  # a pointwise adversary of delta reaches delta
-    level, power = torch.tensor(found, dtype=torch.float64).unbind(1)
-    return level[level > 0], power[level > 0]
+def _levels(radii: Tensor, distances: Tensor, balls: Sequence[tuple[float, float]]) -> tuple[Tensor, Tensor]:
+    """Water levels of every ball by radii and by distances, and their powers p: those that count, without levels of 0.
+
+    What the lower curve is at least by a level t and these radii, E[min(1, (c/t)^p)] - (delta/t)^p, rises with every
+    radius below t; but where it is negative the curve is 0 and stays 0. So these count only where there are no others.
+    """
+    found = [(float(threshold_distance(d, delta, p)), p, delta) for delta, p in balls for d in (radii, distances)]
+    found = [(t * (1 + math.isinf(p) * 1e-9), p, delta) for t, p, delta in found if t > 0]  # p = inf reaches delta
+    level, power, delta = torch.tensor(found, dtype=torch.float64).view(-1, 3).unbind(1)
+    alive = _counted(radii, level, power).mean(0) > (delta / level).pow(power)
+    return (level[alive], power[alive]) if alive.any() else (level, power)
 
 
-def _worth(radius: Tensor, level: Tensor, power: Tensor) -> Tensor:
-    """What radii (...) count for at the water levels (L,): the sum of min(1, (radius / level)^p)."""
-    return (radius[..., None] / level).clamp_max(1).pow(power).sum(-1)
+def _counted(radius: Tensor, level: Tensor, power: Tensor) -> Tensor:
+    """What radii (...) count for at the water levels (L,), min(1, (radius / level)^p): (..., L)."""
+    return (radius[..., None] / level).clamp_max(1).pow(power)

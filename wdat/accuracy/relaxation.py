@@ -7,7 +7,7 @@ interval arithmetic (Gowal et al. 2018, arXiv 1810.12715) leaves undecided.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -152,7 +152,7 @@ def substitute(
         elif step.kind == "flatten":
             rows = Rows(a.reshape(-1, *steps[step.parents[0]].shape), rows.image, rows.site)
         elif step.kind == "relu":
-            below, above, intercept = (window(line, rows) for line in lines[i])
+            below, above, intercept = window(torch.cat(lines[i], 1), rows).chunk(3, 1)
             constant = constant + row_dot(a.clamp_max(0), intercept)
             a = a * torch.where(a > 0, below, above)  # positive coefficients need the line below
             if pull is not None:
@@ -173,7 +173,7 @@ def infimum(rows: Rows, constant: Tensor, x: Tensor, radius: Tensor, r: float) -
         return constant + row_dot(rows.a, window(x, rows)) - spread
     e = radius.view(-1, 1, 1, 1)
     low, high = (x - e).clamp_min(0), (x + e).clamp_max(1)
-    centre, half = window((low + high) / 2, rows), window((high - low) / 2, rows)
+    centre, half = window(torch.cat(((low + high) / 2, (high - low) / 2), 1), rows).chunk(2, 1)
     return constant + row_dot(rows.a, centre) - row_dot(rows.a.abs(), half)
 
 
@@ -190,13 +190,6 @@ def _rows_at_once(steps: list[Step], cuda: bool) -> int:
     return max(1, 2 * CHUNK * (64 if cuda else 1) // max(math.prod(step.shape) for step in steps))
 
 
-def _undecided(low: Tensor, high: Tensor, size: int) -> Iterator[tuple[Tensor, ...]]:
-    """Indices (image, channel, row, column) of the neurons with both signs, at most `size` at a time."""
-    where = ((low < 0) & (high > 0)).nonzero()
-    for part in where.split(size) if len(where) else ():
-        yield part.unbind(1)
-
-
 def _unit_rows(step: Step, where: tuple[Tensor, ...], sign: Tensor) -> Rows:
     """The inputs of one ReLU step at `where` (image, channel, row, column), each times its sign."""
     image, channel, *site = where
@@ -207,13 +200,13 @@ def _unit_rows(step: Step, where: tuple[Tensor, ...], sign: Tensor) -> Rows:
 
 def hidden_bounds(
     steps: list[Step], x: Tensor, radius: Tensor, r: float, outer: LayerBounds | None = None,
-    least: Callable[[Rows, Tensor], Tensor] | None = None,
+    least: Callable[[Rows, Tensor], Tensor] | None = None, telling: dict[int, Tensor] | None = None,
 ) -> LayerBounds:  # fmt: skip
     """Bounds (low, high), each (B, C, H, W), on the input of every ReLU over the r-balls of radius (B,) around x.
 
     The neurons that interval arithmetic leaves with both signs are bounded again by substitution, and the better bound
     of each side is kept. outer: bounds known to hold, to start from. least: minima (M,) of rows on the pixels plus
-    constants over what is bounded, if that is not the whole ball.
+    constants over what is bounded, if that is not the whole ball. telling: neurons worth a substitution, if not all.
     """
     least = least or partial(infimum, x=x, radius=radius, r=r)
     e = radius.view(-1, 1, 1, 1)
@@ -230,7 +223,10 @@ def hidden_bounds(
         # The side nearer to 0 first: it decides most neurons, and only the lines of the others need both sides.
         sign = torch.where(low + high < 0, -1.0, 1.0).to(x)
         for side in (sign, -sign):
-            for some in _undecided(low, high, _rows_at_once(steps[:i], x.is_cuda)):
+            undecided = (low < 0) & (high > 0)
+            where = (undecided if telling is None else undecided & telling[i]).nonzero()
+            for some in where.split(_rows_at_once(steps[:i], x.is_cuda)) if len(where) else ():
+                some = some.unbind(1)
                 rows = _unit_rows(step, some, side)
                 found = least(*substitute(steps, step.parents[0], rows, lines))
                 low[some] = torch.where(side[some] > 0, torch.maximum(low[some], found), low[some])
