@@ -183,11 +183,12 @@ def _comparison_numbers(results: dict) -> dict[str, str]:
 def _evaluation_numbers(results: dict) -> dict[str, str]:
     """Optimal allocation, attacks and certificates over networks by norm and radius (p = 2), gaps, bounds that fail.
 
-    NORM.RADIUS.{optimal,w-pgd,certified,same} (same: optimal allocation on the certified-n images certified) and
-    NORM.gap.{...} over networks; NORM.LOSS.BOUND.failed counts pairs of network and radius whose first-order lower
-    bound lies above the optimal allocation, "above-w-pgd" those where that lies above the attack; NORM.RADIUS.reversed
-    pairs of networks that p = 2 and p = inf order in opposite ways, of how many; branching.minutes: of branch and bound
-    for each network and norm, and how many radii it "raised".
+    NORM.RADIUS.{optimal,w-pgd,certified,crown,same,open} (same: optimal allocation on the certified-n images certified;
+    open: what that lies above the certificates) and NORM.gap.{...} over networks, a radius by its place or as written;
+    NORM.LOSS.BOUND.failed counts pairs of network and radius whose first-order lower bound lies above the optimal
+    allocation, "above-w-pgd" those where that lies above the attack; NORM.RADIUS.reversed pairs of networks that p = 2
+    and p = inf order in opposite ways, of how many; branching.minutes: of branch and bound for each network and norm,
+    and how many radii it "raised".
     """
     steps = sorted({a["steps"] for n in results["networks"] for a in n["attacks"] if a["attack"] == "w-pgd"})
     found = {"n": str(results["n"]), "networks": str(len(results["networks"])), "steps": ", ".join(map(str, steps))}
@@ -220,11 +221,13 @@ def _evaluation_numbers(results: dict) -> dict[str, str]:
 
 def _norm_numbers(rows: list[dict]) -> dict[str, str]:
     found = {}
-    for place, written in places(row["written"] for row in rows):
-        found[f"{place}.delta"] = written
+    radii = list(dict.fromkeys(row["written"] for row in rows))
+    for place, written in [*places(radii), *((written, written) for written in radii)]:
+        found[f"{place}.delta"], own = written, where(rows, written=written)
         for key in ("optimal", "w-pgd", "certified", "crown", "same"):
-            own = where(rows, written=written)
             found |= spread(f"{place}.{key}", {row["network"]: row[key] for row in own if row[key] is not None})
+        proved = {row["network"]: row["same"] - row["certified"] for row in own if row["certified"] is not None}
+        found |= spread(f"{place}.open", proved)
     found |= spread("gap", {f"{r['network']} at {r['written']}": r["w-pgd"] - r["optimal"] for r in rows})
     found["above-w-pgd"] = counted(row["optimal"] > row["w-pgd"] for row in rows)
     found["band"] = percent(max(row["band"] for row in rows))
