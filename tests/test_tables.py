@@ -243,7 +243,9 @@ def test_every_method_has_its_difference_to_the_best_baseline_and_one_of_them_wi
     assert found["n"]["value"] is None and [m for m, row in found.items() if row["wins"]] == ["m"]
     figure = figures.equal_clean(write(tmp_path / "04.json", "finetuning", results))
     (axis,) = figure.axes
-    assert [label.get_text() for label in axis.get_yticklabels()] == ["m", "PGD-AT", "plain"]  # n offers nothing
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["m", "PGD-AT", "plain", "n"]
+    said = [(text.get_text(), text.get_position()[1]) for text in axis.texts]
+    assert said == [("gives up more", 3)]  # n offers nothing
     assert "best proposed +2.0 [+1.0, +3.0]" in axis.get_title(loc="right")
 
 
@@ -403,6 +405,8 @@ def test_a_table_is_the_same_in_markdown_and_latex(tmp_path):
     assert table.markdown() == "| δ | A_δ % |\n| ---: | ---: |\n| 1/16 | 50.0 ± 1.0 |\n| 2/16 | 8.0–9.0 |\n"
     page = table._repr_html_()
     assert page.count("<tr>") == 3 and page.count("<td") == 4 and "<p>c</p>" in page and ">50.0 ± 1.0<" in page
+    nothing = Table(pd.DataFrame([]), "c")._repr_html_()
+    assert "<p>c</p>" in nothing and "nothing of this" in nothing and "<table>" not in nothing
     latex = table.latex()
     assert latex.count(r"\\") == 3 and r"50.0 $\pm$ 1.0 \\" in latex and "8.0--9.0" in latex and r"\%" in latex
     assert latex.isascii()

@@ -53,6 +53,8 @@ class Table:
         return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
 
     def _repr_html_(self) -> str:
+        if self.frame.empty:
+            return f"<p>{html.escape(self.caption)}</p>\n<p>The record has nothing of this.</p>"
         sides = ["right" if numeric else "left" for numeric in self._numeric()]
         width = {"th": "", "td": "; white-space: nowrap"}
         lines = [[(c, "th") for c in map(str, self.frame.columns)], *([(v, "td") for v in row] for row in self._rows())]

@@ -21,7 +21,7 @@ def equal_clean(found: dict) -> Drawing:
     One panel a network, one row a method, the best on top, one marker a radius; bars: 95 % of a paired bootstrap over
     test images, of the proposed methods. The winner at each radius is ringed, the title compares the best proposed one
     with the best baseline at the middle radius. What lies far below is an arrow at the edge; a method that offers
-    nothing at that clean accuracy is left out.
+    nothing at that clean accuracy gives up more of it.
     """
     radii = [threat["written"] for threat in found["threats"]]
     everything = equal_rows(found, OFFSET)
@@ -32,7 +32,7 @@ def equal_clean(found: dict) -> Drawing:
         every = where(everything, network=network)
         rows = [row for row in every if row["value"] is not None]
         there = names(rows, "method")
-        ranked = [method for method in _ranked(every, floor) if method in there]
+        ranked = sorted(_ranked(every, floor), key=lambda method: method not in there)
         axis.axvline(0, color="black", lw=0.8)
         for row in rows:
             number = radii.index(row["delta"])
@@ -47,6 +47,8 @@ def equal_clean(found: dict) -> Drawing:
             axis.plot(value, place, color=colour, marker=marker)
             if row["wins"]:
                 axis.plot(value, place, **RING)
+        for place in range(len(there), len(ranked)):
+            axis.text(floor, place, "gives up more", color=GREY, size="small", va="center")
         axis.set_title(f"{short(network)}\n{_verdict(found, network, radii[(len(radii) - 1) // 2])}", loc="right")
         axis.set(yticks=range(len(ranked)), yticklabels=map(shown, ranked), ylim=(len(ranked) - 0.4, -0.8))
         for label, method in zip(axis.get_yticklabels(), ranked, strict=True):
