@@ -1,5 +1,6 @@
 """Tables and figures of an evaluation's record: ranks, failing bounds, probes, and everything the bracket can show."""
 
+import numpy as np
 import pytest
 
 from wdat import records
@@ -109,7 +110,7 @@ def test_the_bracket_shows_everything_the_record_has_and_its_legend_fits(tmp_pat
 
 
 def test_the_bracket_before_and_after_branching_is_shown(tmp_path):
-    """The table has both lower ends, the overview what is known, the figure both parts of the gap."""
+    """The table has both lower ends, the overview what is known, the figures both parts of the gap."""
     own = network("net", [0.6, 0.4], [0.6, 0.4], [0.5, 0.2])
     rows = [row | {"accuracy": 0.3, "crown": 0.2, "optimal": row["accuracy"]} for row in own["optimal"][0]["threats"]]
     curves = [
@@ -132,6 +133,25 @@ def test_the_bracket_before_and_after_branching_is_shown(tmp_path):
     assert {"open", "closed by branching"} <= {text.get_text() for text in legend.get_texts()}
     shades = {shade.get_label(): shade.get_paths()[0].get_extents() for shade in figure.axes[0].collections}
     assert shades["closed by branching"].height <= shades["open"].height
+    (axis,) = figures.gap(path).axes
+    drawn = {line.get_label(): line.get_ydata() for line in axis.lines}
+    assert np.all(drawn["CROWN alone"] <= drawn["certified (lower bound)"])
+    assert np.all(drawn["certified (lower bound)"] <= drawn["optimal allocation (upper bound)"])
+    proved = np.asarray(curves[0]["delta"])[np.asarray(curves[0]["accuracy"]) > 0].max()
+    assert proved < axis.get_xlim()[1] <= 1.2 * proved + 1e-9
+
+
+@pytest.mark.parametrize("certified", [0, 4])
+def test_the_gap_is_drawn_of_what_the_record_has(tmp_path, certified):
+    """No certificates: optimal allocation alone; certificates of a part of the images: that one marked on these."""
+    own = network("net", [0.6, 0.4], [0.6, 0.4], [0.5, 0.2])
+    if certified:
+        rows = [row | {"optimal": row["accuracy"]} for row in own["optimal"][0]["threats"]]
+        own["certified"] = [own["optimal"][0] | {"n": certified, "threats": rows}]
+    (axis,) = figures.gap(written(tmp_path, own)).axes
+    shown = {line.get_label() for line in axis.lines}
+    lower = {"certified (lower bound) (4 of 10)", "optimal allocation on these"}
+    assert shown == {"optimal allocation (upper bound)"} | (lower if certified else set())
 
 
 def test_a_figure_shows_itself_whatever_the_backend_and_leaves_matplotlib_as_it_was(tmp_path):

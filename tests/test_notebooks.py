@@ -42,7 +42,8 @@ def test_every_notebook_leaves_a_record_with_its_origin(smoke):
     [
         "01_attack_derivation-slope", "01_attack_derivation-images", "01_attack_derivation-losses", "02_sensitivity",
         "02_upsilon_rules", "03_finetuning-variants", "03_finetuning-histories", "04_five_networks", "05_bounds",
-        "06_how_robust-bracket-linf", "06_how_robust-bracket-l2", "06_how_robust-curves-linf",
+        "06_how_robust-bracket-linf", "06_how_robust-bracket-l2", "06_how_robust-gap-linf",
+        "06_how_robust-gap-l2", "06_how_robust-curves-linf",
         "06_how_robust-ranks-linf", "07_slow_start-cost", "07_slow_start-epochs", "08_classwise-bars",
         "08_classwise-spread", "08_classwise-budget", "08_classwise-confusion", "11_randomised-l2",
         "11_randomised-linf", "12_noise_training", "13_baselines-equal-clean",

@@ -7,4 +7,4 @@ Accuracies are fractions in records and percentages here. A figure that is retur
 
 from wdat.report.figures.first_order import images, losses, rules, sensitivity, theory
 from wdat.report.figures.methods import equal_clean, histories, tradeoff, variants
-from wdat.report.figures.robustness import bounds, bracket, curves, ranks
+from wdat.report.figures.robustness import bounds, bracket, curves, gap, ranks

@@ -72,20 +72,44 @@ def bracket(axis: Axes, network: dict, found: dict, r: float | str = "inf", p: f
     low = points([max(a["bounds"]["r_l"], 0) * network["clean"]["accuracy"] for a in own])
     style = "k:" if len(own) != 1 else "k."  # a line through one radius could not be seen
     axis.plot([a["threat"]["delta"] for a in own], low, style, lw=1, label=r"first-order $R^l A$")
-    if network.get("certified"):
-        proved, curve = _one(network["certified"], r=float(r)), _curve(network["certified"], r, p)
-        label = CERTIFIED + _part([proved], found["n"])
-        if "crown" in curve:
-            lower, crown, upper = (points(curve[key]) for key in ("accuracy", "crown", "optimal"))
-            axis.fill_between(curve["delta"], lower, upper, color=GREEN, alpha=0.1, lw=0, label="open")
-            axis.fill_between(curve["delta"], crown, lower, color=GREEN, alpha=0.35, lw=0, label="closed by branching")
-        axis.plot(curve["delta"], points(curve["accuracy"]), color=GREEN, ls=(0, (6, 1)), lw=1.8, label=label)
-        if proved["n"] < found["n"]:  # other images than the blue curve's: mark where that one is on these
-            own = [row for row in where(proved["threats"], p=p) if "optimal" in row]
-            axis.plot(*over_radius(own, "optimal"), "o", mfc="none", ms=5, color=BLUE,
-                      label="optimal allocation on these")  # fmt: skip
+    _proved(axis, network, found, r, p)
     axis.set(title=f"{short(network['network'])}, {norm(r)}, p = {order(p)}", xlabel=r"radius $\delta$")
     axis.set(ylabel="accuracy (%)", ylim=(0, 100))
+
+
+@drawn("evaluation", "gap-{r}", 3, each="networks", height=2.0, below=0.3, sharey=True)
+def gap(axis: Axes, network: dict, found: dict, r: float | str = "inf", p: float = 2) -> None:
+    """The bracket close by, per network, as far as anything is proved: before branch and bound (CROWN alone) and after.
+
+    On the images certified. Without certificates optimal allocation alone; without branching one lower bound.
+    """
+    above, below = (_curve(network.get(key) or network["optimal"], r, p) for key in ("optimal", "certified"))
+    delta, upper = below["delta"], points(below.get("optimal", above["accuracy"]))
+    axis.plot(delta, upper, color=BLUE, lw=1.8, label=OPTIMAL)
+    _proved(axis, network, found, r, p)
+    if "crown" in below:
+        axis.plot(delta, points(below["crown"]), color=GREEN, lw=0.9, label="CROWN alone")
+    reach = np.asarray(delta)[points(below["accuracy"]) > 0].max(initial=0)
+    clean = max(other["clean"]["accuracy"] for other in found["networks"])
+    axis.set(title=f"{short(network['network'])}, {norm(r)}, p = {order(p)}", xlabel=r"radius $\delta$")
+    axis.set(ylabel="accuracy (%)", xlim=(0, 1.2 * reach or None), ylim=(0, 102 * clean))
+    axis.locator_params(axis="x", nbins=5)
+
+
+def _proved(axis: Axes, network: dict, found: dict, r: float | str, p: float) -> None:
+    """The lower side of the bracket and the gap above it, if there are certificates."""
+    if not network.get("certified"):
+        return
+    proved, curve = _one(network["certified"], r=float(r)), _curve(network["certified"], r, p)
+    if "crown" in curve:
+        lower, crown, upper = (points(curve[key]) for key in ("accuracy", "crown", "optimal"))
+        axis.fill_between(curve["delta"], lower, upper, color=GREEN, alpha=0.1, lw=0, label="open")
+        axis.fill_between(curve["delta"], crown, lower, color=GREEN, alpha=0.35, lw=0, label="closed by branching")
+    label = CERTIFIED + _part([proved], found["n"])
+    axis.plot(curve["delta"], points(curve["accuracy"]), color=GREEN, ls=(0, (6, 1)), lw=1.8, label=label)
+    if proved["n"] < found["n"]:  # other images than those of all else: mark where optimal allocation is on these
+        own = [row for row in where(proved["threats"], p=p) if "optimal" in row]
+        axis.plot(*over_radius(own, "optimal"), "o", mfc="none", ms=5, color=BLUE, label="optimal allocation on these")
 
 
 def _dots(axis: Axes, attacks: list[dict], marker: str, colour: str, label: str) -> None:
