@@ -42,7 +42,11 @@ def over_radius(rows: Sequence[dict], key: str) -> tuple[list[float], np.ndarray
 
 def name_ticks(axis: Axes, names: Sequence[str], turned: int = 60) -> None:
     """Names of classes along x, turned by so many degrees unless all are short."""
-    axis.set_xticks(range(len(names)), names, rotation=0 if max(map(len, names)) < 3 else turned)
+    turn = {} if max(map(len, names)) < 3 else {"rotation": turned, "ha": "right", "rotation_mode": "anchor"}
+    axis.set_xticks(range(len(names)), names, **turn)
+    if turn:
+        for label in axis.get_xticklabels():
+            label.set_verticalalignment("center")  # the end of a name stands below its tick
 
 
 def order(p: float | str) -> str:

@@ -188,6 +188,7 @@ def certified_curves(axis: Axes, name: str, found: dict, r: float | str = 2, p: 
     before = where(own[0].get("before", {}).get("threats", []), **ball)
     axis.plot(*over_radius(before, "upper"), "s", ms=3, color="black", label="without noise, by attack")
     axis.set(title=short(name), xlabel=rf"radius $\delta$ ({norm(r)})", ylabel="accuracy (%)")
+    axis.locator_params(axis="x", nbins=5)
 
 
 @drawn("randomised", "proved", 2, each=_names, height=1.9, sharex=True, sharey=True)
