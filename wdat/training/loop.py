@@ -219,7 +219,9 @@ class _Run:
     def _loss(self, network: nn.Module, a: Tensor, b: Tensor, i: Tensor, *drawn: Tensor) -> tuple[Tensor, dict]:
         mode = network.train if self.recipe.layers == "all" else network.eval
         fixed = (self.trackers, self.teacher, mode, self.recipe.precision)
-        return self.recipe.objective(network, a, b, i, *fixed, *drawn, sigma=self.recipe.noise)
+        return self.recipe.objective(
+            network, a, b, i, *fixed, *drawn, sigma=self.recipe.noise, done=self.done / self.total
+        )
 
     def _step(self) -> None:
         """One step, on the part of its batch that is here."""

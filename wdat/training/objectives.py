@@ -1,6 +1,7 @@
 """What training minimises: a clean term plus adversarial terms, each an inner attack and an outer loss.
 
     clean * CE(f(x), y)  +  distil * KL(p_0(x) || p(x))  +  sum_terms weight * E[w * outer(f(x'), .)]  +  smoothing
+        +  intervals
 
 | objective                | clean | terms                                                            |
 |--------------------------|-------|------------------------------------------------------------------|
@@ -19,8 +20,11 @@
 | `sr-wdro`                | 0     | `udr-pgd` by the worst weights in a KL ball                      |
 | `wrm`                    | 0     | CE at the maximum of CE - gamma ||x' - x||^2                     |
 | `mma`                    | 1     | CE at the nearest flipping point of images nearer than d_max     |
+| `ibp`                    | 1 - w | intervals: w * CE at the worst logits that they allow            |
+| `mtl_ibp`                | 0     | the same, and 1 - w times CE on PGD examples                     |
 
-The terms, with their sources, are in `wdat.training.terms`, the last three in `wdat.training.smoothing`. With noise in
+Sources are beside the terms, in `wdat.training.terms`, those of noisy draws in `wdat.training.smoothing`, intervals in
+`wdat.training.intervals`. With noise in
 the recipe (`Recipe.noise`) all means are over `draws` noisy copies of every image, x + xi and x' + xi with the same xi,
 and inner attacks climb through the mean of their probabilities: `at` is then SmoothAdv (Salman et al., arXiv
 1906.04584), a term with p < inf its distributional version, with budgets by image.
@@ -47,6 +51,7 @@ from wdat.threats.ball import Threat, pixel_norm
 from wdat.threats.checks import frozen
 from wdat.threats.losses import kl, worst_weights
 from wdat.threats.precision import autocast
+from wdat.training.intervals import Intervals
 from wdat.training.smoothing import Certificate, Consistency, Macer, Smoothing
 from wdat.training.terms import BOTH, OUTER, Term, WaterLevel
 from wdat.training.trackers import Tracker
@@ -58,7 +63,8 @@ class Objective:
     """Clean weight, distillation weight (towards the network fine-tuning started from) and adversarial terms.
 
     Terms of weight 0 are dropped: beta = 0 is plain fine-tuning, at its cost. smoothing: a loss of an image's noisy
-    draws; draws: of every image in a step. Both are for recipes with noise.
+    draws; draws: of every image in a step. Both are for recipes with noise. intervals: a loss of the whole ball, for
+    recipes without.
     """
 
     name: str
@@ -67,13 +73,15 @@ class Objective:
     distil: float = 0.0
     smoothing: Smoothing | None = None
     draws: int = 1
+    intervals: Intervals | None = None
 
     def __post_init__(self) -> None:
         typed(self, "objective")
         if self.draws < 1:
             raise ValueError(f"draws={self.draws} noisy copies of every image; at least 1 is needed")
         object.__setattr__(self, "terms", tuple(term for term in self.terms if term.weight))
-        if self.clean < 0 or self.distil < 0 or not (self.clean or self.distil or self.terms or self.smoothing):
+        weighed = self.clean or self.distil or self.terms or self.smoothing or self.intervals
+        if self.clean < 0 or self.distil < 0 or not weighed:
             raise ValueError(
                 f"weights clean={self.clean}, distil={self.distil} must be >= 0, and one weight of the objective > 0"
             )
@@ -82,7 +90,7 @@ class Objective:
     def needs_clean(self) -> bool:
         """Whether the outer forward includes the clean images."""
         alone = self.clean > 0 or self.distil > 0 or self.smoothing is not None
-        return alone or any(t.outer in BOTH for t in self.terms)
+        return alone or not self.terms or any(t.outer in BOTH for t in self.terms)
 
     @property
     def cost(self) -> dict[str, int]:
@@ -91,7 +99,7 @@ class Objective:
         once = {
             "gradients": sum(c["gradients"] for c in inner),
             "forwards": sum(c["forwards"] for c in inner) + (self.distil > 0),
-            "full": len(self.terms) + self.needs_clean,
+            "full": len(self.terms) + self.needs_clean + 2 * (self.intervals is not None),
         }
         return {kind: self.draws * count for kind, count in once.items()}
 
@@ -107,19 +115,22 @@ class Objective:
         precision: str = "float32",
         noise: Tensor | None = None,
         sigma: float = 0.0,
+        done: float = 1.0,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of a batch, differentiable in the parameters, and the sums to log.
 
         The inner attacks see the network in eval mode; `train_mode` (default `model.train`) sets the mode of the
         outer forward. Clean and adversarial images share one forward unless batch norm would mix them. `precision`
         is that of the outer forward's layers and the teacher's; losses and parameter gradients stay in float32.
-        noise (B, draws, C, H, W), of standard deviation sigma, is added to clean and adversarial images.
+        noise (B, draws, C, H, W), of standard deviation sigma, is added to clean and adversarial images. done: share of
+        the run, for what rises in it.
         """
         behind = model if noise is None else Averaged(model, noise)
         draws = 1 if noise is None else noise.shape[1]
         with frozen(model):
             found = [t.perturb(behind, x, y, index, k) for t, k in zip(self.terms, trackers, strict=True)]
-        (train_mode or model.train)()
+        train_mode = train_mode or model.train
+        train_mode()
         stacks = ([x] if self.needs_clean else []) + [f.x for f in found]
         if noise is not None:
             stacks = [(stack[:, None] + noise).flatten(0, 1) for stack in stacks]
@@ -139,6 +150,9 @@ class Objective:
             loss = loss + self.distil * kl(clean_logits, reference).mean()
         if self.smoothing:
             loss = loss + self.smoothing(clean_logits.unflatten(0, (len(x), draws)), y, sigma, x[0].numel()).mean()
+        if self.intervals:  # after the forward that moves batch norm's statistics, which autograd keeps here
+            loss = loss + self.intervals(model.eval(), x, y, done).mean()
+            train_mode()
         for number, (term, f, logits) in enumerate(zip(self.terms, found, outputs, strict=True)):
             values = OUTER[term.outer](logits, rows, clean_logits, term.weight)
             if isinstance(term, Term) and term.divergence:
@@ -250,6 +264,23 @@ def mma(delta: Written, r: Norm = float("inf"), beta: float = 2.0, **settings) -
     return Objective("mma", (WaterLevel(threat, beta, level=threat.delta, **settings),))
 
 
+@reads("objective ibp", Intervals, "threat")
+def ibp(delta: Written, r: Norm = float("inf"), weight: float = 0.5, **settings) -> Objective:
+    """Interval bound propagation: 1 - weight of CE on clean images. Settings: those of `Intervals`.
+
+    Start from a trained network: short runs from scratch end with one class for all images.
+    """
+    found = Intervals(Threat(delta, float("inf"), r), weight, **settings)
+    return Objective("ibp", clean=1 - weight, intervals=found)
+
+
+@reads("objective mtl-ibp", Term, "threat", "weight")
+def mtl_ibp(delta: Written, r: Norm = float("inf"), weight: float = 0.1, ramp: float = 0.5, **settings) -> Objective:
+    """MTL-IBP: `ibp` with PGD adversarial training, in the same ball, in place of clean images. Settings: of `Term`."""
+    found = at(delta, r, weight=1 - weight, **settings)
+    return replace(found, name="mtl-ibp", intervals=Intervals(Threat(delta, float("inf"), r), weight, ramp))
+
+
 @reads("objective consistency", Consistency, "weight")
 def consistency(weight: float = 10.0, draws: int = 2, **settings) -> Objective:
     """Consistency regularisation of noisy draws. Settings: those of `Consistency`."""
@@ -273,14 +304,15 @@ def make_objective(settings: dict) -> Objective:
     """An objective from plain values, as notebooks and the command line give them.
 
     {"kind": "plain" | "at" | "trades" | "mart" | "w-trades" | "combined" | "water-level" | "unlabelled" | "consistency"
-    | "macer" | "certificate" | "udr-pgd" | "udr-trades" | "udr-mart" | "sr-wdro" | "wrm" | "mma", "delta": "8/255",
-    "p": 2, "r": "inf", "draws": noisy copies of every image, and any further setting of that objective}. ValueError
-    names what is unknown or missing.
+    | "macer" | "certificate" | "udr-pgd" | "udr-trades" | "udr-mart" | "sr-wdro" | "wrm" | "mma" | "ibp" | "mtl-ibp",
+    "delta": "8/255", "p": 2, "r": "inf", "draws": noisy copies of every image, and any further setting of that
+    objective}. ValueError names what is unknown or missing.
     """
     makers = {"plain": plain, "at": at, "trades": trades, "mart": mart, "w-trades": w_trades, "combined": combined,
               "water-level": water_level, "consistency": consistency, "macer": macer,
               "certificate": certificate, "unlabelled": unlabelled, "udr-pgd": udr_pgd,
-              "udr-trades": udr_trades, "udr-mart": udr_mart, "sr-wdro": sr_wdro, "wrm": wrm, "mma": mma}  # fmt: skip
+              "udr-trades": udr_trades, "udr-mart": udr_mart, "sr-wdro": sr_wdro, "wrm": wrm, "mma": mma, "ibp": ibp,
+              "mtl-ibp": mtl_ibp}  # fmt: skip
     if not isinstance(settings, Mapping):
         raise ValueError(
             f"objective is {shown(settings)}; expected a mapping, such as {{kind: w-trades, delta: 8/255}}"

@@ -115,6 +115,8 @@ class Recipe:
                 f"noise={self.noise:g} must be a standard deviation in [0, 10], and 0 with the objective water-level, "
                 "whose nearest points have no meaning behind noise: train with noise by certificate, say"
             )
+        if self.noise and self.objective.intervals:
+            raise ValueError(f"noise={self.noise:g} must be 0 with intervals, which are of the network without noise")
         if not self.noise and (self.objective.draws > 1 or self.objective.smoothing):
             raise ValueError(
                 f"objective {self.objective.name!r} with draws={self.objective.draws} noisy copies of every image "
