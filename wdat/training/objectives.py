@@ -23,18 +23,19 @@
 | `ibp`                    | 1 - w | intervals: w * CE at the worst logits that they allow            |
 | `mtl_ibp`                | 0     | the same, and 1 - w times CE on PGD examples                     |
 
-Sources are beside the terms, in `wdat.training.terms`, those of noisy draws in `wdat.training.smoothing`, intervals in
-`wdat.training.intervals`. With noise in
-the recipe (`Recipe.noise`) all means are over `draws` noisy copies of every image, x + xi and x' + xi with the same xi,
-and inner attacks climb through the mean of their probabilities: `at` is then SmoothAdv (Salman et al., arXiv
-1906.04584), a term with p < inf its distributional version, with budgets by image.
+The terms, with their sources, are in `wdat.training.terms`, those of noisy draws in `wdat.training.smoothing`, of
+intervals in `wdat.training.intervals`. With noise in the recipe (`Recipe.noise`) all means are over `draws` noisy copies
+of every image, x + xi and x' + xi with the same xi, and inner attacks climb through the mean of their probabilities:
+`at` is then SmoothAdv (Salman et al., arXiv 1906.04584), a term with p < inf its distributional version, with budgets
+by image.
 
 >>> two, through_noise = wdat.Threat("8/255"), wdat.Threat("1/4", r=2)
->>> pointwise = [wdat.at("8/255"), wdat.trades("8/255", beta=3), wdat.mart("8/255")]
+>>> pointwise = [wdat.plain(), wdat.at("8/255"), wdat.trades("8/255", beta=3), wdat.mart("8/255")]
 >>> distributional = [wdat.w_trades(two), wdat.water_level(two), wdat.combined(two, "4/255")]
+>>> provable = [wdat.ibp("2/255"), wdat.mtl_ibp("2/255", weight=0.1)]
 >>> behind_noise = [wdat.consistency(weight=5.0), wdat.macer(draws=2), wdat.certificate(through_noise)]
 >>> [one.name for one in pointwise + distributional[:2]]
-['at', 'trades', 'mart', 'w-trades', 'water-level']
+['plain', 'at', 'trades', 'mart', 'w-trades', 'water-level']
 >>> wdat.Recipe(behind_noise[0], noise=0.25, epochs=4).noise
 0.25
 """
