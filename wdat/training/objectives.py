@@ -24,10 +24,10 @@
 | `mtl_ibp`                | 0     | the same, and 1 - w times CE on PGD examples                     |
 
 The terms, with their sources, are in `wdat.training.terms`, those of noisy draws in `wdat.training.smoothing`, of
-intervals in `wdat.training.intervals`. With noise in the recipe (`Recipe.noise`) all means are over `draws` noisy copies
-of every image, x + xi and x' + xi with the same xi, and inner attacks climb through the mean of their probabilities:
-`at` is then SmoothAdv (Salman et al., arXiv 1906.04584), a term with p < inf its distributional version, with budgets
-by image.
+intervals in `wdat.training.intervals`. With noise in the recipe (`Recipe.noise`) all means are over `draws` noisy
+copies of every image, x + xi and x' + xi with the same xi, and inner attacks climb through the mean of their
+probabilities: `at` is then SmoothAdv (Salman et al., arXiv 1906.04584), a term with p < inf its distributional version,
+with budgets by image.
 
 >>> two, through_noise = wdat.Threat("8/255"), wdat.Threat("1/4", r=2)
 >>> pointwise = [wdat.plain(), wdat.at("8/255"), wdat.trades("8/255", beta=3), wdat.mart("8/255")]
