@@ -6,8 +6,9 @@ within the budget; what an attack itself returns is not asked. An attack has its
 the budget pays for. Optimality is theirs: the area between an attack's curve of accuracy over radius and that of the
 nearest points any attack found, 1 for none and 0 for an attack that flips nothing.
 
-The others come from adv-lib and foolbox: `pip install -e .[peers]`. Foolbox's l2 FMN is left out, its projection is
-wrong; adv-lib's is in. Writes nearest.json with its tables and figure beside this file, the tables into README.md.
+The others come from AutoAttack, adv-lib and foolbox (`pip install -e .[peers]`). Foolbox's l2 FMN is left out, its
+projection is wrong; adv-lib's is in. Writes nearest.json with its tables and figure beside this file, the tables into
+README.md.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import contextlib
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -28,6 +30,7 @@ from wdat.report.canvas import drawn
 from wdat.report.looks import short
 from wdat.report.rows import norm_symbol
 from wdat.report.table import tabled
+from wdat.studies.jobs import Run, run_all
 from wdat.threats.ball import parse_norm, pixel_norm, plain_number
 from wdat.threats.losses import margin
 from wdat.training.loop import finetune
@@ -38,7 +41,7 @@ from wdat.zoo.networks import build
 
 HERE = Path(__file__).parent
 BUDGETS = (10, 30, 100, 1000)  # passes an image, forward and backward
-OURS = "wdat"
+OURS, DIGITS = "wdat", "digits"
 ROUNDING = 1e-6  # beyond [0, 1], which some attacks reach by adding a clamped step to the image
 FAR = 10.0  # times the best distance: what an image counts for in a mean that an attack did not flip
 # The settings of our search at each budget: its passes are 2 steps + rivals + 2, times 1 + restarts.
@@ -46,6 +49,7 @@ SETTINGS = {
     10: {"steps": 3, "rivals": 2}, 30: {"steps": 12, "rivals": 4}, 100: {"steps": 13, "rivals": 4, "restarts": 2},
     1000: {"steps": 20, "rivals": 9, "restarts": 18},
 }  # fmt: skip
+LADDER = {10: (1, 1), 30: (3, 1), 100: (5, 1), 1000: (8, 3)}  # radii that APGD-T is tried at, and rivals at each
 
 
 class Spent(Exception):
@@ -98,8 +102,33 @@ def ours(model: nn.Module, x: Tensor, y: Tensor, budget: int, r: float) -> None:
     search_distances(model, x, y, r, **SETTINGS[budget], tolerance=0.0)
 
 
+def ladder(model: nn.Module, x: Tensor, y: Tensor, budget: int, r: float) -> None:
+    """AutoAttack's targeted APGD at radii bisected image by image, from 8/255 (linf) or 1/2 (l2), doubled to a flip."""
+    from pyautoattack.autopgd_base import APGDAttack_targeted
+
+    rungs, rivals = LADDER[budget]
+    radius = torch.full((len(x),), 8 / 255 if math.isinf(r) else 0.5)
+    kept, flips = torch.zeros_like(radius), torch.full_like(radius, math.inf)
+    steps = max(1, (budget - 1) // (2 * rungs * rivals) - 1)  # it begins with one pass more, at a random start
+    with torch.no_grad():
+        logits = model(x)
+        order = logits.scatter(1, y[:, None], -math.inf).argsort(1, descending=True)
+        for _ in range(rungs):
+            flipped = torch.zeros(len(x), dtype=torch.bool)
+            for k in range(min(rivals, logits.shape[1] - 1)):
+                attack = APGDAttack_targeted(
+                    model, n_iter=steps, norm="Linf" if math.isinf(r) else "L2", eps=radius.view(-1, 1, 1, 1),
+                    device=x.device,
+                )  # fmt: skip
+                attack.init_hyperparam(x)
+                attack.y_target = order[:, k]
+                flipped |= ~attack.attack_single_run(x, y)[1].bool()
+            kept, flips = torch.where(flipped, kept, radius), torch.where(flipped, radius, flips)
+            radius = torch.where(flips.isinf(), 2 * kept, (kept + flips) / 2)
+
+
 def peers(r: float) -> dict[str, Attack]:
-    """Attacks of adv-lib and foolbox in one pixel norm, by name."""
+    """Attacks of AutoAttack, adv-lib and foolbox in one pixel norm, by name."""
     import adv_lib.attacks as adv
     import foolbox
 
@@ -118,7 +147,7 @@ def peers(r: float) -> dict[str, Attack]:
     found = {
         "FMN": steps("steps", 2, attack=adv.fmn, norm=r), "FAB": steps("n_iter", 12, attack=adv.fab, norm=r),
         "PDPGD": steps("num_steps", 2, attack=adv.pdpgd, norm=r),
-        "trust region": steps("iter", 3, attack=adv.tr, p=r),
+        "trust region": steps("iter", 3, attack=adv.tr, p=r), "APGD-T, ladder": partial(ladder, r=r),
     }  # fmt: skip
     if r == 2:
         return found | {
@@ -145,12 +174,14 @@ def optimality(found: Tensor, best: Tensor) -> float:
     return float(1 - (found.clamp_max(end) - best).mean() / (end - best).mean())
 
 
-def compared(name: str, model: nn.Module, data: Data, r: float, budgets: Sequence[int], others: dict) -> list[dict]:
+def compared(
+    name: str, model: nn.Module, data: Data, r: float, budgets: Sequence[int], alone: bool = False
+) -> list[dict]:
     """Rows of every attack and budget: optimality, mean distance over the best known, share flipped, passes."""
     with torch.no_grad():
         right = (margin(model(data.x), data.y) > 0).nonzero()[:, 0]
     x, y = data.batch(right)
-    attacks = {OURS: partial(ours, r=r), **others}
+    attacks = {OURS: partial(ours, r=r), **({} if alone else peers(r))}
     found = {
         (attack, budget): distances(run, model, x, y, r, budget) for attack, run in attacks.items()
         for budget in budgets
@@ -179,10 +210,10 @@ def ratios(found: dict) -> tuple[list[dict], str]:
         same = [o for o in found["rows"] if (o["network"], o["r"], o["budget"]) == (*key[:2], row["budget"])]
         mark = " *" * (row["ratio"] == min(o["ratio"] for o in same))
         cells[f"{row['budget']:,} passes"] = f"{row['ratio']:.3f} ({row['optimality']:.3f}){mark}"
-    n = ", ".join(dict.fromkeys(str(row["n"]) for row in found["rows"]))
+    n = ", ".join(f"{row['n']} ({short(row['network'])})" for row in {r["network"]: r for r in found["rows"]}.values())
     return list(table.values()), (
         f"Mean distance over the best known, images not flipped counting {FAR:g} (optimality after AttackBench); * the "
-        f"nearest at this budget. n = {n} images classified correctly."
+        f"nearest at this budget. Images classified correctly: {n}."
     )
 
 
@@ -226,37 +257,46 @@ def asked(
     parser.add_argument("--cards", type=Path, nargs="*", default=[], help="third-party networks beside the digits")
     parser.add_argument("--weights", help="folder of their weights")
     parser.add_argument("--test-images", help="folder of their test images")
+    parser.add_argument("--add", action="store_true", help="keep what the record has of other networks")
+    parser.add_argument("--jobs", type=int, default=0, help="norms at the same time; 0: as many as fit")
     for name, said in switches.items():
         parser.add_argument(f"--{name}", action="store_true", help=said)
     parser.add_argument("--out", type=Path, default=place.with_suffix(".json"))
     return parser.parse_args(arguments)
 
 
-def measured(
-    kind: str, chosen: argparse.Namespace, compare: Callable[[str, nn.Module, Data, float], list[dict]]
-) -> None:
-    """Rows of every network and norm asked for, written after each of them to the record."""
-    torch.set_num_threads(1)
-    sources, rows = [("digits", *digits(chosen.epochs))], []
-    for card in chosen.cards:
-        sources.append((card.stem, load_model(str(card), root=chosen.weights), load_data(chosen.test_images, "test")))
+def _measured(
+    card: Path | None, r: float, chosen: argparse.Namespace, compare: Callable[..., list[dict]]
+) -> list[dict]:
+    """Rows of one network, a card's or (None) that of the digits, in one norm."""
+    if card is None:
+        name, (model, data) = DIGITS, digits(chosen.epochs)
+    else:
+        name, data = card.stem, load_data(chosen.test_images, "test")
+        model = load_model(str(card), root=chosen.weights)
+    return compare(name, model.requires_grad_(False), data.take(min(chosen.images, len(data)), seed=0), r)
+
+
+def measured(kind: str, chosen: argparse.Namespace, compare: Callable[..., list[dict]]) -> None:
+    """Rows of every network and norm asked for, written to the record after each network."""
+    found = {}
+    if chosen.add and chosen.out.is_file():
+        for row in records.read(chosen.out, kind)["results"]["rows"]:
+            found.setdefault(row["network"], []).append(row)
     config = {key: getattr(chosen, key) for key in ("images", "budgets", "norms", "epochs")}
-    for name, model, data in sources:
-        data = data.take(min(chosen.images, len(data)), seed=0)
-        for r in map(parse_norm, chosen.norms):
-            rows += compare(name, model.requires_grad_(False), data, r)
-            records.write(
-                chosen.out, kind, {"rows": rows}, config | {"cards": [card.stem for card in chosen.cards]}, "cpu"
-            )
+    for card in [None] * (DIGITS not in found) + chosen.cards:
+        name = card.stem if card else DIGITS
+        own = {"card": card, "chosen": chosen, "compare": compare}
+        runs = [Run(f"{name}, {norm}", _measured, {**own, "r": parse_norm(norm)}) for norm in chosen.norms]
+        found[name] = [row for rows in run_all(runs, chosen.jobs, desc=name) for row in rows]
+        cards = [name for name in found if name != DIGITS]
+        records.write(chosen.out, kind, {"rows": list(chain(*found.values()))}, config | {"cards": cards}, "cpu")
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The command; see --help."""
     chosen = asked(__doc__, HERE / "nearest.py", arguments, BUDGETS, alone="without adv-lib and foolbox")
-
-    def compare(name: str, model: nn.Module, data: Data, r: float) -> list[dict]:
-        return compared(name, model, data, r, sorted(chosen.budgets), {} if chosen.alone else peers(r))
-
+    compare = partial(compared, budgets=sorted(chosen.budgets), alone=chosen.alone)
     measured("nearest-benchmark", chosen, compare)
     print(ratios(chosen.out).markdown())
     curves(chosen.out)

@@ -47,6 +47,18 @@ def test_ours_finds_the_exact_distances_of_a_linear_network_within_every_budget(
         assert found.tolist() == pytest.approx(distance.tolist(), rel=2e-2)
 
 
+@pytest.mark.parametrize("r", [2.0, math.inf])
+def test_the_ladder_of_apgd_is_a_search_within_its_budget(r):
+    """On a linear network it nears the exact distances from above as passes allow."""
+    model, x, y, exact = with_exact_distances(classes=5)
+    far = []
+    for budget in benchmark.LADDER:
+        found, passes = benchmark.distances(lambda *given: benchmark.ladder(*given, r=r), model, x, y, r, budget)
+        assert 0 < passes <= budget and (found >= exact[r] * (1 - 1e-4)).all()
+        far.append(float((found / exact[r]).clamp_max(10).mean()))
+    assert far[0] > far[2] > far[3] and far[3] < 1.05
+
+
 def test_optimality_is_one_at_the_best_and_nothing_without_a_flip():
     best = torch.tensor([0.1, 0.2, 0.4])
     assert benchmark.optimality(best, best) == 1
@@ -64,3 +76,16 @@ def test_the_command_writes_record_table_and_figure(tmp_path):
     assert [row["budget"] for row in rows] == [10, 30] and all(row["attack"] == "wdat" for row in rows)
     assert rows[0]["ratio"] >= rows[1]["ratio"] >= 1 and 0 <= rows[0]["optimality"] <= rows[1]["optimality"] <= 1
     assert {"n.md", "n.tex", "n.pdf", "n.png"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_other_networks_of_the_record_are_kept_where_asked(tmp_path):
+    out = tmp_path / "n.json"
+    given = ["--alone", "--images", "8", "--budgets", "10", "--norms", "2", "--epochs", "0", "--out", str(out)]
+    benchmark.main(given)
+    record = json.loads(out.read_text())
+    record["results"]["rows"] = [row | {"network": "other"} for row in record["results"]["rows"]]
+    out.write_text(json.dumps(record))
+    benchmark.main([*given, "--add"])
+    after = json.loads(out.read_text())
+    assert [row["network"] for row in after["results"]["rows"]] == ["other", "digits"]
+    assert after["config"]["cards"] == ["other"]
