@@ -202,11 +202,11 @@ def compared(
 def ratios(found: dict) -> tuple[list[dict], str]:
     """Mean distance over the best known, with the optimality in brackets; a row an attack, a column a budget."""
     table: dict[tuple, dict[str, str]] = {}
+    blank = {f"{budget:,} passes": "–" for budget in sorted({row["budget"] for row in found["rows"]})}
     for row in found["rows"]:
         key = row["network"], row["r"], row["attack"]
-        cells = table.setdefault(
-            key, {"network": f"{row['network']}, {norm_symbol(row['r'])}", "attack": row["attack"]}
-        )
+        where = f"{row['network']}, {norm_symbol(row['r'])}"
+        cells = table.setdefault(key, {"network": where, "attack": row["attack"]} | blank)
         same = [o for o in found["rows"] if (o["network"], o["r"], o["budget"]) == (*key[:2], row["budget"])]
         mark = " *" * (row["ratio"] == min(o["ratio"] for o in same))
         cells[f"{row['budget']:,} passes"] = f"{row['ratio']:.3f} ({row['optimality']:.3f}){mark}"
