@@ -246,6 +246,9 @@ def test_every_method_has_its_difference_to_the_best_baseline_and_one_of_them_wi
     assert [label.get_text() for label in axis.get_yticklabels()] == ["m", "PGD-AT", "plain", "n"]
     said = [(text.get_text(), text.get_position()[1]) for text in axis.texts]
     assert said == [("gives up more", 3)]  # n offers nothing
+    figure.canvas.draw()
+    box, panel = axis.texts[0].get_window_extent(), axis.get_window_extent()
+    assert panel.x0 < box.x0 and box.x1 < panel.x1  # beside the methods' names, not on them
     assert "best proposed +2.0 [+1.0, +3.0]" in axis.get_title(loc="right")
 
 

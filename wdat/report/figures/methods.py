@@ -48,7 +48,8 @@ def equal_clean(found: dict) -> Drawing:
             if row["wins"]:
                 axis.plot(value, place, **RING)
         for place in range(len(there), len(ranked)):
-            axis.text(floor, place, "gives up more", color=GREY, size="small", va="center")
+            inside = {"transform": axis.get_yaxis_transform(), "va": "center"}  # at the left edge, wherever values are
+            axis.text(0.02, place, "gives up more", color=GREY, size="small", **inside)
         axis.set_title(f"{short(network)}\n{_verdict(found, network, radii[(len(radii) - 1) // 2])}", loc="right")
         axis.set(yticks=range(len(ranked)), yticklabels=map(shown, ranked), ylim=(len(ranked) - 0.4, -0.8))
         for label, method in zip(axis.get_yticklabels(), ranked, strict=True):
