@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from nets import batch_norm, generator, images, linear, relu, smooth
 from steps import N, case, same, step
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.flop_counter import FlopCounterMode
 
 import wdat
@@ -35,6 +36,23 @@ class Branches(nn.Module):
         return 3 * self.last(z.view(z.size(0), -1)) - 0.5
 
 
+def kinked(seed: int = 0) -> nn.Module:
+    """Leaky layers of every slope, and pixels in another order."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        net = nn.Sequential(
+            nn.Conv2d(2, 3, 3, padding="same"), nn.PReLU(3), Turned(), nn.Flatten(), nn.Linear(27, 8),
+            nn.LeakyReLU(-0.3), nn.Linear(8, 4),
+        )  # fmt: skip
+    net[1].weight.data = torch.tensor([0.3, -0.8, 1.5])
+    return net
+
+
+class Turned(nn.Module):
+    def forward(self, x):
+        return x.permute(0, 3, 1, 2).contiguous()
+
+
 def branches(seed: int = 0) -> nn.Module:
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
@@ -50,7 +68,7 @@ def margins(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return z.gather(1, y[:, None]) - z
 
 
-@pytest.mark.parametrize("make", [linear, smooth, relu, batch_norm, branches, normalised])
+@pytest.mark.parametrize("make", [linear, smooth, relu, batch_norm, branches, kinked, normalised])
 @pytest.mark.parametrize("radius", [0.0, 0.02, 0.1, 0.5])
 def test_no_point_of_the_ball_has_a_smaller_margin(make, radius):
     """Random points and corners, and those that climb towards the bound of each class; equality at radius 0."""
@@ -97,6 +115,30 @@ def test_they_are_the_intervals_of_certificates_but_for_the_last_layer(make):
     assert (fine >= coarse.masked_fill(own, 0) - 1e-9).all()
     unmerged = interval_margins(nn.Sequential(model, nn.Identity()), x.double(), y, radius).detach()
     torch.testing.assert_close(unmerged, coarse.masked_fill(own, 0))
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
+@pytest.mark.parametrize("wrap", [weight_norm, nn.utils.weight_norm], ids=["parametrized", "by a hook"])
+def test_weights_that_are_computed(wrap):
+    """The bounds of the weights as they are now, differentiable in what they come from; they train."""
+    plain_net, net = relu().eval(), relu().eval()
+    net[0], net[4] = wrap(net[0]), wrap(net[4])
+    x, y = images(12), torch.arange(12) % 4
+    bounds = interval_margins(net, x, y, 0.05)
+    torch.testing.assert_close(bounds.detach(), interval_margins(plain_net, x, y, 0.05).detach())
+    bounds.sum().backward()
+    assert all(weight.grad.any() for name, weight in net.named_parameters() if "bias" not in name)
+    data = from_tensors(x, y, classes=list("abcd"))
+    done = wdat.finetune(net, data, Recipe(ibp(0.05), epochs=2, lr=0.01), progress=False)
+    assert interval_margins(done.model, x, y, 0.05).ne(bounds).any()
+
+
+def test_weights_in_place():
+    """Activations that write into their input give the same bounds."""
+    net, other = relu().eval(), relu().eval()
+    other[1] = nn.ReLU(inplace=True)
+    x, y = images(6), torch.arange(6) % 4
+    assert torch.equal(interval_margins(net, x, y, 0.05), interval_margins(other, x, y, 0.05))
 
 
 @pytest.mark.parametrize("make", [relu, batch_norm])
@@ -241,3 +283,9 @@ def test_a_layer_without_intervals_is_named(layer, told):
         data = from_tensors(images(3), torch.arange(3), classes=list("abcd"))
         with pytest.raises(ValueError, match=told):
             wdat.finetune(net, data, Recipe(ibp(0.1), epochs=1), progress=False)
+
+
+def test_padding_that_is_not_by_zeros_is_named():
+    net = nn.Sequential(nn.Conv2d(2, 2, 3, padding=1, padding_mode="reflect"), nn.Flatten(), nn.Linear(18, 4)).eval()
+    with pytest.raises(ValueError, match=r"no intervals for layer 0 = Conv2d.*reflect"):
+        interval_margins(net, images(3), torch.arange(3), 0.1)

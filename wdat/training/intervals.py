@@ -7,33 +7,33 @@ trains is what certificates (`wdat.accuracy.crown`) can then prove: the bracket 
 the price of clean accuracy. Mixed with adversarial training it is MTL-IBP (De Palma et al. 2024, arXiv 2305.13991).
 """
 
+import functools
 import operator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.func import functional_call
 
 from wdat.settings import typed
 from wdat.threats.ball import Threat
 
-LINEAR = (nn.Linear, nn.Conv2d)
+KINKED = (nn.LeakyReLU, nn.PReLU)  # at 0, with slopes of either sign
 MONOTONE = (
     nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.Tanh, nn.Softplus, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Flatten,
     nn.Identity, nn.Dropout, nn.Dropout2d, nn.BatchNorm1d, nn.BatchNorm2d,
 )  # fmt: skip
 MONOTONE_CALLS = {
     F.relu, F.relu_, torch.relu, "relu", "relu_", torch.sigmoid, "sigmoid", torch.tanh, "tanh", F.avg_pool2d,
-    F.adaptive_avg_pool2d, F.dropout, torch.flatten, "flatten", "view", "reshape",
+    F.adaptive_avg_pool2d, F.dropout, torch.flatten, "flatten", "view", "reshape", "permute", "transpose", "contiguous",
 }  # fmt: skip
 ADD = {operator.add, operator.iadd, torch.add, "add", "add_"}
 SUBTRACT = {operator.sub, operator.isub, torch.sub, "sub", "sub_"}
 SCALE = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
 DIVIDE = {operator.truediv, operator.itruediv, torch.div, torch.true_divide, "div", "div_"}
 SUPPORTED = (
-    "Conv2d, Linear, ReLU, ReLU6, Sigmoid, Tanh, Softplus, pooling, BatchNorm, Flatten/view/reshape, Identity, "
-    "Dropout, sum and difference of two branches, and +, -, *, / with constants"
+    "Conv2d, Linear, ReLU, ReLU6, LeakyReLU, PReLU, Sigmoid, Tanh, Softplus, pooling, BatchNorm, Flatten/view/reshape, "
+    "Identity, Dropout, sum and difference of two branches, and +, -, *, / with constants"
 )
 
 
@@ -119,10 +119,13 @@ def _through(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The ends of one operation's values on boxes of its inputs, `first` being the first of these."""
     low, high = boxes[0]
-    if isinstance(layer, LINEAR):
-        spread = {name: torch.zeros_like(value) for name, value in layer.named_parameters(recurse=False)}
-        half = functional_call(layer, spread | {"weight": layer.weight.abs()}, ((high - low) / 2,))
-        centre = layer((low + high) / 2)
+    if isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.padding_mode == "zeros"):
+        centre, half = layer((low + high) / 2), (high - low) / 2
+        weight = layer.weight.abs()  # after the layer ran: weight norm's hook computes it there
+        if isinstance(layer, nn.Linear):
+            half = F.linear(half, weight)
+        else:
+            half = F.conv2d(half, weight, None, layer.stride, layer.padding, layer.dilation, layer.groups)
         return centre - half, centre + half
     if len(boxes) == 2 and not node.kwargs and node.target in ADD | SUBTRACT:
         least, most = boxes[1] if node.target in ADD else (-boxes[1][1], -boxes[1][0])
@@ -130,11 +133,13 @@ def _through(
     once = len(boxes) == 1 and sum(argument is first for argument in node.args) == 1  # not x * x
     affine = node.target in ADD | SUBTRACT | SCALE or (node.target in DIVIDE and node.args[0] is first)
     batch_norm = isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d) and layer.running_var is None
-    if not once or batch_norm or not (affine or node.target in MONOTONE_CALLS or isinstance(layer, MONOTONE)):
+    known = affine or node.target in MONOTONE_CALLS or isinstance(layer, MONOTONE + KINKED)
+    if not once or batch_norm or not known:
         name = f"{node.target} = {layer}" if layer is not None else getattr(node.target, "__name__", node.target)
         raise ValueError(f"no intervals for layer {name}; supported: {SUPPORTED}")
+    points = [low, high, torch.minimum(low.clamp_min(0), high)] if isinstance(layer, KINKED) else [low, high]
     found = []
-    for end in (low, high):  # rising or falling in every pixel
-        run.env[first] = end
+    for point in points:  # where least and most can be: the ends, and the kink or what is nearest to it
+        run.env[first] = point
         found.append(run.run_node(node))
-    return torch.minimum(*found), torch.maximum(*found)
+    return functools.reduce(torch.minimum, found), functools.reduce(torch.maximum, found)
