@@ -50,7 +50,7 @@ def kinked(seed: int = 0) -> nn.Module:
 
 class Turned(nn.Module):
     def forward(self, x):
-        return x.permute(0, 3, 1, 2).contiguous()
+        return x.permute(0, 3, 1, 2).contiguous().flip(2)
 
 
 def branches(seed: int = 0) -> nn.Module:

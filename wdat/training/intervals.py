@@ -25,15 +25,17 @@ MONOTONE = (
 )  # fmt: skip
 MONOTONE_CALLS = {
     F.relu, F.relu_, torch.relu, "relu", "relu_", torch.sigmoid, "sigmoid", torch.tanh, "tanh", F.avg_pool2d,
-    F.adaptive_avg_pool2d, F.dropout, torch.flatten, "flatten", "view", "reshape", "permute", "transpose", "contiguous",
+    F.adaptive_avg_pool2d, F.dropout,
+    torch.flatten, "flatten", "view", "reshape", torch.permute, "permute", torch.transpose, "transpose", torch.flip,
+    "flip", torch.squeeze, "squeeze", torch.unsqueeze, "unsqueeze", "contiguous",  # the same numbers elsewhere
 }  # fmt: skip
 ADD = {operator.add, operator.iadd, torch.add, "add", "add_"}
 SUBTRACT = {operator.sub, operator.isub, torch.sub, "sub", "sub_"}
 SCALE = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
 DIVIDE = {operator.truediv, operator.itruediv, torch.div, torch.true_divide, "div", "div_"}
 SUPPORTED = (
-    "Conv2d, Linear, ReLU, ReLU6, LeakyReLU, PReLU, Sigmoid, Tanh, Softplus, pooling, BatchNorm, Flatten/view/reshape, "
-    "Identity, Dropout, sum and difference of two branches, and +, -, *, / with constants"
+    "Conv2d, Linear, ReLU, ReLU6, LeakyReLU, PReLU, Sigmoid, Tanh, Softplus, pooling, BatchNorm, Flatten and "
+    "what else puts numbers elsewhere, Identity, Dropout, sum and difference of two branches, and +, -, *, / with constants"
 )
 
 
