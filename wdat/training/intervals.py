@@ -34,8 +34,8 @@ SUBTRACT = {operator.sub, operator.isub, torch.sub, "sub", "sub_"}
 SCALE = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
 DIVIDE = {operator.truediv, operator.itruediv, torch.div, torch.true_divide, "div", "div_"}
 SUPPORTED = (
-    "Conv2d, Linear, ReLU, ReLU6, LeakyReLU, PReLU, Sigmoid, Tanh, Softplus, pooling, BatchNorm, Flatten and "
-    "what else puts numbers elsewhere, Identity, Dropout, sum and difference of two branches, and +, -, *, / with constants"
+    "Conv2d, Linear, ReLU, ReLU6, LeakyReLU, PReLU, Sigmoid, Tanh, Softplus, pooling, BatchNorm, Flatten and what else "
+    "puts numbers elsewhere, Identity, Dropout, sum and difference of two branches, and +, -, *, / with constants"
 )
 
 
