@@ -258,7 +258,7 @@ def asked(
     parser.add_argument("--cards", type=Path, nargs="*", default=[], help="third-party networks beside the digits")
     parser.add_argument("--weights", help="folder of their weights")
     parser.add_argument("--test-images", help="folder of their test images")
-    parser.add_argument("--add", action="store_true", help="keep what the record has of other networks")
+    parser.add_argument("--add", action="store_true", help="keep what the record has of other networks; rows say n")
     parser.add_argument("--jobs", type=int, default=0, help="norms at the same time; 0: as many as fit")
     for name, said in switches.items():
         parser.add_argument(f"--{name}", action="store_true", help=said)
