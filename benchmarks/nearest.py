@@ -228,7 +228,11 @@ def curves(axis: Axes, panel: tuple, found: dict) -> None:
     attacks = list(dict.fromkeys(row["attack"] for row in found["rows"]))
     for number, attack in enumerate(attacks):
         rows = [row for row in found["rows"] if (row["network"], row["r"], row["attack"]) == (*panel, attack)]
-        style = {"color": "k", "lw": 1.8} if attack == OURS else {"color": f"C{number % 10}", "lw": 0.9, "ls": "--"}
+        style = (
+            {"color": "k", "lw": 1.8}
+            if attack == OURS
+            else {"color": f"C{number % 10}", "lw": 0.9, "ls": "--" if number < 10 else ":"}
+        )
         if rows:
             axis.plot([r["budget"] for r in rows], [r["optimality"] for r in rows], marker=".", label=attack, **style)
     axis.set(
@@ -258,7 +262,7 @@ def asked(
     parser.add_argument("--cards", type=Path, nargs="*", default=[], help="third-party networks beside the digits")
     parser.add_argument("--weights", help="folder of their weights")
     parser.add_argument("--test-images", help="folder of their test images")
-    parser.add_argument("--add", action="store_true", help="keep what the record has of other networks; rows say n")
+    parser.add_argument("--add", action="store_true", help="keep what the record has of other networks")
     parser.add_argument("--jobs", type=int, default=0, help="norms at the same time; 0: as many as fit")
     for name, said in switches.items():
         parser.add_argument(f"--{name}", action="store_true", help=said)
@@ -280,18 +284,19 @@ def _measured(
 
 def measured(kind: str, chosen: argparse.Namespace, compare: Callable[..., list[dict]]) -> None:
     """Rows of every network and norm asked for, written to the record after each network."""
-    found = {}
+    found, asked_of = {}, {}  # by network: rows, and what the command said of it
     if chosen.add and chosen.out.is_file():
-        for row in records.read(chosen.out, kind)["results"]["rows"]:
+        record = records.read(chosen.out, kind)
+        asked_of = record["config"]
+        for row in record["results"]["rows"]:
             found.setdefault(row["network"], []).append(row)
-    config = {key: getattr(chosen, key) for key in ("images", "budgets", "norms", "epochs")}
     for card in [None] * (DIGITS not in found) + chosen.cards:
         name = card.stem if card else DIGITS
         own = {"card": card, "chosen": chosen, "compare": compare}
         runs = [Run(f"{name}, {norm}", _measured, {**own, "r": parse_norm(norm)}) for norm in chosen.norms]
         found[name] = [row for rows in run_all(runs, chosen.jobs, desc=name) for row in rows]
-        cards = [name for name in found if name != DIGITS]
-        records.write(chosen.out, kind, {"rows": list(chain(*found.values()))}, config | {"cards": cards}, "cpu")
+        asked_of[name] = {key: getattr(chosen, key) for key in ("images", "budgets", "norms", "epochs")}
+        records.write(chosen.out, kind, {"rows": list(chain(*found.values()))}, asked_of, "cpu")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -84,10 +84,11 @@ def test_other_networks_of_the_record_are_kept_where_asked(tmp_path):
     benchmark.main(given)
     record = json.loads(out.read_text())
     record["results"]["rows"] = [row | {"network": "other", "budget": 30} for row in record["results"]["rows"]]
+    record["config"] = {"other": record["config"].pop("digits") | {"budgets": [30]}}
     out.write_text(json.dumps(record))
     benchmark.main([*given, "--add"])
     after = json.loads(out.read_text())
     assert [row["network"] for row in after["results"]["rows"]] == ["other", "digits"]
-    assert after["config"]["cards"] == ["other"]
+    assert {name: asked["budgets"] for name, asked in after["config"].items()} == {"other": [30], "digits": [10]}
     table = out.with_suffix(".md").read_text().splitlines()
     assert table[0].endswith("| 10 passes | 30 passes |") and [line.count("–") for line in table[2:]] == [1, 1]
