@@ -19,12 +19,14 @@ import torch
 from torch import nn
 
 from wdat import records
+from wdat.accuracy.branch import width
 from wdat.report import numbers
 from wdat.report.table import tabled
 from wdat.studies.cache import Cache, distances
-from wdat.studies.certificates import proof
+from wdat.studies.certificates import proofs
 from wdat.studies.jobs import Run, run_all
 from wdat.threats.ball import Threat
+from wdat.threats.checks import device_of
 from wdat.zoo.data import Data, from_tensors
 from wdat.zoo.models import load_model
 from wdat.zoo.weights import sha256
@@ -58,15 +60,19 @@ def compared(name: str, model: nn.Module, data: Data, seconds: float, state: Pat
     """One network: images right, left by attack, proved by CROWN and within so many seconds an image left; a row."""
     radius, kept = Threat(RADIUS, torch.inf, torch.inf).delta, Cache(state, model)
     distance = distances(model, data, torch.inf, state=state, progress=False).distance
-    left, asked = (distance > radius).nonzero()[:, 0], {"r": torch.inf, "radius": radius}
-    found = {
-        limit: [kept.get(proof, data.at(left[k : k + 1]), **asked, seconds=limit) for k in range(len(left))]
-        for limit in (0.0, seconds)
-    }
-    share = {limit: sum(one["proved"] for one in each) / len(data) for limit, each in found.items()}
+    left, at_once = (distance > radius).nonzero()[:, 0], width(device_of(model))
+    proved, took = {}, {}
+    for limit in (0.0, seconds):
+        found = [
+            kept.get(proofs, data.at(some), r=torch.inf, radii=[radius] * len(some), seconds=limit)
+            for some in left.split(at_once)
+            if len(some)
+        ]
+        proved[limit] = sum(int(part["proved"].sum()) for part in found) / len(data)
+        took[limit] = [float(one) for part in found for one in part["seconds"]]
     return {
         "network": name, "n": len(data), "clean": float((distance > 0).double().mean()), "left": len(left) / len(data),
-        "crown": share[0.0], "proved": share[seconds], "seconds": [one["seconds"] for one in found[seconds]],
+        "crown": proved[0.0], "proved": proved[seconds], "seconds": took[seconds],
     }  # fmt: skip
 
 

@@ -145,7 +145,7 @@ def test_branch_and_bound_raises_the_lower_curve_and_a_second_run_finds_its_proo
 def test_time_that_certificates_leave_goes_to_branch_and_bound(tiny_model, data, monkeypatch):
     given = []
 
-    def raises(radii, distances, balls, attempt, *, seconds, first):
+    def raises(radii, distances, balls, attempt, *, seconds, first, at_once):
         given.append((seconds, first, balls))
         return 2 * radii, 1.0
 

@@ -1,257 +1,308 @@
-"""Branch and bound: proofs that a network keeps its prediction in one ball, where one linear relaxation is too loose.
+"""Branch and bound: proofs that a network keeps its prediction in balls, where one linear relaxation is too loose.
 
-The ball is split by the signs of undecided ReLU inputs. In each part the bounds of `relaxation` are improved by
+A ball is split by the signs of undecided ReLU inputs. In each part the bounds of `relaxation` are improved by
 gradient ascent over the slopes of the lower lines (alpha; Xu et al. 2021, arXiv 2011.13824) and over multipliers of
 the split constraints (beta; Wang et al. 2021, arXiv 2103.06624): for beta >= 0 the minimum of f - beta z over the ball
 is no larger than that of f over its part z >= 0. Whatever the ascent finds is a valid bound, evaluated in float64.
+
+Parts of all balls are bounded together, a batch at a time: an operation costs a part the less the more there are.
 """
 
 import math
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
 from wdat.accuracy.graph import Step
-from wdat.accuracy.halfspace import HalfSpace
-from wdat.accuracy.relaxation import LayerBounds, Rows, hidden_bounds, infimum, margin_rows, relu_lines, substitute
+from wdat.accuracy.halfspace import HalfSpaces
+from wdat.accuracy.relaxation import Rows, hidden_bounds, relu_lines, substitute
 
 CANDIDATES = 5  # neurons whose two halves are bounded before one is chosen
 ASCENT, LAST = 5, 300  # steps; where every neuron is split
 RATES = 0.1, 0.05  # of the ascent, for slopes and for multipliers
 ROUNDS = 6  # half-spaces, each from the bound that the last one gave, before a split
-WORTHWHILE = 0.15  # of what a bound lacks, that a half-space has to bring for another one
-SHARE = 0.9  # of what the relaxations of all neurons may cost, that those bounded again make up
+WORTHWHILE = 0.3  # of what a bound lacks, that a half-space has to bring for another one
+SHARE = 0.5  # of what the relaxations of all neurons may cost, that those bounded again make up
 EMPTY = 1e-6  # of a hidden input
+
+
+def width(device: torch.device) -> int:
+    """Parts that are bounded together: what fits a cache, or what keeps a GPU busy."""
+    return 512 if device.type == "cuda" else 8
 
 
 @dataclass(frozen=True)
 class Parts:
-    """D parts of the ball of one image, each for one rival class: all that is kept of them.
+    """D parts of balls, each for one rival class: all that is kept of them. U: inputs of all ReLUs of the network.
 
-    rival: (D,), row of the margins; sign: (D, U), 1 or -1 where an undecided neuron is split, 0 elsewhere; alpha, beta:
-    (D, U), slopes and multipliers to start from; bound: (D,), of the margin.
+    image, rival: (D,), whose ball, and the class whose margin z_y - z_k is bounded; low, high: (D, U), bounds of hidden
+    inputs on the part; sign: (D, U), 1 or -1 where it is split, 0 elsewhere; alpha, beta: (D, U), slopes and
+    multipliers to start from; a (D, C, H, W), constant (D,): a linear lower bound of the margin, as a function of the
+    pixels: of the part, only the half-space in which it is <= slack; rounds: (D,), such half-spaces since the last
+    split; bound: (D,), of the margin.
     """
 
+    image: Tensor
     rival: Tensor
+    low: Tensor
+    high: Tensor
     sign: Tensor
     alpha: Tensor
     beta: Tensor
+    a: Tensor
+    constant: Tensor
+    rounds: Tensor
     bound: Tensor
+
+    def __len__(self) -> int:
+        return len(self.image)
 
     def __getitem__(self, index: Tensor | slice) -> "Parts":
         return Parts(*(value[index] for value in vars(self).values()))
 
-    def joined(self, *others: "Parts") -> "Parts":
-        """These parts and the others."""
-        every = [vars(parts).values() for parts in (self, *others)]
-        return Parts(*(torch.cat(values) for values in zip(*every, strict=True)))
+    def single(self) -> "Parts":
+        """These parts in single precision."""
+        return Parts(*(v.float() if v.is_floating_point() else v for v in vars(self).values()))
+
+    def better(self, other: "Parts", bound: Tensor) -> "Parts":
+        """These parts with this bound, or `other`, the same ones, where its bound is above."""
+        choose = bound >= other.bound
+        alpha, beta = (
+            torch.where(choose[:, None], getattr(self, name), getattr(other, name)) for name in ("alpha", "beta")
+        )
+        return replace(self, alpha=alpha, beta=beta, bound=torch.where(choose, bound, other.bound))
+
+    @property
+    def mixed(self) -> Tensor:
+        """Where a hidden input may have either sign, (D, U)."""
+        return (self.low < 0) & (self.high > 0)
+
+    def unproved(self, slack: float) -> Tensor:
+        """Which parts' bounds are not above slack, (D,); those with an interval whose ends have crossed are empty."""
+        return (self.bound <= slack) & ~(self.low > self.high + EMPTY).any(1)
 
 
-class Ball:
-    """One image's ball with bounds of its hidden layers: bounds of its margins on parts of it.
+def joined(parts: Sequence[Parts]) -> Parts:
+    """All of these parts."""
+    return Parts(*(torch.cat([getattr(one, field.name) for one in parts]) for field in fields(Parts)))
 
-    Or that part of the ball in which the hidden inputs `split`, 1 or -1 by ReLU step, have these signs, and all that
-    lies in a half-space, where `bounds` hold too.
-    """
 
-    def __init__(
-        self, steps: list[Step], x: Tensor, y: Tensor, radius: float, r: float, bounds: LayerBounds | None = None,
-        split: dict[int, Tensor] | None = None, space: HalfSpace | None = None,
-    ) -> None:  # fmt: skip
-        self.steps, self.x, self.y, self.radius, self.r, self.space = steps, x, y, x.new_tensor([radius]), r, space
-        self.bounds = hidden_bounds(steps, x, self.radius, r) if bounds is None else bounds
-        self.signs = {i: torch.zeros_like(low) for i, (low, _) in self.bounds.items()} if split is None else split
-        self.lines = {i: relu_lines(*bound) for i, bound in self.bounds.items()}
-        self.free = {
-            i: (((low < 0) & (high > 0)) | (self.signs[i] != 0)).flatten().nonzero()[:, 0]
-            for i, (low, high) in self.bounds.items()
-        }
-        self.rows = margin_rows(y, steps[-1].shape[0], x.dtype).a
-        self.sizes = [len(index) for index in self.free.values()]
-        self.gap = self._of_free({i: line[2] for i, line in self.lines.items()})
-        self.low, self.high = (self._of_free({i: b[side] for i, b in self.bounds.items()}) for side in (0, 1))
+class Balls:
+    """The r-balls of radius (N,) around images (N, C, H, W) of labels y (N,): bounds of their margins on parts."""
 
-    def _of_free(self, maps: dict[int, Tensor]) -> Tensor:
-        """The numbers of the undecided and split neurons, (U,)."""
-        return torch.cat([self.x.new_zeros(0), *(maps[i].flatten()[index] for i, index in self.free.items())])
+    def __init__(self, steps: list[Step], x: Tensor, y: Tensor, radius: Tensor, r: float, slack: float) -> None:
+        self.steps, self.x, self.y, self.radius, self.r, self.slack = steps, x, y, radius, r, slack
+        self.rough = self  # the same in single precision, for all that only chooses
+        if x.dtype == torch.float64:
+            self.rough = Balls([_single(step) for step in steps], x.float(), y, radius.float(), r, slack)
+        self.shapes = {i: step.shape for i, step in enumerate(steps) if step.kind == "relu"}
+        self.sizes = [math.prod(shape) for shape in self.shapes.values()]
 
-    def root(self) -> Parts:
-        """The whole ball, once for each rival."""
-        count = len(self.rows)
-        alpha = self._of_free({i: line[0] for i, line in self.lines.items()}).expand(count, -1)
-        sign = self._of_free(self.signs).expand(count, -1)
-        unknown = alpha.new_full((count,), -math.inf)
-        return Parts(torch.arange(count, device=alpha.device), sign, alpha, torch.zeros_like(alpha), unknown)
+    def _maps(self, values: Tensor) -> dict[int, Tensor]:
+        """Numbers (D, U) by ReLU step, (D, C, H, W)."""
+        each = values.split(self.sizes, 1) if self.sizes else ()
+        return {i: own.view(-1, *shape) for (i, shape), own in zip(self.shapes.items(), each, strict=True)}
 
-    def taken(self, other: "Ball", part: Parts) -> Parts:
-        """A part of `other`, of which this is one, as a part of this: slopes and multipliers stay."""
-        places = [torch.isin(old, new) for old, new in zip(other.free.values(), self.free.values(), strict=True)]
-        stays = torch.cat(places).nonzero()[:, 0]
-        own = replace(self.root()[part.rival], alpha=part.alpha[:, stays], beta=part.beta[:, stays])
-        return replace(own, bound=self.lower(own))
+    def _flat(self, maps: dict[int, Tensor], count: int) -> Tensor:
+        """The inverse: (D, U) of maps of D parts."""
+        return torch.cat([self.x.new_zeros(count, 0), *(maps[i].flatten(1) for i in self.shapes)], 1)
 
-    def lower(self, parts: Parts, intercept: Tensor | None = None) -> Tensor:
-        """Lower bounds (D,) of the margins, differentiable in alpha, beta and `intercept` (D, U) of the upper lines."""
-        return self.least(*self.linear(parts, intercept))
+    def roots(self) -> Parts:
+        """Every ball once for each rival, image by image, with the bounds of CROWN."""
+        bounds, count = hidden_bounds(self.steps, self.x, self.radius, self.r), len(self.x)
+        low, high = (self._flat({i: pair[side] for i, pair in bounds.items()}, count) for side in (0, 1))
+        rival = torch.arange(self.steps[-1].shape[0], device=self.y.device).expand(count, -1)
+        image, rival = (rival != self.y[:, None]).nonzero().unbind(1)
+        low, high, nothing = low[image], high[image], torch.zeros_like(low[image])
+        none = self.x.new_zeros(len(image), *self.x.shape[1:])
+        start = self.x.new_full((len(image),), self.slack - 1)
+        alpha, rounds = relu_lines(low, high)[0], torch.zeros_like(image)
+        parts = Parts(image, rival, low, high, nothing, alpha, nothing, none, start, rounds, start)
+        return replace(parts, bound=self.lower(parts))
 
-    def least(self, rows: Rows, constant: Tensor) -> Tensor:
-        """Minima over the ball, or its part in the half-space."""
-        if self.space is None:
-            return infimum(rows, constant, self.x, self.radius.expand(len(rows.a)), self.r)  # one image, many parts
-        return self.space.least(rows, constant)
+    def lower(self, parts: Parts) -> Tensor:
+        """Lower bounds (D,) of the margins."""
+        return self._spaces(parts).least(*self.linear(parts))
 
-    def linear(self, parts: Parts, intercept: Tensor | None = None) -> tuple[Rows, Tensor]:
-        """Lower bounds of the margins as linear functions of the pixels."""
-        count, lines, pull = len(parts.rival), {}, {}
-        split, active = parts.sign != 0, (parts.sign > 0).to(parts.alpha)
-        below = torch.where(split, active, parts.alpha)
-        chord = self.high / (self.high - self.low).clamp_min(1e-30)
-        above = torch.where(split, active, chord)
-        offset = torch.where(split, 0.0, self.gap if intercept is None else intercept)
-        pulls = -parts.sign * parts.beta
-        given = zip(*(part.split(self.sizes, 1) for part in (below, above, offset, pulls)), strict=True)
-        for (i, index), (*own, pulled) in zip(self.free.items(), given, strict=True):
-            shape = self.bounds[i][0].shape[1:]
-            lines[i] = tuple(
-                line.flatten(1).expand(count, -1).index_copy(1, index, value).view(count, *shape)
-                for line, value in zip(self.lines[i], own, strict=True)
-            )
-            pull[i] = pulled.new_zeros(count, shape.numel()).index_copy(1, index, pulled).view(count, *shape)
-        each = torch.arange(count, device=parts.rival.device)
-        rows = Rows(self.rows[parts.rival], each, each.new_zeros(count, 2))
+    def _spaces(self, parts: Parts) -> HalfSpaces:
+        image = parts.image
+        return HalfSpaces(parts.a, parts.constant, self.x[image], self.radius[image], self.r, self.slack)
+
+    def linear(self, parts: Parts, above: tuple[Tensor, Tensor] | None = None) -> tuple[Rows, Tensor]:
+        """Lower bounds of the margins as linear functions of the pixels.
+
+        Differentiable in alpha, beta, and slope and intercept (D, U) of the upper lines, where these are given.
+        """
+        below = torch.where(parts.mixed, parts.alpha, (parts.low >= 0).to(parts.low))
+        lines = (self._maps(values) for values in (below, *(above or relu_lines(parts.low, parts.high)[1:])))
+        lines = {i: found for i, *found in zip(self.shapes, *(maps.values() for maps in lines), strict=True)}
+        pull = self._maps(-parts.sign * parts.beta) if parts.sign.any() else None
+        each = torch.arange(len(parts), device=parts.image.device)
+        unit = torch.eye(self.steps[-1].shape[0], dtype=self.x.dtype, device=self.x.device)
+        rows = (unit[self.y[parts.image]] - unit[parts.rival])[:, :, None, None]
+        rows = Rows(rows, each, each.new_zeros(len(parts), 2))
         return substitute(self.steps, len(self.steps) - 1, rows, lines, pull)
 
+    def advance(self, parts: Parts) -> tuple[Parts, Tensor]:
+        """After one more ascent, what is left to prove: the parts within half-spaces, or else their halves.
+
+        And the images of parts where no bound is left to improve, or the ascent does not converge.
+        """
+        linear = ~(parts.mixed | (parts.sign != 0)).any(1)
+        lost, parts = [parts.image[linear]], parts[~linear]
+        rest = [parts[:0]]
+        if len(parts):
+            before = parts.bound
+            parts, score = self.ascend(parts, ASCENT)
+            gain = parts.bound - before
+            again = (parts.rounds == 0) | ((gain >= WORTHWHILE * (self.slack - before)) & (parts.rounds < ROUNDS))
+            last = ~parts.mixed.any(1)  # nothing left to split: the multipliers alone are not found yet
+            unproved = parts.unproved(self.slack)
+            if (chosen := unproved & last).any():
+                ends, _ = self.ascend(parts[chosen], LAST)
+                lost.append(ends.image[ends.unproved(self.slack)])
+            if (chosen := unproved & ~last & again).any():
+                rest.append(self.within(parts[chosen], score[chosen]))
+            if (chosen := unproved & ~last & ~again).any():
+                rest.append(self.halves(parts[chosen], score[chosen]))
+        rest = joined(rest)
+        return rest[rest.unproved(self.slack)], torch.cat(lost)
+
+    def ascend(self, parts: Parts, steps: int) -> tuple[Parts, Tensor]:
+        """The parts with better slopes and multipliers, and what each split might bring, (D, U): -inf where none is."""
+        alpha, beta, score = self.rough._ascended(parts.single(), steps)
+        found = replace(parts, alpha=alpha.to(parts.alpha), beta=beta.to(parts.beta))
+        return found.better(parts, self.lower(found)), torch.where(parts.mixed, score, -math.inf)
+
     @torch.enable_grad()
-    def ascend(self, parts: Parts, steps: int, slack: float, end: float = math.inf) -> tuple[Parts, Tensor]:
-        """The parts with better slopes and multipliers, and what each split might bring, (D, U); until a moment."""
+    def _ascended(self, parts: Parts, steps: int) -> tuple[Tensor, Tensor, Tensor]:
         alpha, beta = parts.alpha.clone().requires_grad_(), parts.beta.clone().requires_grad_()
-        intercept = self.gap.expand_as(alpha).clone().requires_grad_()
+        _, chord, gap = relu_lines(parts.low, parts.high)
+        spaces, intercept = self._spaces(parts), gap.clone().requires_grad_()
         means = [(torch.zeros_like(alpha), torch.zeros_like(alpha)) for _ in RATES]  # of gradients and their squares
-        best, score = parts, torch.zeros_like(parts.alpha)
+        best, score = replace(parts, bound=torch.full_like(parts.bound, -math.inf)), torch.zeros_like(gap)
+        leaves = [alpha, intercept, beta] if parts.sign.any() else [alpha, intercept]
         for step in range(1, steps + 1):
-            bound = self.lower(replace(parts, alpha=alpha, beta=beta), intercept)
-            (*gradients, weight) = torch.autograd.grad(bound.sum(), (alpha, beta, intercept))
-            better = bound.detach() >= best.bound
-            choose = better[:, None]
-            best = Parts(
-                parts.rival, parts.sign, torch.where(choose, alpha.detach(), best.alpha),
-                torch.where(choose, beta.detach(), best.beta), torch.where(better, bound.detach(), best.bound),
-            )  # fmt: skip
-            # the upper line's offset, which a split removes; the lower line's gap where it is the one that is used
-            kink = torch.minimum(-alpha.detach() * self.low, (1 - alpha.detach()) * self.high)
-            score = torch.where(choose, -weight * self.gap + 1e-3 * kink, score)
-            if (best.bound > slack).all() or time.monotonic() > end:
-                break
-            with (
-                torch.no_grad()
-            ):  # Adam; torch.optim's costs as much as the bounds of a few parts, and seconds to import
-                for value, gradient, rate, (first, second) in zip((alpha, beta), gradients, RATES, means, strict=True):
+            bound = spaces.least(*self.linear(replace(parts, alpha=alpha, beta=beta), (chord, intercept)))
+            rise, weight, *others = torch.autograd.grad(bound.sum(), leaves)
+            with torch.no_grad():
+                choose = bound[:, None] >= best.bound[:, None]
+                best = replace(parts, alpha=alpha, beta=beta).better(best, bound)
+                # the upper line's offset, which a split removes; the lower line's gap where it is the one that is used
+                kink = torch.minimum(-alpha * parts.low, (1 - alpha) * parts.high)
+                score = torch.where(choose, -weight * gap + 1e-3 * kink, score)
+                if step == steps or (best.bound > self.slack).all():
+                    break
+                # Adam; torch.optim's costs as much as the bounds of a few parts, and seconds to import
+                for value, gradient, rate, (first, second) in zip(
+                    (alpha, beta), (rise, *others), RATES, means, strict=False
+                ):
                     first.lerp_(gradient, 0.1)
                     second.lerp_(gradient.square(), 0.001)
                     scale = (second / (1 - 0.999**step)).sqrt_().add_(1e-8)
                     value.addcdiv_(first, scale, value=rate / (1 - 0.9**step))
                 alpha.clamp_(0, 1)
                 beta.clamp_(min=0)
-        return best, torch.where(parts.sign == 0, score, -math.inf)
+        return best.alpha, best.beta, score
 
-    def best_split(self, part: Parts, score: Tensor) -> Tensor:
-        """The column, of a few of highest score, whose halves' bounds are best: the worse one, then the other."""
-        columns = score[0].topk(min(CANDIDATES, int((score[0] > -math.inf).sum()))).indices
-        both = columns.repeat(2)
-        side = torch.ones_like(both, dtype=part.sign.dtype)
-        side[len(columns) :] = -1
-        many = part[torch.zeros_like(both)]
-        value = self.lower(replace(many, sign=many.sign.scatter(1, both[:, None], side[:, None]))).view(2, -1)
-        return columns[(value.amin(0) + 1e-2 * value.amax(0)).argmax()]
+    def within(self, parts: Parts, score: Tensor) -> Parts:
+        """The half-spaces in which the parts' margins may be <= slack, with bounds of the hidden inputs for them alone.
 
-    def within(self, part: Parts, score: Tensor, slack: float) -> "Ball":
-        """The half-space in which one part's margin may be <= slack, with bounds of the hidden layers for it alone.
-
-        Bounded again are the neurons that make up all but a little of the score (1, U): few do.
+        Bounded again are the neurons that make up all but a little of the score (D, U): few do.
         """
-        rows, constant = self.linear(part)
-        if self.space is not None:  # both hold; their sum with the best multiplier cuts deeper than either
-            _, weight = self.space.infimum(rows, constant)
-            rows = replace(rows, a=(rows.a + weight * self.space.a) / (1 + weight))
-            constant = (constant + weight * self.space.constant) / (1 + weight)
-        space = HalfSpace(rows.a, constant, self.x, self.radius, self.r, slack)
-        bounds = hidden_bounds(self.steps, self.x, self.radius, self.r, self.bounds, space.least, self._telling(score))
-        return Ball(self.steps, self.x, self.y, float(self.radius), self.r, bounds, self.signs, space)
+        rows, constant = self.linear(parts)
+        _, weight = self._spaces(parts).infimum(rows, constant)  # both hold: their best sum cuts deeper than either
+        constant = (constant + weight * parts.constant) / (1 + weight)
+        weight = weight.view(-1, 1, 1, 1)
+        cut = replace(parts, a=(rows.a + weight * parts.a) / (1 + weight), constant=constant, rounds=parts.rounds + 1)
+        low, high = self._maps(parts.low), self._maps(parts.high)
+        bounds = hidden_bounds(
+            self.steps, self.x[parts.image], self.radius[parts.image], self.r, {i: (low[i], high[i]) for i in low},
+            self._spaces(cut).least, self._maps(_telling(score)),
+        )  # fmt: skip
+        low, high = (self._flat({i: pair[side] for i, pair in bounds.items()}, len(parts)) for side in (0, 1))
+        cut = replace(cut, low=low, high=high)
+        return replace(cut, bound=self.lower(cut))
 
-    def _telling(self, score: Tensor) -> dict[int, Tensor]:
-        """By ReLU step, which neurons (1, C, H, W) are among those that make up SHARE of the score (1, U)."""
-        value, order = score[0].clamp_min(0).sort(descending=True)
-        telling = torch.zeros_like(score[0], dtype=torch.bool)
-        telling[order] = value.cumsum(0) - value < SHARE * value.sum()
-        chosen = {}
-        for (i, index), own in zip(self.free.items(), telling.split(self.sizes), strict=True):
-            shape = self.bounds[i][0].shape
-            chosen[i] = own.new_zeros(shape.numel()).index_copy(0, index, own).view(shape)
-        return chosen
+    def halves(self, parts: Parts, score: Tensor) -> Parts:
+        """For every part the two in which one undecided hidden input has either sign, one after the other.
 
-    def halves(self, column: int) -> list["Ball"]:
-        """The two parts in which the undecided neuron `column` (of U) has either sign."""
-        ends = torch.tensor(self.sizes).cumsum(0)
-        place = int((ends <= column).sum())
-        i, index = list(self.free.items())[place]
-        column -= int(ends[place]) - len(index)
-        parts = []
-        for side in (1.0, -1.0):
-            low, high = (bound.flatten(1).clone() for bound in self.bounds[i])
-            sign, (chosen,) = self.signs[i].flatten(1).clone(), index[column : column + 1]
-            (low if side > 0 else high)[0, chosen], sign[0, chosen] = 0.0, side
-            shape = self.signs[i].shape
-            bounds = self.bounds | {i: (low.view(shape), high.view(shape))}
-            signs = self.signs | {i: sign.view(shape)}
-            parts.append(Ball(self.steps, self.x, self.y, float(self.radius), self.r, bounds, signs, self.space))
-        return parts
+        Of a few inputs of highest score, the one whose halves' bounds are best: the worse one, then the other.
+        """
+        found, columns = score.topk(min(CANDIDATES, score.shape[1]))
+        each = torch.arange(len(parts), device=columns.device)
+        several = each.repeat_interleave(columns.shape[1])
+        value = self.rough._split(parts.single()[several], columns.view(-1, 1)).bound.view(*columns.shape, 2)
+        value = torch.where(found > -math.inf, value.amin(2) + 1e-2 * value.amax(2), -math.inf)
+        return self._split(parts, columns.gather(1, value.argmax(1, keepdim=True)))
 
-    @property
-    def empty(self) -> bool:
-        """Whether nothing is left of it: an interval whose ends have passed each other, beyond rounding."""
-        return any(bool((low > high + EMPTY).any()) for low, high in self.bounds.values())
+    def _split(self, parts: Parts, column: Tensor) -> Parts:
+        """For every part its two halves by the sign of a hidden input (D, 1), bounded."""
+        twice = torch.arange(len(parts), device=column.device).repeat_interleave(2)
+        many, column = parts[twice], column[twice]
+        side = many.sign.new_tensor([1.0, -1.0]).repeat(len(parts))[:, None]
+        low, high = many.low.gather(1, column), many.high.gather(1, column)
+        many = replace(
+            many, low=many.low.scatter(1, column, torch.where(side > 0, 0, low)),
+            high=many.high.scatter(1, column, torch.where(side < 0, 0, high)),
+            sign=many.sign.scatter(1, column, side), rounds=torch.zeros_like(many.rounds),
+        )  # fmt: skip
+        return replace(many, bound=self.lower(many))
+
+
+def _single(step: Step) -> Step:
+    weight, bias = (value if value is None else value.float() for value in (step.weight, step.bias))
+    return replace(step, weight=weight, bias=bias)
+
+
+def _telling(score: Tensor) -> Tensor:
+    """Which neurons are among those that make up SHARE of their part's score, (D, U)."""
+    value, order = score.clamp_min(0).sort(1, descending=True)
+    telling = value.cumsum(1) - value < SHARE * value.sum(1, keepdim=True)
+    return torch.zeros_like(telling).scatter(1, order, telling)
 
 
 @torch.no_grad()
 def prove(
-    steps: list[Step], x: Tensor, y: Tensor, radius: float, r: float, *, slack: float = 1e-4, seconds: float = 10.0,
-    bounds: LayerBounds | None = None,
-) -> bool:  # fmt: skip
-    """Whether every margin z_y - z_k is proved to stay >= slack in the r-ball of one image, within a time limit.
+    steps: list[Step], x: Tensor, y: Tensor, radius: Tensor, r: float, *, slack: float = 1e-4, seconds: float = 10.0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Whether every margin z_y - z_k is proved to stay >= slack in the r-ball of each image, (N,); and seconds (N,).
 
-    x: float64 (1, C, H, W); y: int64 (1,); bounds: of the hidden layers on this ball, if they are known. False says
-    nothing: time was up, or the ascent did not converge where every neuron was split. Sound up to rounding, as
-    `wdat.accuracy.crown.certified_radii`.
+    x: float64 (N, C, H, W); y: int64 (N,); radius: float64 (N,); seconds: the most for each image, of what all of them
+    take together its share by parts. False says nothing: time was up, or the ascent did not converge where every
+    neuron was split. Sound up to rounding, as `wdat.accuracy.crown.certified_radii`.
     """
-    end = time.monotonic() + seconds
-    whole = Ball(steps, x, y, radius, r, bounds)
-    parts = whole.root()
-    parts = replace(parts, bound=whole.lower(parts))
-    nodes = [(whole, parts[k : k + 1]) for k in (parts.bound <= slack).nonzero()[:, 0]]
-    while nodes:
-        ball, part = nodes.pop()
-        for round_ in range(ROUNDS):
-            if ball.empty or part.bound > slack:
-                break
-            if time.monotonic() > end or not sum(ball.sizes):  # linear there: nothing could be better
-                return False
-            before = float(part.bound)
-            part, score = ball.ascend(part, ASCENT, slack, end)
-            if part.bound > slack or (round_ and float(part.bound) - before < WORTHWHILE * (slack - before)):
-                break
-            whole, ball = ball, ball.within(part, score, slack)
-            part = ball.taken(whole, part)
-        if ball.empty or part.bound > slack:
-            continue
-        part, score = ball.ascend(part, ASCENT, slack, end)
-        if (score == -math.inf).all():  # nothing left to split: the multipliers alone are not found yet
-            part, _ = ball.ascend(part, LAST, slack, end)
-            if part.bound <= slack:
-                return False
-        if part.bound > slack:
-            continue
-        for half in ball.halves(int(ball.best_split(part, score))):
-            nodes.append((half, half.taken(ball, part)))
-    return True
+    begun, at_once, count = time.monotonic(), width(x.device), len(x)
+    balls = Balls(steps, x, y, radius, r, slack)
+    rest, failed = balls.roots(), torch.zeros(count, dtype=torch.bool)
+    rest = rest[rest.unproved(slack)]
+    spent = torch.full((count,), (time.monotonic() - begun) / count, dtype=torch.float64)
+    stacks: list[list[Parts]] = [[] for _ in range(count)]
+    while True:
+        for k, i in enumerate(rest.image.tolist()):
+            stacks[i].append(rest[k : k + 1])
+        for i, stack in enumerate(stacks):
+            if stack and (failed[i] or spent[i] > seconds):
+                failed[i] = True
+                stack.clear()
+        if not any(stacks):
+            return ~failed, spent
+        begun = time.monotonic()
+        parts = joined(_popped(stacks, at_once))
+        rest, lost = balls.advance(parts)
+        failed[lost.cpu()] = True
+        share = parts.image.bincount(minlength=count).cpu() / len(parts)
+        spent += share * (time.monotonic() - begun)
+
+
+def _popped(stacks: list[list[Parts]], most: int) -> list[Parts]:
+    """Of every stack the last part, and again, until there are enough."""
+    taken: list[Parts] = []
+    while len(taken) < most and any(stacks):
+        for stack in stacks:
+            if stack and len(taken) < most:
+                taken.append(stack.pop())
+    return taken

@@ -16,18 +16,39 @@ from wdat.accuracy.relaxation import Rows, row_dot, window
 
 ROUNDS = 10  # bisections of a multiplier's logarithm, from a thousandth to a thousand times its scale
 MARGIN = 1e-9  # logits by which the half-space is larger than it has to be, for rounding
+TINY = 1e-30  # what counts as no coefficient at all
 
 
-class HalfSpace:
-    """The x of the r-ball of one image (1, C, H, W) with constant + <a, x> <= slack, for one row a on the pixels."""
+class _Seen:
+    """Maps (B, C, H, W), one of each row's image, as M rows see them. Rows on the whole layer need no copies."""
+
+    def __init__(self, maps: Tensor, rows: Rows) -> None:
+        self.whole, self.image = rows.stride == (0, 0), rows.image
+        self.maps = (maps if self.whole else window(maps, rows)).flatten(1)
+
+    def dot(self, w: Tensor) -> Tensor:
+        """Inner products (M,) of coefficients (M, C h w) with what each row sees."""
+        return (w @ self.maps.T).gather(1, self.image[:, None])[:, 0] if self.whole else row_dot(w, self.maps)
+
+    def each(self) -> Tensor:
+        """What each row sees, (M, C h w)."""
+        return self.maps[self.image] if self.whole else self.maps
+
+
+class HalfSpaces:
+    """For each of B images (B, C, H, W), the x of its r-ball with constant + <a, x> <= slack.
+
+    a: (B, C, H, W), on the pixels; constant, radius: (B,). With a = 0 and a constant below slack it is the whole ball.
+    """
 
     def __init__(self, a: Tensor, constant: Tensor, x: Tensor, radius: Tensor, r: float, slack: float) -> None:
-        self.a, self.constant, self.x, self.radius, self.r = a, constant, x, radius, r
-        low, high = (x - radius).clamp_min(0), (x + radius).clamp_max(1)
-        centre, half = (x, x) if r == 2 else ((low + high) / 2, (high - low) / 2)
-        self.maps = torch.cat((centre, half, a), 1)
-        self.excess = constant - slack - MARGIN + (a * centre).sum()  # at the centre
-        self.weight = a.square().sum() if r == 2 else (a.abs() * half).sum()
+        self.a, self.radius, self.r, e = a, radius, r, radius.view(-1, 1, 1, 1)
+        low, high = (x - e).clamp_min(0), (x + e).clamp_max(1)
+        self.centre, self.half = (x, x) if r == 2 else ((low + high) / 2, (high - low) / 2)
+        self.share = a.square() if r == 2 else a.abs() * self.half  # of every pixel in the weight
+        self.weight = self.share.flatten(1).sum(1)
+        self.excess = constant - slack - MARGIN + (a * self.centre).flatten(1).sum(1)  # at the centre
+        self.inverse = torch.where(a.abs() > TINY, 1 / a, 0).float()
 
     def infimum(self, rows: Rows, constant: Tensor) -> tuple[Tensor, Tensor]:
         """Lower bounds (M,) of rows on the pixels plus constants (M,), and the multipliers (M,) >= 0 that give them.
@@ -37,7 +58,7 @@ class HalfSpace:
         """
         plain, value, slope, scale = (self._euclidean if self.r == 2 else self._box)(rows, constant)
         with torch.no_grad():
-            low, high = ((scale * factor).clamp_min(1e-200).log() for factor in (1e-3, 1e3))
+            low, high = ((scale * factor).clamp_min(TINY).log() for factor in (1e-3, 1e3))
             for _ in range(ROUNDS):
                 middle = (low + high) / 2
                 rising = slope(middle.exp()) > 0
@@ -56,36 +77,40 @@ class HalfSpace:
         A pixel's term changes its slope at one multiplier, the turn. Any multiplier gives a bound, so that turns and
         slopes, which only choose it, are in float32.
         """
-        centre, half, a = (maps.flatten(1) for maps in window(self.maps, rows).chunk(3, 1))
-        w = rows.a.flatten(1)
-        middle, spread, own = constant + row_dot(w, centre), (a.abs() * half).sum(1), row_dot(w.abs(), half)
-        outside = self.excess - (self.weight - spread)  # what the pixels that a row does not see add, per multiplier
+        w, half = rows.a.flatten(1), _Seen(self.half, rows)
+        own, middle = half.dot(w.abs()), constant + _Seen(self.centre, rows).dot(w)
+        weight, outside = self.weight[rows.image], self.excess[rows.image]
+        if rows.stride != (0, 0):  # pixels that a row does not see are where the half-space has its least
+            spread = _Seen(self.share, rows).maps.sum(1)
+            outside, weight = outside - (weight - spread), spread
+        a = _Seen(self.a, rows).each()
         with torch.no_grad():
-            turn = torch.where(a == 0, 0, -w / a).float()
-            change, beyond = (a.abs() * half).float(), outside.float()
+            turn, share = -w.float() * _Seen(self.inverse, rows).each(), _Seen(self.share.float(), rows)
+            beyond = outside.float()
 
         def value(t: Tensor) -> Tensor:
-            return middle + t * outside - row_dot((w + t[:, None] * a).abs(), half)
+            return middle + t * outside - half.dot((w + t[:, None] * a).abs())
 
         def slope(t: Tensor) -> Tensor:
-            return beyond - row_dot((t.float()[:, None] - turn).sign_(), change)
+            return beyond - share.dot((t.float()[:, None] - turn).sign_())
 
-        return middle - own, value, slope, own / spread.clamp_min(1e-200)
+        return middle - own, value, slope, torch.where(weight > TINY, own / weight.clamp_min(TINY), 1)
 
     def _euclidean(self, rows: Rows, constant: Tensor) -> tuple[Tensor, Callable, Callable, Tensor]:
         """The same for r = 2, where both depend on inner products alone."""
-        centre, _, a = (maps.flatten(1) for maps in window(self.maps, rows).chunk(3, 1))
-        w = rows.a.flatten(1)
-        middle, length, mixed = constant + row_dot(w, centre), torch.linalg.vector_norm(w, dim=1), row_dot(w, a)
+        w, excess, weight, radius = rows.a.flatten(1), *(v[rows.image] for v in (self.excess, self.weight, self.radius))
+        middle, mixed = constant + _Seen(self.centre, rows).dot(w), _Seen(self.a, rows).dot(w)
+        length = torch.linalg.vector_norm(w, dim=1)
         own = length.square()
 
         def norm(t: Tensor) -> Tensor:
-            return (own + 2 * t * mixed + t.square() * self.weight).clamp_min(1e-200).sqrt()
+            return (own + 2 * t * mixed + t.square() * weight).clamp_min(TINY).sqrt()
 
         def value(t: Tensor) -> Tensor:
-            return middle + t * self.excess - self.radius * norm(t)
+            return middle + t * excess - radius * norm(t)
 
         def slope(t: Tensor) -> Tensor:
-            return self.excess - self.radius * (mixed + t * self.weight) / norm(t)
+            return excess - radius * (mixed + t * weight) / norm(t)
 
-        return middle - self.radius * length, value, slope, length / self.weight.sqrt().clamp_min(1e-200)
+        scale = torch.where(weight > TINY, length / weight.clamp_min(TINY).sqrt(), 1)
+        return middle - radius * length, value, slope, scale

@@ -20,15 +20,17 @@ LEARNT = {True: 0.95, False: 1.1}  # what a proof that comes off, or does not, c
 
 
 def raise_radii(
-    radii: Tensor, distances: Tensor, balls: Sequence[tuple[float, float]], attempt: Callable[..., tuple[bool, float]],
-    *, seconds: float, first: float,
+    radii: Tensor, distances: Tensor, balls: Sequence[tuple[float, float]],
+    attempt: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]], *, seconds: float, first: float,
+    at_once: int = 1,
 ) -> tuple[Tensor, float]:  # fmt: skip
     """Radii (N,) float64 raised by proofs within a time limit, never beyond 0.99 `distances`; and the seconds spent.
 
-    radii, distances: (N,), certified and of attacks; balls: pairs (delta, p). attempt(i, radius, limit) says whether
-    image i is proved in that ball, and the seconds it took; a second run with the same answers does the same.
+    radii, distances: (N,), certified and of attacks; balls: pairs (delta, p). attempt(index, radii, limit) says of
+    different images, up to `at_once`, whether each is proved in its ball within so many seconds, and the seconds it
+    took; a second run with the same answers does the same.
 
-    The next ball is the one that promises most: what it adds to the lower bounds at all balls' water levels (those of
+    The next balls are those that promise most: what one adds to the lower bounds at all balls' water levels (those of
     `radii` as they stand, where the curve moves now, and those of `distances`, where it shall; not where the curve is
     0 and stays 0), times the chance that the proof comes off, which is learnt on the way: on deep networks small steps
     alone do. Aims are the levels, the attack's distance, half-way to what failed, and a small step. What fails within
@@ -47,20 +49,21 @@ def raise_radii(
         now = best[:, None].expand_as(aims)
         fits = (aims > STEP * now) & (aims <= ceiling[:, None]) & (now > 0)
         promise = (_counted(aims, level, power) - _counted(now, level, power)).sum(-1) * (now / aims) ** harder
-        promise = torch.where(fits, promise, 0)
-        i, k = divmod(int(promise.argmax()), aims.shape[1])
-        if promise[i, k] <= 0:
+        promise, k = torch.where(fits, promise, 0).max(1)
+        if promise.max() <= 0:
             if limit > seconds or not failed.isfinite().any():  # no proof could use the time, or nothing is open
                 break
             failed, limit = torch.full_like(far, math.inf), 4 * limit
             continue
-        aim = float(aims[i, k])
-        proved, took = attempt(i, aim, min(limit, seconds - spent))
-        spent, harder = spent + took, min(max(harder * LEARNT[proved], 2.0), 24.0)
-        if proved:
-            best[i] = aim
-        else:
-            failed[i] = math.sqrt(float(best[i]) * aim)
+        most = max(1, min(at_once, int((seconds - spent) / limit)))
+        index = promise.topk(min(most, int((promise > 0).sum()))).indices
+        aim = aims[index, k[index]]
+        proved, took = attempt(index, aim, min(limit, seconds - spent))
+        spent += float(took.sum())
+        for came_off in proved.tolist():
+            harder = min(max(harder * LEARNT[came_off], 2.0), 24.0)
+        failed[index] = torch.where(proved, failed[index], (best[index] * aim).sqrt())
+        best[index] = torch.where(proved, aim, best[index])
     return best, spent
 
 

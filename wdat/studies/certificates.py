@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from wdat.accuracy.branch import prove
+from wdat.accuracy.branch import prove, width
 from wdat.accuracy.crown import certified_search, shrinkage
 from wdat.accuracy.graph import network_steps
 from wdat.accuracy.raising import raise_radii
@@ -44,13 +44,15 @@ def certify(model: nn.Module, data: Data, r: float, scale: float) -> Part:
     return {"radii": radii, "first": first, "seconds": time.monotonic() - started}
 
 
-def proof(model: nn.Module, data: Data, r: float, radius: float, seconds: float) -> Part:
-    """Whether one image is proved right in the ball of this radius within a time limit, and the seconds it took."""
-    started, device = time.monotonic(), device_of(model)
+def proofs(model: nn.Module, data: Data, r: float, radii: Sequence[float], seconds: float) -> Part:
+    """Which images are proved right in balls of these radii, each within a time limit, and the seconds each took."""
+    device = device_of(model)
     with spending("certificates"):
         x, y = data.x.to(device), data.y.to(device)
-        proved = prove(network_steps(model, x), x.double(), y, radius, r, seconds=seconds)
-    return {"proved": proved, "seconds": time.monotonic() - started}
+        proved, took = prove(
+            network_steps(model, x[:1]), x.double(), y, x.new_tensor(radii, dtype=torch.float64), r, seconds=seconds
+        )
+    return {"proved": proved, "seconds": took}
 
 
 def _parts(kept: Cache, data: Data, r: float) -> Iterator[tuple[Tensor, Part]]:
@@ -138,14 +140,14 @@ def bracketed(
     said = {"desc": f"branch and bound l{r:g}", "unit": "s", "unit_scale": True}
     with tqdm(total=round(seconds), disable=not progress, **said) as bar:
 
-        def attempt(i: int, radius: float, limit: float) -> tuple[bool, float]:
-            found = kept.get(proof, data.at(done[i : i + 1]), r=r, radius=radius, seconds=limit)
-            bar.update(min(found["seconds"], bar.total - bar.n))
+        def attempt(index: Tensor, aims: Tensor, limit: float) -> tuple[Tensor, Tensor]:
+            found = kept.get(proofs, data.at(done[index]), r=r, radii=aims.tolist(), seconds=limit)
+            bar.update(min(float(found["seconds"].sum()), bar.total - bar.n))
             return found["proved"], found["seconds"]
 
         raised[done], spent = raise_radii(
             crown[done], distances.cpu()[done], [(t.delta, t.p) for t in averaged], attempt, seconds=seconds,
-            first=FIRST * took / len(done),
+            first=FIRST * took / len(done), at_once=width(device_of(kept.model)),
         )  # fmt: skip
     return Bracket(crown, raised, spent)
 
