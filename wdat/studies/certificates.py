@@ -33,7 +33,7 @@ from wdat.zoo.data import Data
 EFFORT = 2**14  # ReLUs in a part: one image of a network of that many, which takes seconds
 LEARN = 8  # parts from which the first guess of all later ones is learned
 WORTH_SAYING = 60  # seconds
-FIRST = 2  # times an image's seconds of CROWN: the first limit of a proof
+FIRST = 4  # times an image's seconds of CROWN: the first limit of a proof
 
 
 def certify(model: nn.Module, data: Data, r: float, scale: float) -> Part:
