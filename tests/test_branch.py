@@ -233,6 +233,14 @@ def test_a_limit_in_time_is_kept():
     assert nothing[0].tolist() == pytest.approx([0.01]) and nothing[1] == 0
 
 
+def test_numbers_that_are_none_prove_nothing():
+    model, x = MODELS["convolutional"](), images(2, SHAPE).double()
+    y, steps = labels(model, x.float(), wrong=0), network_steps(model, x[:1].float())
+    x[0, 0, 0, 0] = math.nan
+    proved, _ = prove(steps, x, y, torch.full((2,), 1e-6).double(), math.inf, seconds=0.2)
+    assert proved.tolist() == [False, True]
+
+
 @pytest.mark.parametrize("at_once", [1, 3])
 def test_what_fails_is_not_tried_again_before_everything_else_was(at_once):
     """Within one limit every image has its turn, at falling radii; the time that proofs say they took is kept."""

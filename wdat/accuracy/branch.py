@@ -82,7 +82,7 @@ class Parts:
 
     def unproved(self, slack: float) -> Tensor:
         """Which parts' bounds are not above slack, (D,); those with an interval whose ends have crossed are empty."""
-        return (self.bound <= slack) & ~(self.low > self.high + EMPTY).any(1)
+        return ~(self.bound > slack) & ~(self.low > self.high + EMPTY).any(1)
 
 
 def joined(parts: Sequence[Parts]) -> Parts:
@@ -271,9 +271,9 @@ def prove(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Whether every margin z_y - z_k is proved to stay >= slack in the r-ball of each image, (N,); and seconds (N,).
 
-    x: float64 (N, C, H, W); y: int64 (N,); radius: float64 (N,); seconds: the most for each image, of what all of them
-    take together its share by parts. False says nothing: time was up, or the ascent did not converge where every
-    neuron was split. Sound up to rounding, as `wdat.accuracy.crown.certified_radii`.
+    x: float64 (N, C, H, W); y: int64 (N,); radius: float64 (N,); seconds: the most for each image, whose share of the
+    time that all take together is that of its parts. False says nothing: time was up, or the ascent did not converge
+    where every neuron was split. Sound up to rounding, as `wdat.accuracy.crown.certified_radii`.
     """
     begun, at_once, count = time.monotonic(), width(x.device), len(x)
     balls = Balls(steps, x, y, radius, r, slack)
