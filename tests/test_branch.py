@@ -164,14 +164,15 @@ def test_bounds_of_counterexamples_hold_at_every_counterexample_and_say_more(r):
         parts = roots[(roots.rival == rival[roots.image]).nonzero()[:, 0]]
         parts, score = balls.ascend(parts, 10)
         inner = balls.within(parts, score)
+        deeper = balls.within(*balls.ascend(inner, 10))
         halves = balls.halves(parts, score)
     assert torch.equal(parts.image, torch.arange(2)) and torch.equal(parts.rival, rival)
     for k in range(2):
-        noise = torch.randn(800, *SHAPE, dtype=torch.float64)
-        noise = 0.2 * radius[k] * (noise.sign() if math.isinf(r) else noise / noise.flatten(1).norm(dim=1).amax())
-        points = (near.x[k].double() + noise * torch.rand(800, 1, 1, 1)).clamp(0, 1)
-        size = (points - x[k]).flatten(1).norm(p=r, dim=1)
-        points = points[size <= radius[k]]
+        way, noise = (near.x[k] - x[k]).double(), torch.randn(800, *SHAPE, dtype=torch.float64)
+        way = (way / way.norm(p=r) + torch.rand(800, 1, 1, 1) * noise / noise.flatten(1).norm(dim=1).amin()).flatten(1)
+        way = way.sign() if math.isinf(r) else way / way.norm(dim=1, keepdim=True)
+        size = radius[k] * (1 - 0.2 * torch.rand(800, 1).square())  # up to the ball's surface
+        points = (x[k].double() + (size * way).view(800, *SHAPE)).clamp(0, 1)
         hidden, value = [], {0: points}
         for i, step in enumerate(steps[1:], 1):
             inputs = [(value[parent], torch.zeros_like(value[parent])) for parent in step.parents]
@@ -182,9 +183,11 @@ def test_bounds_of_counterexamples_hold_at_every_counterexample_and_say_more(r):
         margins = logits[:, int(y[k])] - logits[:, int(rival[k])]
         wrong = margins <= 0
         assert wrong.any() and inner.unproved(1e-4)[k]
-        assert parts.bound[k] <= margins.min() and inner.bound[k] <= margins[wrong].min()
+        assert parts.bound[k] <= margins.min() and parts.bound[k] <= inner.bound[k] <= deeper.bound[k]
         assert (z >= parts.low[k] - 1e-9).all() and (z <= parts.high[k] + 1e-9).all()
-        assert (z[wrong] >= inner.low[k] - 1e-9).all() and (z[wrong] <= inner.high[k] + 1e-9).all()
+        for part in (inner[k : k + 1], deeper[k : k + 1]):
+            assert part.bound <= margins[wrong].min()
+            assert (z[wrong] >= part.low - 1e-9).all() and (z[wrong] <= part.high + 1e-9).all()
         own, other = halves[2 * k], halves[2 * k + 1]
         (column,) = own.sign.nonzero()[:, 0].tolist()
         assert own.sign[column] == 1 and other.sign[column] == -1 and own.low[column] == other.high[column] == 0
