@@ -18,7 +18,7 @@ from torch import Tensor
 
 from wdat.accuracy.graph import Step
 from wdat.accuracy.halfspace import HalfSpaces
-from wdat.accuracy.relaxation import Rows, hidden_bounds, relu_lines, substitute
+from wdat.accuracy.relaxation import Rows, hidden_bounds, infimum, relu_lines, substitute
 
 CANDIDATES = 5  # neurons whose two halves are bounded before one is chosen
 ASCENT, LAST = 5, 300  # steps; where every neuron is split
@@ -40,9 +40,7 @@ class Parts:
 
     image, rival: (D,), whose ball, and the class whose margin z_y - z_k is bounded; low, high: (D, U), bounds of hidden
     inputs on the part; sign: (D, U), 1 or -1 where it is split, 0 elsewhere; alpha, beta: (D, U), slopes and
-    multipliers to start from; a (D, C, H, W), constant (D,): a linear lower bound of the margin, as a function of the
-    pixels: of the part, only the half-space in which it is <= slack; rounds: (D,), such half-spaces since the last
-    split; bound: (D,), of the margin.
+    multipliers to start from; rounds: (D,), half-spaces since the last split; bound: (D,), of the margin.
     """
 
     image: Tensor
@@ -52,8 +50,6 @@ class Parts:
     sign: Tensor
     alpha: Tensor
     beta: Tensor
-    a: Tensor
-    constant: Tensor
     rounds: Tensor
     bound: Tensor
 
@@ -117,19 +113,18 @@ class Balls:
         rival = torch.arange(self.steps[-1].shape[0], device=self.y.device).expand(count, -1)
         image, rival = (rival != self.y[:, None]).nonzero().unbind(1)
         low, high, nothing = low[image], high[image], torch.zeros_like(low[image])
-        none = self.x.new_zeros(len(image), *self.x.shape[1:])
-        start = self.x.new_full((len(image),), self.slack - 1)
+        unknown = self.x.new_full((len(image),), -math.inf)
         alpha, rounds = relu_lines(low, high)[0], torch.zeros_like(image)
-        parts = Parts(image, rival, low, high, nothing, alpha, nothing, none, start, rounds, start)
+        parts = Parts(image, rival, low, high, nothing, alpha, nothing, rounds, unknown)
         return replace(parts, bound=self.lower(parts))
 
     def lower(self, parts: Parts) -> Tensor:
-        """Lower bounds (D,) of the margins."""
-        return self._spaces(parts).least(*self.linear(parts))
+        """Lower bounds (D,) of the margins over the balls; half-spaces, where the minima lie, serve hidden inputs."""
+        return infimum(*self.linear(parts), *self._of(parts), self.r)
 
-    def _spaces(self, parts: Parts) -> HalfSpaces:
-        image = parts.image
-        return HalfSpaces(parts.a, parts.constant, self.x[image], self.radius[image], self.r, self.slack)
+    def _of(self, parts: Parts) -> tuple[Tensor, Tensor]:
+        """Centres (D, C, H, W) and radii (D,) of the parts' balls."""
+        return self.x[parts.image], self.radius[parts.image]
 
     def linear(self, parts: Parts, above: tuple[Tensor, Tensor] | None = None) -> tuple[Rows, Tensor]:
         """Lower bounds of the margins as linear functions of the pixels.
@@ -181,12 +176,13 @@ class Balls:
     def _ascended(self, parts: Parts, steps: int) -> tuple[Tensor, Tensor, Tensor]:
         alpha, beta = parts.alpha.clone().requires_grad_(), parts.beta.clone().requires_grad_()
         _, chord, gap = relu_lines(parts.low, parts.high)
-        spaces, intercept = self._spaces(parts), gap.clone().requires_grad_()
+        (x, radius), intercept = self._of(parts), gap.clone().requires_grad_()
         means = [(torch.zeros_like(alpha), torch.zeros_like(alpha)) for _ in RATES]  # of gradients and their squares
         best, score = replace(parts, bound=torch.full_like(parts.bound, -math.inf)), torch.zeros_like(gap)
         leaves = [alpha, intercept, beta] if parts.sign.any() else [alpha, intercept]
         for step in range(1, steps + 1):
-            bound = spaces.least(*self.linear(replace(parts, alpha=alpha, beta=beta), (chord, intercept)))
+            linear = self.linear(replace(parts, alpha=alpha, beta=beta), (chord, intercept))
+            bound = infimum(*linear, x, radius, self.r)
             rise, weight, *others = torch.autograd.grad(bound.sum(), leaves)
             with torch.no_grad():
                 choose = bound[:, None] >= best.bound[:, None]
@@ -214,18 +210,15 @@ class Balls:
         Bounded again are the neurons that make up all but a little of the score (D, U): few do.
         """
         rows, constant = self.linear(parts)
-        _, weight = self._spaces(parts).infimum(rows, constant)  # both hold: their best sum cuts deeper than either
-        constant = (constant + weight * parts.constant) / (1 + weight)
-        weight = weight.view(-1, 1, 1, 1)
-        cut = replace(parts, a=(rows.a + weight * parts.a) / (1 + weight), constant=constant, rounds=parts.rounds + 1)
+        spaces = HalfSpaces(rows.a, constant, *self._of(parts), self.r, self.slack)
         low, high = self._maps(parts.low), self._maps(parts.high)
         bounds = hidden_bounds(
-            self.steps, self.x[parts.image], self.radius[parts.image], self.r, {i: (low[i], high[i]) for i in low},
-            self._spaces(cut).least, self._maps(_telling(score)),
+            self.steps, *self._of(parts), self.r, {i: (low[i], high[i]) for i in low}, spaces.least,
+            self._maps(_telling(score)),
         )  # fmt: skip
         low, high = (self._flat({i: pair[side] for i, pair in bounds.items()}, len(parts)) for side in (0, 1))
-        cut = replace(cut, low=low, high=high)
-        return replace(cut, bound=self.lower(cut))
+        inner = replace(parts, low=low, high=high, rounds=parts.rounds + 1)
+        return replace(inner, bound=self.lower(inner))
 
     def halves(self, parts: Parts, score: Tensor) -> Parts:
         """For every part the two in which one undecided hidden input has either sign, one after the other.

@@ -50,26 +50,19 @@ class HalfSpaces:
         self.excess = constant - slack - MARGIN + (a * self.centre).flatten(1).sum(1)  # at the centre
         self.inverse = torch.where(a.abs() > TINY, 1 / a, 0).float()
 
-    def infimum(self, rows: Rows, constant: Tensor) -> tuple[Tensor, Tensor]:
-        """Lower bounds (M,) of rows on the pixels plus constants (M,), and the multipliers (M,) >= 0 that give them.
+    def least(self, rows: Rows, constant: Tensor) -> Tensor:
+        """Lower bounds (M,) of rows on the pixels plus constants (M,).
 
         For every multiplier t >= 0 the minimum over the ball of row + t (constant + <a, x> - slack) is a lower bound;
         it is concave in t, and a good t is found by bisection. With t = 0 it is `relaxation.infimum`.
         """
         plain, value, slope, scale = (self._euclidean if self.r == 2 else self._box)(rows, constant)
-        with torch.no_grad():
-            low, high = ((scale * factor).clamp_min(TINY).log() for factor in (1e-3, 1e3))
-            for _ in range(ROUNDS):
-                middle = (low + high) / 2
-                rising = slope(middle.exp()) > 0
-                low, high = torch.where(rising, middle, low), torch.where(rising, high, middle)
-            best = low.exp()
-        bound = value(best)
-        return torch.maximum(plain, bound), torch.where(bound > plain, best, 0)
-
-    def least(self, rows: Rows, constant: Tensor) -> Tensor:
-        """The bounds of `infimum` alone."""
-        return self.infimum(rows, constant)[0]
+        low, high = ((scale * factor).clamp_min(TINY).log() for factor in (1e-3, 1e3))
+        for _ in range(ROUNDS):
+            middle = (low + high) / 2
+            rising = slope(middle.exp()) > 0
+            low, high = torch.where(rising, middle, low), torch.where(rising, high, middle)
+        return torch.maximum(plain, value(low.exp()))
 
     def _box(self, rows: Rows, constant: Tensor) -> tuple[Tensor, Callable, Callable, Tensor]:
         """For r = inf: the dual function at 0, the function, its slope, and the scale of its multipliers.
@@ -84,9 +77,8 @@ class HalfSpaces:
             spread = _Seen(self.share, rows).maps.sum(1)
             outside, weight = outside - (weight - spread), spread
         a = _Seen(self.a, rows).each()
-        with torch.no_grad():
-            turn, share = -w.float() * _Seen(self.inverse, rows).each(), _Seen(self.share.float(), rows)
-            beyond = outside.float()
+        turn, share = -w.float() * _Seen(self.inverse, rows).each(), _Seen(self.share.float(), rows)
+        beyond = outside.float()
 
         def value(t: Tensor) -> Tensor:
             return middle + t * outside - half.dot((w + t[:, None] * a).abs())
