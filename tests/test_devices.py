@@ -15,6 +15,7 @@ from wdat.accuracy.crown import certified_radii
 from wdat.attacks.dual import dual_attack
 from wdat.attacks.nearest import minimal_distances
 from wdat.attacks.pgd import attack, pgd, w_fgsm, w_pgd_budget
+from wdat.studies.certificates import proofs
 from wdat.studies.evaluation import evaluate
 from wdat.threats.ball import Threat
 from wdat.threats.images import Pixels
@@ -140,6 +141,21 @@ def test_the_tight_search_and_the_certificate(r):
             certified_radii(model, x, y, Threat(1, 2, r).r),
         )
     same(here, there)
+
+
+@pytest.mark.parametrize("r", [2.0, INF])
+def test_proofs_of_many_balls(r):
+    """Hundreds of parts at once there, a few here: the same balls are proved."""
+    model, x, y = case()
+    y = model(x).argmax(1)
+    radius = (0.9 * minimal_distances(model, x, y, r).distance).tolist()
+    data = from_tensors(x, y, classes=list("abcd"))
+    here = proofs(model, data, r, radius, 60.0)
+    with elsewhere() as mode:
+        put(mode, model)
+        there = proofs(model, data, r, radius, 60.0)
+    assert there["proved"].tolist() == here["proved"].tolist() == [True] * N
+    assert (certified_radii(model, x, y, r) < torch.tensor(radius)).any()
 
 
 def test_an_evaluation(tmp_path: Path):
