@@ -1,14 +1,18 @@
 """The command as scripts and shells meet it: help that teaches, one JSON object, exit codes, completion."""
 
+import argparse
+import ast
 import json
 import re
 import shlex
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.run import get_args_parser as torchrun
 
 import wdat
 from wdat import cli
@@ -117,3 +121,54 @@ def test_completion_knows_verbs_and_options_or_says_what_to_install(monkeypatch,
 def test_completion_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "shtab", None)
     assert cli.main(["completion", "bash"]) == 3 and "pip install 'wdat[completion]'" in capsys.readouterr().err
+
+
+def test_both_ways_lead_to_every_verb(tmp_path, monkeypatch, capsys):
+    """package.module:function and a weight file: evaluated, fine-tuned, read back and gone on with."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "places").mkdir()
+    (tmp_path / "places" / "mine.py").write_text(
+        "import torch\nfrom torch import nn\nfrom wdat.zoo.networks import Normalised\n"
+        "def make():\n    torch.manual_seed(0)\n"
+        "    return Normalised([0.5], [0.25], nn.Sequential(nn.Flatten(), nn.Linear(64, 10)))\n"
+    )
+    (tmp_path / "recipe.yaml").write_text("{objective: {kind: plain}, epochs: 1}")
+    torch.save({"model": wdat.load_model("places.mine:make").state_dict()}, "net.pth")
+    data = ["--data", "digits", "--n", "40"]
+    for model in (["net.pth", "--architecture", "places.mine:make"], ["places.mine:make"]):
+        assert cli.main(["finetune", *model[:1], "recipe.yaml", "tuned.yaml", *model[1:], *data]) == 0
+        card = wdat.load_model("tuned.yaml").card
+        assert card["architecture"] == "places.mine:make" and card["weights"] == "tuned.safetensors"
+        assert cli.main(["finetune", "tuned.yaml", "recipe.yaml", "again.yaml", *data]) == 0
+        assert cli.main(["evaluate", *model, *data[:-1], "8", "--steps", "1"]) == 0
+        before, after = wdat.load_model("tuned.yaml"), wdat.load_model("again.yaml")
+        assert type(before) is type(after) is type(wdat.load_model("places.mine:make"))
+        x = torch.rand(4, 1, 8, 8)
+        assert not torch.equal(before(x), after(x))
+        for path in (*tmp_path.glob("*.safetensors"), *tmp_path.glob("*.checkpoint")):
+            path.unlink() if path.stem == "again" or len(model) > 1 else None
+    assert cli.main(["evaluate", "tuned.yaml", *data[:-1], "8", "--steps", "1"]) == 0
+    assert capsys.readouterr().err.count("wdat: ") == 0
+
+
+def test_every_flag_that_a_message_names_exists():
+    """Flags in the library's texts are those of the parser, and so are the verbs before them."""
+    top = cli.parser()
+    verbs = next(action for action in top._actions if isinstance(action, argparse._SubParsersAction)).choices
+    known = {flag for verb in (top, *verbs.values()) for action in verb._actions for flag in action.option_strings}
+    known |= {option.replace("_", "-") for a in torchrun()._actions for option in a.option_strings}
+    seen = 0
+    for path in Path(wdat.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " in node.value:
+                flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", node.value))
+                seen += len(flags)
+                assert flags <= known, f"{path.name}: {sorted(flags - known)} in {node.value[:80]!r}"
+                for verb in re.findall(r"\bwdat (evaluate|finetune|reproduce|paper|[a-z]+ --)", node.value):
+                    assert verb.removesuffix(" --") in verbs, f"{path.name}: wdat {verb}"
+    assert seen > 10
+
+
+def test_a_card_that_notebook_00_makes_is_told_so(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"notebook 00 .*: wdat reproduce --profile zoo --only 00"):
+        wdat.load_model(tmp_path / ".wdat/zoo/made/zoo/trades.yaml")

@@ -1,25 +1,15 @@
 """Networks, images and settings as people have them: each works and gives the right value, or gets a sentence."""
 
-import argparse
-import ast
 import contextlib
 import copy
-import re
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed.run import get_args_parser as torchrun
-from weightfiles import ZOO
 
 import wdat
-from wdat import cli
 from wdat.attacks.autoattack import suite
 from wdat.threats.inputs import as_model, copied, unwrapped
-from wdat.zoo.networks import Normalised
-from wdat.zoo.weights import read_weights
 
 BALL = wdat.Threat("1/8", r="inf")
 
@@ -427,165 +417,3 @@ def test_two_and_three_classes_are_evaluated_by_autoattack(classes):
     with pytest.raises(ValueError, match=r"autoattack\.autoattack"):
         wdat.evaluate(net, data, threat, autoattacked=6, autoattack_version="custom", **quick)
     assert not counted
-
-
-# Weights
-
-
-def wrapped(kind: str, state: dict) -> object:
-    """A state dictionary as people save it."""
-    other = {"epoch": 3, "best": np.float64(0.5), "seen": np.int64(7), "optimizer": {"state": {}, "param_groups": []}}
-    prefix = {"module": "module.", "model": "model.", "compiled": "_orig_mod.", "both": "module._orig_mod."}
-    if kind in prefix:
-        return {"state_dict": {prefix[kind] + key: value for key, value in state.items()}}
-    if kind == "list":
-        return [state, 3]
-    if kind == "nested":
-        return {"model": {"state_dict": state}} | other
-    return {kind: state} | other
-
-
-@pytest.mark.parametrize(
-    "kind",
-    ["state_dict", "net", "model", "model_state_dict", "ema", "list", "nested", "module", "model", "compiled", "both"],
-)
-def test_weights_as_people_save_them(kind, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / f"own_{kind}.py").write_text(
-        "from torch import nn\n"
-        "def make(): return nn.Sequential(nn.Conv2d(1, 4, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(64, 4))\n"
-    )
-    torch.save(wrapped(kind, NET.state_dict()), tmp_path / "net.pth")
-    model = wdat.load_model("net.pth", architecture=f"own_{kind}:make")
-    assert torch.equal(model(X), NET(X))
-    wdat.save_model(model, "again.yaml")
-    assert torch.equal(wdat.load_model("again.yaml")(X), NET(X))
-
-
-def test_weights_that_need_a_line_from_their_owner(tmp_path):
-    cases = {
-        "several": ({"model": NET.state_dict(), "ema": NET.state_dict()}, "2 state dictionaries, ['model'], ['ema']"),
-        "module": (NET, "weights_only=False"),
-        "beside": ({"state_dict": NET.state_dict(), "settings": argparse.Namespace(a=1)}, "weights_only=False"),
-        "nothing": ({"epoch": 3}, "holds a dict"),
-    }
-    for name, (held, sentence) in cases.items():
-        path = tmp_path / f"{name}.pth"
-        torch.save(held, path)
-        with pytest.raises(ValueError) as found:
-            read_weights(path)
-        assert sentence in str(found.value) and "fetch it again" not in str(found.value)
-        if name == "several":  # the line that is told does it
-            line = str(found.value).split("mean: ")[1].replace('"weights.pt"', repr(str(tmp_path / "weights.pt")))
-            exec(line, {"torch": torch})
-            assert read_weights(tmp_path / "weights.pt").keys() == NET.state_dict().keys()
-
-
-@pytest.mark.filterwarnings("ignore:`torch.jit")
-def test_a_script_is_told_from_weights(tmp_path):
-    torch.jit.script(small()).save(tmp_path / "net.pt")
-    with pytest.raises(ValueError, match=r"torch\.jit\.load"):
-        read_weights(tmp_path / "net.pt")
-
-
-def test_tied_weights_are_saved(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "tied.py").write_text(
-        "from torch import nn\n"
-        "def make():\n"
-        "    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))\n"
-        "    net[3].weight = net[1].weight\n"
-        "    return net.eval()\n"
-    )
-    model = wdat.load_model("tied:make")
-    wdat.save_model(model, "net.yaml")
-    assert torch.equal(wdat.load_model("net.yaml")(X), model(X))
-
-
-# The command
-
-
-def test_both_ways_lead_to_every_verb(tmp_path, monkeypatch, capsys):
-    """package.module:function and a weight file: evaluated, fine-tuned, read back and gone on with."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "places").mkdir()
-    (tmp_path / "places" / "mine.py").write_text(
-        "import torch\nfrom torch import nn\nfrom wdat.zoo.networks import Normalised\n"
-        "def make():\n    torch.manual_seed(0)\n"
-        "    return Normalised([0.5], [0.25], nn.Sequential(nn.Flatten(), nn.Linear(64, 10)))\n"
-    )
-    (tmp_path / "recipe.yaml").write_text("{objective: {kind: plain}, epochs: 1}")
-    torch.save({"model": wdat.load_model("places.mine:make").state_dict()}, "net.pth")
-    data = ["--data", "digits", "--n", "40"]
-    for model in (["net.pth", "--architecture", "places.mine:make"], ["places.mine:make"]):
-        assert cli.main(["finetune", *model[:1], "recipe.yaml", "tuned.yaml", *model[1:], *data]) == 0
-        card = wdat.load_model("tuned.yaml").card
-        assert card["architecture"] == "places.mine:make" and card["weights"] == "tuned.safetensors"
-        assert cli.main(["finetune", "tuned.yaml", "recipe.yaml", "again.yaml", *data]) == 0
-        assert cli.main(["evaluate", *model, *data[:-1], "8", "--steps", "1"]) == 0
-        before, after = wdat.load_model("tuned.yaml"), wdat.load_model("again.yaml")
-        assert type(before) is type(after) is type(wdat.load_model("places.mine:make"))
-        assert not torch.equal(before(X), after(X))
-        for path in (*tmp_path.glob("*.safetensors"), *tmp_path.glob("*.checkpoint")):
-            path.unlink() if path.stem == "again" or len(model) > 1 else None
-    assert cli.main(["evaluate", "tuned.yaml", *data[:-1], "8", "--steps", "1"]) == 0
-    assert capsys.readouterr().err.count("wdat: ") == 0
-
-
-def test_every_flag_that_a_message_names_exists():
-    """Flags in the library's texts are those of the parser, and so are the verbs before them."""
-    top = cli.parser()
-    verbs = next(action for action in top._actions if isinstance(action, argparse._SubParsersAction)).choices
-    known = {flag for verb in (top, *verbs.values()) for action in verb._actions for flag in action.option_strings}
-    known |= {option.replace("_", "-") for a in torchrun()._actions for option in a.option_strings}
-    seen = 0
-    for path in Path(wdat.__file__).parent.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " in node.value:
-                flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", node.value))
-                seen += len(flags)
-                assert flags <= known, f"{path.name}: {sorted(flags - known)} in {node.value[:80]!r}"
-                for verb in re.findall(r"\bwdat (evaluate|finetune|reproduce|paper|[a-z]+ --)", node.value):
-                    assert verb.removesuffix(" --") in verbs, f"{path.name}: wdat {verb}"
-    assert seen > 10
-
-
-def test_a_card_that_notebook_00_makes_is_told_so(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"notebook 00 .*: wdat reproduce --profile zoo --only 00"):
-        wdat.load_model(tmp_path / ".wdat/zoo/made/zoo/trades.yaml")
-
-
-# The normalisation
-
-
-@pytest.mark.parametrize("first", [
-    lambda: nn.Sequential(nn.Conv2d(3, 4, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(36, 5)),
-    lambda: nn.Sequential(nn.Conv2d(3, 4, 3, 2, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(36, 5)),
-    lambda: nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(64, 5)),
-    lambda: nn.Sequential(nn.Conv2d(3, 3, 3, groups=3), nn.Flatten(), nn.Linear(108, 5)),
-    lambda: nn.Sequential(nn.Sequential(nn.Identity(), nn.Flatten()), nn.Linear(192, 5)),
-    lambda: nn.Sequential(nn.ReLU(), nn.Flatten(), nn.Linear(192, 5)),
-    lambda: nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3)), nn.Flatten(), nn.Linear(144, 5)),
-], ids=["unpadded", "no bias", "padded", "grouped", "linear", "other", "nested"])  # fmt: skip
-def test_the_normalisation_folded_into_layers(first):
-    x = torch.rand(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    model = Normalised([0.49, 0.48, 0.45], [0.25, 0.24, 0.26], first()).eval()
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    folded = wdat.fold_normalisation(model)
-    torch.testing.assert_close(folded(x), model(x), rtol=1e-5, atol=1e-5)
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    assert all(tensor.shape != (3, 1, 1) for tensor in folded.state_dict().values())
-    assert not any(isinstance(module, Normalised) for module in folded.modules())
-    with pytest.raises(ValueError, match="nothing to fold"):
-        wdat.fold_normalisation(folded)
-
-
-@pytest.mark.parametrize("name", ["cifar_cnn_a_adv", "cifar_conv_small_pgd", "resnet2b"])
-def test_third_party_networks_folded_are_the_same(name, shared, png_test):
-    x, _ = png_test
-    model = wdat.load_model(ZOO / f"{name}.yaml", root=shared / "models")
-    folded = wdat.fold_normalisation(model)
-    with torch.no_grad():
-        torch.testing.assert_close(folded(x[:256]), model(x[:256]), rtol=1e-4, atol=1e-4)
-    added = len(list(folded.parameters())) - len(list(model.parameters()))
-    assert added == (0 if name == "cifar_conv_small_pgd" else 2)  # only that one does not pad
