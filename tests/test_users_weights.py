@@ -5,8 +5,8 @@ import argparse
 import numpy as np
 import pytest
 import torch
-from test_users_networks import NET, X, small
 from torch import nn
+from users import NET, X, small
 from weightfiles import ZOO
 
 import wdat
